@@ -1,0 +1,138 @@
+"""What an adapter says about a family of models: values and pure functions, no hooks.
+
+A `Family` describes where a model can be cut, which attention of its vision encoder is worth reading (`Probe`), how
+the tokens of a picture are packed (`parts`) and how a score per patch becomes a score per token (`scores`). The
+runtime installs the hooks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtprune.types import Modality, Part
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoding:
+    """One call of `get_image_features` or `get_video_features`, as plain host numbers.
+
+    `lengths` holds the number of tokens of each picture or clip (or of each tile or frame where the encoder returns
+    one stacked tensor: `stacked`), in the order transformers scatters them into the prompt. `sizes` are the rows of
+    `image_sizes` (height, width) or `*_grid_thw`; `pixels` is the shape of the pixel tensor; `pictures_per_prompt` is
+    `batch_num_images` where the processor gave it.
+    """
+
+    kind: Modality
+    lengths: tuple[int, ...]
+    stacked: bool
+    sizes: tuple[tuple[int, ...], ...] = ()
+    pixels: tuple[int, ...] = ()
+    pictures_per_prompt: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """Which attention of the vision encoder to read, and how its queries and keys are made.
+
+    `attention` is the module; `query` and `key` name its projections, or `fused` the joint one. `normalise` and
+    `rotate` are what the family does to q and k (B, H, N, d) before the product; `rotate` receives the keyword
+    arguments of the attention call. `has_cls` says that token 0 is a CLS token. `segments` names the keyword argument
+    with the cumulative lengths where several pictures share one sequence.
+    """
+
+    attention: nn.Module
+    has_cls: bool
+    query: str = "q_proj"
+    key: str = "k_proj"
+    fused: str | None = None
+    heads: int
+    scale: float
+    normalise: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    rotate: Callable[[Tensor, Tensor, dict[str, Any]], tuple[Tensor, Tensor]] | None = None
+    segments: str | None = None
+
+    @property
+    def evidence(self) -> str:
+        """Name of the evidence it yields: `cls_attention`, or `received_attention` where there is no CLS token."""
+        return "cls_attention" if self.has_cls else "received_attention"
+
+
+def no_probe(inner: nn.Module, kind: Modality) -> Probe | None:
+    """The probe of a family that serves features-only methods."""
+    return None
+
+
+def same_scores(inner: nn.Module, scores: Tensor, encoding: Encoding) -> list[Tensor]:
+    """Score-to-token map of families whose encoder rows are the tokens: (rows, N) -> one 1-D tensor each."""
+    return list(scores)
+
+
+def square_grid(n: int) -> tuple[int, int]:
+    """The square grid of `n` tokens, or one row where `n` is no square."""
+    side = math.isqrt(n)
+    return (side, side) if side * side == n else (1, n)
+
+
+def one_entry(encoding: Encoding) -> int | None:
+    """Entries per picture of families that return one entry for each."""
+    return 1
+
+
+def single_parts(inner: nn.Module, encoding: Encoding) -> list[tuple[Part, ...]]:
+    """Parts of families where each picture is one grid without separators."""
+    return [(Part(start=0, stop=n, kind="image", grid=square_grid(n)),) for n in encoding.lengths]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A family of models: names, seam, probes, and how its pictures are packed into tokens.
+
+    `parts(inner, encoding)` gives the parts of each entry of `encoding.lengths`. `entries(encoding)` says how many
+    entries make one picture or clip (frames of a clip, say), or None where all entries of one run of placeholders do
+    (tiles); with `thumbnail_last` the last of several tiles is a thumbnail. `scores(inner, raw, encoding)` maps raw
+    scores (rows, N) to one 1-D tensor per entry, NaN at separators.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    tested: str
+    probe: Callable[[nn.Module, Modality], Probe | None] = no_probe
+    parts: Callable[[nn.Module, Encoding], list[tuple[Part, ...]]] = single_parts
+    scores: Callable[[nn.Module, Tensor, Encoding], list[Tensor]] = same_scores
+    entries: Callable[[Encoding], int | None] = one_entry
+    thumbnail_last: bool = False
+    mrope: bool = False
+    kinds: tuple[Modality, ...] = ("image",)
+    notes: str = ""
+
+
+def language_model(inner: nn.Module) -> nn.Module | None:
+    """The module that receives the merged embeddings, or None where the seam is not there."""
+    for name in ("language_model", "text_model"):
+        module = getattr(inner, name, None)
+        if isinstance(module, nn.Module):
+            return module
+    return None
+
+
+def placeholder_ids(config: Any, kind: Modality) -> tuple[int, ...]:
+    """Token ids that stand for visual tokens of this kind (empty where the config names none)."""
+    for name in (f"{kind}_token_id", f"{kind}_token_index"):
+        token = getattr(config, name, None)
+        if token is not None:
+            return (int(token),)
+    return ()
+
+
+def pooled_lengths(pooled: Tensor | list[Tensor] | tuple[Tensor, ...]) -> tuple[tuple[int, ...], bool]:
+    """Lengths of the entries of a `pooler_output`, and whether it is one stacked tensor (rows, N, D)."""
+    if torch.is_tensor(pooled):
+        rows = pooled.shape[0] if pooled.ndim == 3 else 1
+        return (pooled.shape[-2],) * rows, True
+    return tuple(entry.shape[0] if entry.ndim == 2 else entry.shape[:-1].numel() for entry in pooled), False
