@@ -55,9 +55,13 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """One picture or clip in one prompt. A clip may lie in several `runs` of placeholders `[start, stop)`."""
+    """One picture or clip in one prompt. A clip may lie in several `runs` of placeholders `[start, stop)`.
+
+    `entries` are the entries of the encoder output it was made of.
+    """
 
     row: int
+    entries: tuple[int, ...]
     runs: tuple[tuple[int, int], ...]
     kind: Modality
     parts: tuple[Part, ...]

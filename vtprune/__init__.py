@@ -1,0 +1,45 @@
+"""vtprune makes vision-language models see with fewer tokens: `model = vtprune.wrap(model)`."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+logging.getLogger("vtprune").addHandler(logging.NullHandler())
+
+_HOMES = {
+    "wrap": "vtprune.api",
+    "unwrap": "vtprune.api",
+    "pruning": "vtprune.api",
+    "compare": "vtprune.api",
+    "list_methods": "vtprune.api",
+    "list_families": "vtprune.api",
+    "describe": "vtprune.api",
+    "load_tiny": "vtprune.tiny",
+    "Pick": "vtprune.pipeline",
+    "Pipeline": "vtprune.pipeline",
+    "PruneReport": "vtprune.report",
+    "VtpruneError": "vtprune.errors",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+if TYPE_CHECKING:
+    from vtprune.api import compare, describe, list_families, list_methods, pruning, unwrap, wrap
+    from vtprune.errors import VtpruneError
+    from vtprune.pipeline import Pick, Pipeline
+    from vtprune.report import PruneReport
+    from vtprune.tiny import load_tiny
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'vtprune' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -1,0 +1,165 @@
+"""LLaVA, LLaVA-NeXT, LLaVA-NeXT-Video and LLaVA-OneVision."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtprune.adapters.base import Encoding, Family, Probe
+from vtprune.adapters.packing import (
+    Parts,
+    checked,
+    frame_parts,
+    patch_part,
+    patch_scores,
+    rows_part,
+    square_parts,
+    unpadded,
+    vision_grid,
+)
+from vtprune.adapters.towers import tower_probe
+from vtprune.errors import UnsupportedCall
+from vtprune.types import Modality, Part
+
+
+def _probe(inner: nn.Module, kind: Modality) -> Probe | None:
+    return tower_probe(inner.vision_tower, inner.config.vision_feature_layer)
+
+
+def _llava_parts(inner: nn.Module, encoding: Encoding) -> list[Parts]:
+    patch = getattr(inner.config.vision_config, "patch_size", None)
+    if not isinstance(patch, int):
+        return square_parts("image", encoding)
+    sizes = encoding.sizes or (encoding.pixels[-2:],) * len(encoding.lengths)
+    grids = [(height // patch, width // patch) for height, width in sizes]
+    return checked([(patch_part(n, grid),) for n, grid in zip(encoding.lengths, grids)], encoding)
+
+
+def _llava_scores(inner: nn.Module, raw: Tensor, encoding: Encoding) -> list[Tensor]:
+    return list(patch_scores(raw, encoding.lengths[0]))
+
+
+def _crop_counts(inner: nn.Module, encoding: Encoding) -> list[tuple[int, int]]:
+    """Crops (rows, columns) of every picture; (0, 0) where only the thumbnail is encoded."""
+    from transformers.image_processing_utils import select_best_resolution
+
+    pictures = encoding.pictures_per_prompt
+    alone = [True] * len(encoding.sizes) if pictures is None else [n == 1 for n in pictures for _ in range(n)]
+    side = inner.config.vision_config.image_size
+    best = [select_best_resolution(size, inner.config.image_grid_pinpoints) for size in encoding.sizes]
+    return [(height // side, width // side) if one else (0, 0) for (height, width), one in zip(best, alone)]
+
+
+def _stitched(inner: nn.Module, crops: tuple[int, int], size: tuple[int, ...]) -> tuple[int, int]:
+    """Grid of the crops after unpadding and, in OneVision, scaling down to the allowed number of tokens."""
+    side, _ = vision_grid(inner.config)
+    h, w = unpadded((crops[0] * side, crops[1] * side), size)
+    ratio = _max_aspect(inner.config)
+    scale = math.sqrt(h * w / (ratio * side**2)) if ratio else 0.0
+    return (int(h // scale), int(w // scale)) if scale > 1.1 else (h, w)
+
+
+def _max_aspect(config: Any) -> int | None:
+    name = getattr(config, "vision_aspect_ratio", None)
+    return int(name.removeprefix("anyres_max_")) if name else None
+
+
+def _anyres_parts(inner: nn.Module, encoding: Encoding) -> list[Parts]:
+    if len(encoding.sizes) != len(encoding.lengths):
+        raise UnsupportedCall(
+            f"got {len(encoding.sizes)} image_sizes for {len(encoding.lengths)} images: pass those of the processor"
+        )
+    grid = vision_grid(inner.config)
+    n = grid[0] * grid[1]
+    entries: list[Parts] = []
+    for crops, size in zip(_crop_counts(inner, encoding), encoding.sizes):
+        if crops == (0, 0):
+            entries.append((Part(start=0, stop=n + 1, kind="image", grid=grid, separators=(n,)),))
+        else:
+            thumbnail = Part(start=0, stop=n, kind="thumbnail", grid=grid)
+            entries.append((thumbnail, rows_part(n, _stitched(inner, crops, size))))
+    return checked(entries, encoding)
+
+
+def _pack(inner: nn.Module, raw: Tensor, encoding: Encoding, **options: Any) -> list[Tensor]:
+    """The scores through transformers' own packing, as features of width 1 with NaN for a newline."""
+    counts = [1 + rows * columns for rows, columns in _crop_counts(inner, encoding)]
+    newline = torch.full((1,), float("nan"), device=raw.device)
+    rows = list(raw[..., None].split(counts))
+    packed, _ = inner.pack_image_features(rows, list(encoding.sizes), image_newline=newline, **options)
+    return [entry[:, 0] for entry in packed]
+
+
+def _next_parts(inner: nn.Module, encoding: Encoding) -> list[Parts]:
+    if encoding.kind == "image":
+        return _anyres_parts(inner, encoding)
+    stride = inner.config.spatial_pool_stride
+    h, w = (side // stride for side in vision_grid(inner.config))
+    return checked([frame_parts(encoding.pixels[1], (h, w))] * len(encoding.lengths), encoding)
+
+
+def _next_scores(inner: nn.Module, raw: Tensor, encoding: Encoding) -> list[Tensor]:
+    if encoding.kind == "image":
+        return _pack(inner, raw, encoding, vision_feature_select_strategy="full")
+    if inner.config.spatial_pool_mode == "conv":
+        grid = raw.unflatten(1, vision_grid(inner.config))
+        pooled = nn.functional.avg_pool2d(grid, inner.config.spatial_pool_stride).flatten(1)
+    else:
+        pooled = inner.vision_resampler(raw[..., None])[..., 0]
+    return list(pooled.unflatten(0, (-1, encoding.pixels[1])).flatten(1))
+
+
+def _onevision_parts(inner: nn.Module, encoding: Encoding) -> list[Parts]:
+    if encoding.kind == "image":
+        return _anyres_parts(inner, encoding)
+    h, w = (math.ceil(side / 2) for side in vision_grid(inner.config))
+    return checked([frame_parts(encoding.pixels[1], (h, w), newline=True)] * len(encoding.lengths), encoding)
+
+
+def _onevision_scores(inner: nn.Module, raw: Tensor, encoding: Encoding) -> list[Tensor]:
+    if encoding.kind == "image":
+        return _pack(inner, raw, encoding, vision_aspect_ratio=inner.config.vision_aspect_ratio)
+    pooled = inner.apply_pooling(raw[..., None])[..., 0]
+    clips = pooled.unflatten(0, (-1, encoding.pixels[1])).flatten(1)
+    return list(nn.functional.pad(clips, (0, 1), value=float("nan")))
+
+
+LLAVA = Family(
+    name="llava",
+    model_types=("llava",),
+    tested="tiny random models with CLIP and SigLIP towers",
+    probe=_probe,
+    parts=_llava_parts,
+    scores=_llava_scores,
+    notes="Pixtral and other towers: methods that need features only",
+)
+LLAVA_NEXT = Family(
+    name="llava_next",
+    model_types=("llava_next",),
+    tested="tiny random models, crop grids 1x2, 2x2 and 1x3",
+    probe=_probe,
+    parts=_next_parts,
+    scores=_next_scores,
+)
+LLAVA_NEXT_VIDEO = Family(
+    name="llava_next_video",
+    model_types=("llava_next_video",),
+    tested="tiny random models, images and clips",
+    probe=_probe,
+    parts=_next_parts,
+    scores=_next_scores,
+    kinds=("image", "video"),
+    notes="a convolutional pooler pools scores by their mean",
+)
+LLAVA_ONEVISION = Family(
+    name="llava_onevision",
+    model_types=("llava_onevision",),
+    tested="tiny random models, images (one and several a prompt) and clips",
+    probe=_probe,
+    parts=_onevision_parts,
+    scores=_onevision_scores,
+    kinds=("image", "video"),
+)

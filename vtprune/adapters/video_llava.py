@@ -1,0 +1,42 @@
+"""Video-LLaVA: one tower for images and one for clips, whose frames keep their CLS token."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from vtprune.adapters.base import Encoding, Family, Probe
+from vtprune.adapters.packing import Parts, checked, patch_part, patch_scores, vision_grid
+from vtprune.adapters.towers import tower_probe
+from vtprune.types import Modality
+
+
+def _probe(inner: nn.Module, kind: Modality) -> Probe | None:
+    tower = inner.image_tower if kind == "image" else inner.video_tower
+    return tower_probe(tower, inner.config.vision_feature_layer)
+
+
+def _parts(inner: nn.Module, encoding: Encoding) -> list[Parts]:
+    kind = "image" if encoding.kind == "image" else "frame"
+    grid = vision_grid(inner.config)
+    return checked([(patch_part(n, grid, kind=kind),) for n in encoding.lengths], encoding)
+
+
+def _scores(inner: nn.Module, raw: Tensor, encoding: Encoding) -> list[Tensor]:
+    return list(patch_scores(raw, encoding.lengths[0]))
+
+
+def _entries(encoding: Encoding) -> int:
+    return 1 if encoding.kind == "image" else encoding.pixels[1]
+
+
+VIDEO_LLAVA = Family(
+    name="video_llava",
+    model_types=("video_llava",),
+    tested="tiny random models, images and clips",
+    probe=_probe,
+    parts=_parts,
+    scores=_scores,
+    entries=_entries,
+    kinds=("image", "video"),
+    notes="every frame of a clip keeps its CLS token, as a separator",
+)

@@ -1,0 +1,145 @@
+"""The pruned KV cache: a logical length for position bookkeeping, a physical one for masks and storage.
+
+`generate` and chat loops count the tokens they wrote (logical); attention masks must count what is stored (physical).
+A cache becomes pruned in place, when the prefill that shortened it ends. It refuses updates outside the wrapped model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
+
+from vtprune.errors import UnsupportedCall
+
+
+@dataclass
+class CacheState:
+    """What decoding must know about earlier cuts.
+
+    `removed` is logical minus physical length; `valid` (B, P) tells real tokens from padding among the first P stored
+    ones and `padded` whether any is padding; `shift` (B, 1) is subtracted from later position ids; `pictures` counts
+    the segments of the conversation per row. `stored` is the physical length, counted on the host; `owner` names the
+    pruner that made the cut.
+    """
+
+    owner: str
+    removed: int
+    stored: int
+    valid: Tensor
+    padded: bool
+    shift: Tensor | None
+    pictures: tuple[int, ...]
+    entered: bool = False
+
+    def select_rows(self, rows: Callable[[Tensor], Tensor]) -> None:
+        """Apply a choice of batch rows to every tensor."""
+        count = torch.tensor(self.pictures, device=self.valid.device)
+        self.pictures = tuple(rows(count).tolist())
+        self.valid = rows(self.valid)
+        if self.shift is not None:
+            self.shift = rows(self.shift)
+
+
+class _PrunedCache:
+    """Mixed into a transformers cache class; `pruned` holds the state."""
+
+    pruned: CacheState | None = None
+
+    def get_seq_length(self, layer_idx: int = 0) -> int | Tensor:
+        """Logical length outside the language model, physical length inside it."""
+        length = super().get_seq_length(layer_idx)  # type: ignore[misc]
+        if self.pruned is None or self.pruned.entered or (isinstance(length, int) and length == 0):
+            return length
+        return length + self.pruned.removed
+
+    def get_query_offset(self, layer_idx: int = 0) -> int | Tensor:
+        """Physical length: what masks count from."""
+        return self.physical_length(layer_idx)
+
+    def physical_length(self, layer_idx: int = 0) -> int | Tensor:
+        """Number of stored tokens."""
+        return super().get_seq_length(layer_idx)  # type: ignore[misc]
+
+    def update(self, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+        """Store keys and values; only the wrapped model may."""
+        if self.pruned is not None and not self.pruned.entered:
+            raise UnsupportedCall(
+                "this KV cache was pruned by a wrapped model and is used outside of it: positions and masks would be "
+                "wrong. Continue the chat before unwrap, or start with a fresh cache"
+            )
+        return super().update(*args, **kwargs)  # type: ignore[misc]
+
+    def reset(self) -> None:
+        """Forget everything, the cuts included."""
+        super().reset()  # type: ignore[misc]
+        self.pruned = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder rows for beam search."""
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self._select_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        self._select_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows."""
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        self._select_rows(lambda rows: rows[indices.to(rows.device)])
+
+    def _select_rows(self, rows: Callable[[Tensor], Tensor]) -> None:
+        if self.pruned is not None:
+            self.pruned.select_rows(rows)
+
+
+class PrunedDynamicCache(_PrunedCache, DynamicCache):
+    """A `DynamicCache` after a cut."""
+
+
+class PrunedStaticCache(_PrunedCache, StaticCache):
+    """A `StaticCache` after a cut."""
+
+
+_PRUNED: dict[type, type] = {DynamicCache: PrunedDynamicCache, StaticCache: PrunedStaticCache}
+
+
+def check_prunable(cache: object) -> None:
+    """Raise `UnsupportedCall` for a cache class that cannot hold a pruned prompt."""
+    if cache is not None and not isinstance(cache, _PrunedCache) and type(cache) not in _PRUNED:
+        names = " or ".join(kind.__name__ for kind in _PRUNED)
+        raise UnsupportedCall(f"cache of class {type(cache).__name__}: expected {names}, or leave past_key_values out")
+
+
+def state_of(cache: object, owner: str) -> CacheState | None:
+    """The state of a pruned cache, None for any other; raises `UnsupportedCall` where another pruner made it."""
+    state = cache.pruned if isinstance(cache, _PrunedCache) else None
+    if state is not None and state.owner is not owner:
+        raise UnsupportedCall(
+            "this KV cache was built under another pruning of the model: its positions and masks belong to that one. "
+            "Start the chat again with a fresh cache"
+        )
+    return state
+
+
+def mark_pruned(cache: Cache, state: CacheState) -> None:
+    """Turn `cache` into its pruned class, in place, and give it `state`."""
+    if not isinstance(cache, _PrunedCache):
+        cache.__class__ = _PRUNED[type(cache)]
+    cache.pruned = state  # type: ignore[attr-defined]
+
+
+def physical_length(cache: Cache | None) -> int:
+    """Number of tokens stored in `cache`."""
+    if cache is None:
+        return 0
+    length = cache.physical_length() if isinstance(cache, _PrunedCache) else cache.get_seq_length()
+    if isinstance(length, int):
+        return length
+    state = getattr(cache, "pruned", None)
+    return int(length) if state is None else state.stored

@@ -1,0 +1,18 @@
+"""DivPrune: the most diverse tokens."""
+
+from __future__ import annotations
+
+from vtprune.pipeline import Pick, Pipeline
+from vtprune.stages.scorers import Constant
+from vtprune.stages.selectors import MaxMin
+
+
+def divprune() -> Pipeline:
+    """Maximise the smallest cosine distance between kept tokens, greedily, on the projected features.
+
+    Title: DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models
+    Source: arXiv 2503.02175
+    Deviations: newline tokens are kept and not counted (the authors: candidates). Distances are fp32. A chosen token
+        cannot be chosen again, also where duplicates leave no distance (the authors' code can).
+    """
+    return Pipeline(name="divprune", picks=(Pick(name="k-center", scorer=Constant(), selector=MaxMin()),))

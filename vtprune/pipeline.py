@@ -1,0 +1,143 @@
+"""A method is a value: a `Pipeline` of picks, each a scorer, debiasers and a selector. Pure: tokens in, decision out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from vtprune.errors import InvalidOption, UnsupportedCall
+from vtprune.types import Selection, VisualTokens
+
+FORMAT = 1
+
+
+class Scorer(Protocol):
+    """Scores (S, N) of tokens, higher is better. `needs` names the evidence it reads."""
+
+    @property
+    def needs(self) -> frozenset[str]: ...
+
+    def __call__(self, tokens: VisualTokens) -> Tensor: ...
+
+
+class Debiaser(Protocol):
+    """Scores (S, N) with a known bias removed."""
+
+    def __call__(self, tokens: VisualTokens, scores: Tensor) -> Tensor: ...
+
+
+class Selector(Protocol):
+    """Indices (S, k), distinct, none of them in `taken` (S, m). Scores of -inf must not be picked."""
+
+    def __call__(self, tokens: VisualTokens, scores: Tensor, k: int, taken: Tensor | None) -> Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pick:
+    """One stage of selection: it takes `share` of the budget, the last pick takes what is left."""
+
+    name: str
+    scorer: Scorer
+    selector: Selector
+    debiasers: tuple[Debiaser, ...] = ()
+    share: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pipeline:
+    """A method: its picks run one after the other, each on what the earlier ones left.
+
+    A pipeline compares, prints and stores as a value: see `to_dict` and `from_dict`.
+    """
+
+    name: str
+    picks: tuple[Pick, ...]
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Names of the evidence its scorers read."""
+        return frozenset().union(*(pick.scorer.needs for pick in self.picks))
+
+    def run(self, tokens: VisualTokens, k: int) -> Selection:
+        """Choose `k` of the `N` tokens of every row.
+
+        `tokens.evidence` may hold `protect` (S, m) indices, which are taken first (m <= k, marked -1 in `taken`), and
+        `forbid` (S, N) bool, which are never taken. Raises `UnsupportedCall` where a stage returns a wrong number of
+        tokens.
+        """
+        S = tokens.features.shape[0]
+        chosen: list[Tensor] = []
+        stage: list[Tensor] = []
+        protect = tokens.evidence.get("protect")
+        if protect is not None:
+            chosen.append(protect)
+            stage.append(torch.full_like(protect, -1))
+        left = k - sum(indices.shape[1] for indices in chosen)
+        for number, pick in enumerate(self.picks):
+            last = number == len(self.picks) - 1
+            count = left if last else min(left, int(pick.share * k + 0.5))
+            left -= count
+            if count == 0:
+                continue
+            taken = torch.cat(chosen, dim=1) if chosen else None
+            picked = self._pick(pick, tokens, count, taken)
+            if picked.shape != (S, count):
+                raise UnsupportedCall(f"{pick.name} returned {tuple(picked.shape)} indices, expected {(S, count)}")
+            chosen.append(picked)
+            stage.append(torch.full_like(picked, number))
+        if not chosen:
+            empty = torch.empty(S, 0, dtype=torch.long, device=tokens.features.device)
+            return Selection(keep=empty, taken=empty)
+        keep, order = torch.cat(chosen, dim=1).sort(dim=1)
+        return Selection(keep=keep, taken=torch.cat(stage, dim=1).gather(1, order))
+
+    def _pick(self, pick: Pick, tokens: VisualTokens, count: int, taken: Tensor | None) -> Tensor:
+        scores = pick.scorer(tokens)
+        for debiaser in pick.debiasers:
+            scores = debiaser(tokens, scores)
+        forbidden = tokens.evidence.get("forbid")
+        if forbidden is not None:
+            scores = scores.masked_fill(forbidden, float("-inf"))
+        if taken is not None:
+            scores = scores.scatter(1, taken, float("-inf"))
+        return pick.selector(tokens, scores, count, taken)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready description with everything needed to rebuild it."""
+        return {"format": FORMAT, "name": self.name, "picks": [_stage_to_dict(pick) for pick in self.picks]}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], *, stages: Mapping[str, type]) -> Pipeline:
+        """Rebuild a pipeline; `stages` maps class names to the classes that may appear in it.
+
+        Raises:
+            InvalidOption: for another format version or an unknown stage.
+        """
+        if data.get("format") != FORMAT:
+            raise InvalidOption(f"pipeline format {data.get('format')!r}: this version reads format {FORMAT}")
+        known = {**stages, "Pick": Pick}
+        return cls(name=data["name"], picks=tuple(_stage_from_dict(pick, known) for pick in data["picks"]))
+
+
+def _stage_to_dict(stage: Any) -> Any:
+    if isinstance(stage, tuple):
+        return [_stage_to_dict(item) for item in stage]
+    if hasattr(stage, "__dataclass_fields__"):
+        values = {field.name: _stage_to_dict(getattr(stage, field.name)) for field in fields(stage)}
+        return {"stage": type(stage).__name__, **values}
+    return stage
+
+
+def _stage_from_dict(data: Any, known: Mapping[str, type]) -> Any:
+    if isinstance(data, list):
+        return tuple(_stage_from_dict(item, known) for item in data)
+    if isinstance(data, Mapping):
+        name = data["stage"]
+        if name not in known:
+            raise InvalidOption(f"unknown stage {name!r}: expected one of {', '.join(sorted(known))}")
+        return known[name](**{key: _stage_from_dict(value, known) for key, value in data.items() if key != "stage"})
+    return data

@@ -1,0 +1,39 @@
+"""Position ids after a cut: kept as they are, or compacted by exactly the ids that pruning vacated. Pure."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def compact(positions: Tensor, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+    """Close the gaps that a cut opened, and only those.
+
+    An id is vacated when a token had it before and no kept token has it now, the t, h and w rows taken together. Each
+    id moves down by the number of vacated ids below it, so gaps that were there before stay, and keeping everything
+    is the identity.
+
+    Args:
+        positions: (B, L) ids, or (3, B, L) for (t, h, w).
+        before: (B, L) bool, tokens that were there (no padding).
+        after: (B, L) bool, tokens that are kept.
+
+    Returns:
+        `(new ids, shape of positions; shift (B, 1): number of vacated ids, by which later tokens move down)`.
+    """
+    rows = positions if positions.ndim == 3 else positions[None]
+    R, B, L = rows.shape
+    ids = rows.permute(1, 0, 2).reshape(B, R * L)
+    was = before.repeat(1, R)
+    stays = after.repeat(1, R)
+    padding_id = torch.iinfo(ids.dtype).max
+    ordered, order = ids.masked_fill(~was, padding_id).sort(dim=1)
+    first = torch.ones_like(ordered, dtype=torch.bool)
+    first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    group = first.cumsum(dim=1) - 1
+    occupied = torch.zeros_like(ordered).scatter_reduce_(1, group, stays.gather(1, order).to(ids.dtype), "amax")
+    vacated = first & (occupied.gather(1, group) == 0) & (ordered != padding_id)
+    below = vacated.cumsum(dim=1) - vacated.to(ids.dtype)
+    shift = torch.zeros_like(ids).scatter_(1, order, below)
+    moved = (ids - shift.masked_fill(~was, 0)).view(B, R, L).permute(1, 0, 2)
+    return (moved if positions.ndim == 3 else moved[0]), vacated.sum(dim=1, keepdim=True)

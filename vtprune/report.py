@@ -1,0 +1,210 @@
+"""What was pruned, and what it cost and saved. Tensors stay on their device until somebody asks."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtprune.types import Modality, Part
+
+DROPPED = -2
+PROTECTED = -1
+
+
+class Stopwatch:
+    """Seconds per named part: by CUDA events where the work runs on a GPU, read when asked for, else by the clock."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._open: dict[str, Any] = {}
+
+    @contextmanager
+    def measure(self, part: str, *, like: nn.Module | Tensor) -> Iterator[None]:
+        """Add the time of the block to `part`; `like` tells the device."""
+        self.start(part, like=like)
+        try:
+            yield
+        finally:
+            self.stop(part)
+
+    def start(self, part: str, *, like: nn.Module | Tensor) -> None:
+        """Begin to time `part`."""
+        device = like.device if isinstance(like, Tensor) else next(like.parameters()).device
+        self._open[part] = _cuda_event() if device.type == "cuda" else time.perf_counter()
+
+    def stop(self, part: str) -> None:
+        """Add the time since `start` to `part`; nothing where it was not started."""
+        begin = self._open.pop(part, None)
+        if begin is None:
+            return
+        if isinstance(begin, float):
+            self._seconds[part] = self._seconds.get(part, 0.0) + time.perf_counter() - begin
+        else:
+            self._events.append((part, begin, _cuda_event()))
+
+    def absorb(self, other: Stopwatch) -> None:
+        """Take over what another stopwatch measured."""
+        for part, seconds in other._seconds.items():
+            self._seconds[part] = self._seconds.get(part, 0.0) + seconds
+        self._events += other._events
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds per part; waits for the GPU where events are pending."""
+        total = dict(self._seconds)
+        for part, begin, end in self._events:
+            end.synchronize()
+            total[part] = total.get(part, 0.0) + begin.elapsed_time(end) / 1000
+        return total
+
+
+def _cuda_event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentReport:
+    """One picture or clip: `stages` (n,) says which pick took each token (-1 protected, -2 dropped)."""
+
+    row: int
+    kind: Modality
+    parts: tuple[Part, ...]
+    stages: Tensor
+
+    @property
+    def n(self) -> int:
+        """Tokens that could be pruned."""
+        return self.stages.shape[0]
+
+    @property
+    def separators(self) -> int:
+        """Newline, CLS and like tokens: always kept, counted apart."""
+        return sum(len(part.separators) for part in self.parts)
+
+    @cached_property
+    def keep(self) -> Tensor:
+        """Ascending indices of the kept tokens, on the CPU; separators are left out of the count."""
+        return (self.stages > DROPPED).nonzero()[:, 0].cpu()
+
+    @cached_property
+    def taken(self) -> Tensor:
+        """Which pick took each token of `keep` (-1: protected)."""
+        return self.stages.cpu()[self.keep]
+
+    @property
+    def k(self) -> int:
+        """Tokens kept."""
+        return len(self.keep)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        parts = [{"kind": part.kind, "grid": list(part.grid), "separators": len(part.separators)} for part in self.parts]
+        counts = {"n": self.n, "k": self.k, "separators": self.separators}
+        return {
+            "row": self.row,
+            "kind": self.kind,
+            **counts,
+            "parts": parts,
+            "keep": self.keep.tolist(),
+            "taken": self.taken.tolist(),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneReport:
+    """One prefill: what was kept of each picture, the lengths, the bytes and the seconds.
+
+    `importance` names the evidence behind attention-guided choices (`cls_attention`, `received_attention`) or is None.
+    `picks` are the names that `SegmentReport.taken` counts. `length_before` and `length_after` are real tokens per
+    row, padding left out. `kv_bytes_saved` is bytes of KV cache over all rows and layers that are not stored.
+    """
+
+    method: str
+    family: str
+    backend: str
+    positions: str
+    importance: str | None
+    picks: tuple[str, ...]
+    segments: tuple[SegmentReport, ...]
+    length_before: tuple[int, ...]
+    length_after: tuple[int, ...]
+    kv_bytes_saved: int
+    stopwatch: Stopwatch = field(compare=False, repr=False)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that could be pruned, over all segments."""
+        return sum(segment.n for segment in self.segments)
+
+    @property
+    def kept(self) -> int:
+        """Tokens kept of them."""
+        return sum(segment.k for segment in self.segments)
+
+    @property
+    def separators(self) -> int:
+        """Newline, CLS and like tokens: kept and not counted in `tokens`."""
+        return sum(segment.separators for segment in self.segments)
+
+    @property
+    def seconds(self) -> Mapping[str, float]:
+        """Measured seconds of `encode`, `layout`, `select`, `cut` and `prefill`."""
+        return self.stopwatch.seconds()
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; units: tokens, bytes, seconds."""
+        return {
+            "method": self.method,
+            "family": self.family,
+            "backend": self.backend,
+            "positions": self.positions,
+            "importance": self.importance,
+            "picks": list(self.picks),
+            "tokens": self.tokens,
+            "kept": self.kept,
+            "separators": self.separators,
+            "length_before": list(self.length_before),
+            "length_after": list(self.length_after),
+            "kv_bytes_saved": self.kv_bytes_saved,
+            "seconds": dict(self.seconds),
+            "segments": [segment.to_dict() for segment in self.segments],
+        }
+
+    def write_jsonl(self, path: str | Path) -> None:
+        """Append one line to `path`."""
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(self.to_dict()) + "\n")
+
+    def summary(self) -> str:
+        """One line for people."""
+        if not self.segments:
+            return f"{self.method}: no visual tokens in this prompt, nothing pruned"
+        pictures = f"{len(self.segments)} picture{'s' if len(self.segments) > 1 else ''}"
+        separators = f" (+{self.separators} separators)" if self.separators else ""
+        saved = f"{self.kv_bytes_saved / 2**20:.2f} MiB of KV cache saved"
+        return f"{self.method} on {self.family}: kept {self.kept} of {self.tokens} tokens{separators} of {pictures}, {saved}"
+
+
+def kv_bytes_per_token(config: Any, itemsize: int) -> int:
+    """Bytes of KV cache that one token takes over all attention layers.
+
+    Args:
+        config: the text config; layers of linear attention store no keys and count nothing.
+        itemsize: bytes of one element.
+    """
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    layers = sum("linear" not in kind for kind in kinds)
+    return 2 * heads * head_dim * layers * itemsize

@@ -1,0 +1,234 @@
+"""Listening to the vision encoder: grids and attention scores travel on the object that `get_*_features` returns.
+
+Inside `generate`, pictures are encoded before the loop and grids never reach `forward`; the returned object does.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from vtprune.adapters.base import Encoding, Family, Probe, pooled_lengths
+from vtprune.kernels import reference as kernels
+from vtprune.report import Stopwatch
+from vtprune.types import Modality
+
+CARRIED = "vtprune_encoded"
+_SIZES = {"image": ("image_grid_thw", "image_sizes"), "video": ("video_grid_thw", "image_grid_thw")}
+_PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos", "pixel_values")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """What one call of the encoder leaves for the cut. `sizes` and `scores` stay on their device.
+
+    `scores` (rows, N) are the raw probe scores, None where no probe was installed; `evidence` names them.
+    """
+
+    kind: Modality
+    lengths: tuple[int, ...]
+    stacked: bool
+    pixels: tuple[int, ...]
+    sizes: Tensor | None
+    pictures_per_prompt: Tensor | None
+    scores: Tensor | None
+    evidence: str | None
+    stopwatch: Stopwatch
+
+    def on_host(self, sizes: tuple[tuple[int, ...], ...], pictures: tuple[int, ...] | None) -> Encoding:
+        """The same as plain numbers, once the sizes are on the host."""
+        return Encoding(
+            kind=self.kind,
+            lengths=self.lengths,
+            stacked=self.stacked,
+            sizes=sizes,
+            pixels=self.pixels,
+            pictures_per_prompt=pictures,
+        )
+
+
+class EncoderTap:
+    """Wraps `get_image_features` and `get_video_features` of one model, and hooks the probes a method needs."""
+
+    def __init__(self, inner: nn.Module, family: Family) -> None:
+        self.probes: dict[Modality, Probe] = {}
+        self.on_encoded: Callable[[Encoded], None] | None = None
+        self._inner = inner
+        self._family = family
+        self.kinds: tuple[Modality, ...] = tuple(
+            kind for kind in ("image", "video") if hasattr(type(inner), f"get_{kind}_features")
+        )
+        self._handles: list[RemovableHandle] = []
+        self._projections: dict[str, Tensor] = {}
+        self._call: dict[str, Any] = {}
+        self._scores: list[Tensor] | None = None
+
+    def install(self, *, probing: bool) -> None:
+        """Wrap the feature calls; with `probing` also hook the attention named by the family's probes."""
+        for kind in self.kinds:
+            setattr(self._inner, f"get_{kind}_features", self._listening(kind))
+        if probing:
+            self.probe()
+
+    def probe(self) -> None:
+        """Hook the probes, once each."""
+        hooked: list[nn.Module] = []
+        for kind in self.kinds:
+            probe = self._family.probe(self._inner, kind)
+            if probe is None:
+                continue
+            self.probes[kind] = probe
+            if any(probe.attention is module for module in hooked):
+                continue
+            hooked.append(probe.attention)
+            self._hook(probe)
+
+    def remove(self) -> None:
+        """Undo `install`."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.probes.clear()
+        for kind in self.kinds:
+            self._inner.__dict__.pop(f"get_{kind}_features", None)
+
+    def _listening(self, kind: Modality) -> Callable[..., Any]:
+        original = getattr(self._inner, f"get_{kind}_features")
+        signature = inspect.signature(original)
+
+        @functools.wraps(original)
+        def listen(*args: Any, **kwargs: Any) -> Any:
+            if self._scores is not None:
+                return original(*args, **kwargs)
+            stopwatch = Stopwatch()
+            with stopwatch.measure("encode", like=self._inner), self._recording() as scores:
+                output = original(*args, **kwargs)
+            if getattr(output, "pooler_output", None) is not None:
+                given = signature.bind_partial(*args, **kwargs).arguments
+                given = {**given, **given.get("kwargs", {})}
+                encoded = self._encoded(kind, given, output.pooler_output, scores, stopwatch)
+                setattr(output, CARRIED, encoded)
+                if self.on_encoded is not None:
+                    self.on_encoded(encoded)
+            return output
+
+        return listen
+
+    def _encoded(
+        self, kind: Modality, given: dict[str, Any], pooled: Any, scores: list[Tensor], stopwatch: Stopwatch
+    ) -> Encoded:
+        lengths, stacked = pooled_lengths(pooled)
+        pixels = _first(given, _PIXELS[kind])
+        sizes = _first(given, _SIZES[kind])
+        pictures = given.get("batch_num_images")
+        probe = self.probes.get(kind)
+        return Encoded(
+            kind=kind,
+            lengths=lengths,
+            stacked=stacked,
+            pixels=() if pixels is None else tuple(pixels.shape),
+            sizes=None if sizes is None else torch.as_tensor(sizes),
+            pictures_per_prompt=None if pictures is None else torch.as_tensor(pictures),
+            scores=torch.cat(scores) if scores else None,
+            evidence=probe.evidence if probe and scores else None,
+            stopwatch=stopwatch,
+        )
+
+    @contextmanager
+    def _recording(self) -> Iterator[list[Tensor]]:
+        self._scores = scores = []
+        try:
+            yield scores
+        finally:
+            self._scores = None
+            self._projections.clear()
+            self._call.clear()
+
+    def _hook(self, probe: Probe) -> None:
+        names = (probe.fused,) if probe.fused else (probe.query, probe.key)
+        self._handles.append(probe.attention.register_forward_pre_hook(self._before, with_kwargs=True))
+        for name in names:
+            module = probe.attention.get_submodule(name)
+            self._handles.append(module.register_forward_hook(functools.partial(self._projected, name)))
+        self._handles.append(probe.attention.register_forward_hook(functools.partial(self._attended, probe)))
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._scores is not None:
+            self._call = dict(kwargs)
+
+    def _projected(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if self._scores is not None:
+            self._projections[name] = output.detach()
+
+    @torch.no_grad()
+    def _attended(self, probe: Probe, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._scores is None:
+            return
+        query, key = _split_heads(probe, self._projections)
+        if probe.normalise is not None:
+            query, key = probe.normalise(query, key)
+        if probe.rotate is not None:
+            query, key = probe.rotate(query, key, self._call)
+        with torch.autocast(query.device.type, enabled=False):
+            scores = kernels.attention_scores(
+                query,
+                key,
+                scale=probe.scale,
+                rows="cls" if probe.has_cls else "received",
+                segments=None if probe.segments is None else self._call[probe.segments],
+            )
+        self._scores.append(scores)
+        self._projections.clear()
+        self._call.clear()
+
+
+def _split_heads(probe: Probe, projections: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    if probe.fused:
+        joint = projections[probe.fused]
+        joint = joint.view(*joint.shape[:-1], 3, probe.heads, -1)
+        query, key = joint[..., 0, :, :], joint[..., 1, :, :]
+    else:
+        query, key = (projections[name].unflatten(-1, (probe.heads, -1)) for name in (probe.query, probe.key))
+    if query.ndim == 3:
+        query, key = query[None], key[None]
+    return query.transpose(1, 2), key.transpose(1, 2)
+
+
+def _first(given: dict[str, Any], names: tuple[str, ...]) -> Any:
+    return next((given[name] for name in names if given.get(name) is not None), None)
+
+
+def encode_once(
+    model: nn.Module, inner: nn.Module, family: Family, inputs: Mapping[str, Any], *, probing: bool
+) -> Callable[[], dict[str, Any]]:
+    """Encode the pictures of `inputs` now; each call of the result gives inputs for one `generate` that reuses them.
+
+    Where the model's forward takes no `mm_encoder_outputs`, the inputs are handed back as they are.
+    """
+    if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
+        return lambda: dict(inputs)
+    tap = EncoderTap(inner, family)
+    tap.install(probing=probing)
+    outputs, pixels = {}, set()
+    try:
+        for kind in tap.kinds:
+            encode = getattr(inner, f"get_{kind}_features")
+            given = {name: inputs[name] for name in inspect.signature(encode).parameters if name in inputs}
+            names = [name for name in _PIXELS[kind] if given.get(name) is not None]
+            if names:
+                with torch.no_grad():
+                    outputs[kind] = encode(**given, return_dict=True)
+                pixels.update(names)
+    finally:
+        tap.remove()
+    rest = {name: value for name, value in inputs.items() if name not in pixels}
+    return lambda: {**rest, "mm_encoder_outputs": {kind: copy.copy(output) for kind, output in outputs.items()}}

@@ -1,0 +1,61 @@
+"""Attention masks of a call, in any of the forms transformers pass: none, 2-D, 4-D, a dictionary of 4-D ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def first_square(mask: Any) -> Tensor | None:
+    """The 4-D mask among `mask`, or None where it is 2-D or absent."""
+    found = next((m for m in mask.values() if m is not None), None) if isinstance(mask, dict) else mask
+    return found if torch.is_tensor(found) and found.ndim == 4 else None
+
+
+def valid_tokens(mask: Any, B: int, L: int, past: int) -> Tensor | None:
+    """(B, L) bool, False at padding among the tokens of this call; None where nothing says so.
+
+    A 4-D mask tells padding by its diagonal and by what the last query may see.
+    """
+    square = first_square(mask)
+    if square is None:
+        return mask[:, -L:].bool() if torch.is_tensor(mask) else None
+    seen = square if square.dtype == torch.bool else square >= 0
+    if seen.shape[-1] < past + L:
+        return None
+    own = torch.arange(L, device=seen.device)
+    diagonal = seen[:, 0, own, own + past]
+    last = seen[:, 0, -1, past : past + L]
+    return (diagonal & last).expand(B, L)
+
+
+def cut_square(mask: Tensor, indices: Tensor, valid: Tensor, past: int, L: int) -> Tensor:
+    """A 4-D mask (B|1, 1, L, past + L or more) for the tokens at `indices` (B, K); padding is never seen."""
+    B, K = indices.shape
+    mask = mask.expand(B, *mask.shape[1:])
+    blocked = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    stored = torch.arange(past, device=indices.device).expand(B, past)
+    columns = torch.cat([stored, indices + past], dim=1)
+    rows = mask.gather(2, indices[:, None, :, None].expand(B, mask.shape[1], K, mask.shape[3]))
+    cut = rows.gather(3, columns[:, None, None].expand(B, mask.shape[1], K, past + K))
+    padding = torch.cat([torch.zeros_like(stored, dtype=torch.bool), ~valid], dim=1)
+    cut = cut.masked_fill(padding[:, None, None], blocked)
+    room = mask.shape[3] - past - L
+    return torch.nn.functional.pad(cut, (0, room + L - K), value=blocked) if room > 0 else cut
+
+
+def stored_valid(mask: Any, valid: Tensor, stored: int, new: int) -> Tensor:
+    """(B, stored) bool: which cached tokens are real; `valid` (B, P) covers the first P of them.
+
+    The tokens after those were never cut, so the end of a 2-D `mask` over the logical length speaks for them.
+    """
+    later = stored - valid.shape[1]
+    if later <= 0:
+        return valid[:, :stored]
+    if torch.is_tensor(mask) and mask.ndim == 2 and mask.shape[1] >= later + new:
+        tail = mask[:, mask.shape[1] - new - later : mask.shape[1] - new].bool()
+    else:
+        tail = valid.new_ones(valid.shape[0], later)
+    return torch.cat([valid, tail.to(valid.device)], dim=1)

@@ -1,0 +1,92 @@
+"""What a budget applies to: the visual tokens of a picture, of a part, or of a whole prompt, stacked where equal."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+
+from vtprune.types import Budget, Layout, Ordinal, Part
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A range of the tokens of one segment (separators left out of the count)."""
+
+    segment: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """Tokens that share one budget: `positions` (N,) in the prompt row, `k` of which stay."""
+
+    row: int
+    positions: np.ndarray
+    parts: tuple[Part, ...]
+    pieces: tuple[Piece, ...]
+    ordinal: Ordinal
+    k: int
+
+    @property
+    def shape(self) -> tuple[object, ...]:
+        """Units of equal shape can be stacked."""
+        return (len(self.positions), self.k, tuple((part.kind, part.grid) for part in self.parts))
+
+
+def make_units(layout: Layout, budget: Budget, seen: tuple[int, ...]) -> list[Unit]:
+    """One unit for each picture, part or prompt; `seen` counts the pictures of earlier turns per row."""
+    if budget.per == "prompt":
+        return _prompt_units(layout, budget, seen)
+    units: list[Unit] = []
+    number: dict[int, int] = defaultdict(int)
+    for index, segment in enumerate(layout.segments):
+        ordinal = seen[segment.row] + number[segment.row]
+        number[segment.row] += 1
+        if budget.per == "image":
+            pieces = (Piece(segment=index, start=0, stop=segment.tokens),)
+            units.append(_unit(layout, budget, pieces, segment.parts, Ordinal(segment=ordinal)))
+            continue
+        start = 0
+        for part_number, part in enumerate(segment.parts):
+            piece = Piece(segment=index, start=start, stop=start + part.tokens)
+            units.append(_unit(layout, budget, (piece,), (part,), Ordinal(segment=ordinal, part=part_number)))
+            start += part.tokens
+    return units
+
+
+def _prompt_units(layout: Layout, budget: Budget, seen: tuple[int, ...]) -> list[Unit]:
+    rows: dict[int, list[int]] = defaultdict(list)
+    for index, segment in enumerate(layout.segments):
+        rows[segment.row].append(index)
+    units = []
+    for row, indices in rows.items():
+        pieces = tuple(Piece(segment=index, start=0, stop=layout.segments[index].tokens) for index in indices)
+        parts = tuple(part for index in indices for part in layout.segments[index].parts)
+        units.append(_unit(layout, budget, pieces, parts, Ordinal(segment=seen[row])))
+    return units
+
+
+def _unit(
+    layout: Layout, budget: Budget, pieces: tuple[Piece, ...], parts: tuple[Part, ...], ordinal: Ordinal
+) -> Unit:
+    positions = np.concatenate([candidates(layout, piece) for piece in pieces])
+    return Unit(
+        row=layout.segments[pieces[0].segment].row,
+        positions=positions,
+        parts=parts,
+        pieces=pieces,
+        ordinal=ordinal,
+        k=budget.resolve(len(positions)),
+    )
+
+
+def candidates(layout: Layout, piece: Piece) -> np.ndarray:
+    """Prompt positions of the tokens of a piece."""
+    segment = layout.segments[piece.segment]
+    offsets = np.concatenate([part.candidates for part in segment.parts])
+    return segment.positions[offsets[piece.start : piece.stop]]
+
+
