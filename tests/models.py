@@ -111,7 +111,7 @@ def inputs(
     return batch | _padded(rows, types=name in QWEN)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _reference(name: str) -> nn.Module:
     return build(name, layers=1)
 
@@ -260,7 +260,11 @@ def _config(name: str, layers: int, options: dict[str, Any]) -> dict[str, Any]:
     elif name == "internvl":
         config = {
             "vision_config": vision_config(
-                "internvl_vision", patch_size=QWEN_PATCH, use_qk_norm=True, norm_type="rms_norm", layer_scale_init_value=1.0
+                "internvl_vision",
+                patch_size=QWEN_PATCH,
+                use_qk_norm=True,
+                norm_type="rms_norm",
+                layer_scale_init_value=1.0,
             ),
             "text_config": text_config("qwen2", layers),
             "tie_word_embeddings": False,
