@@ -14,10 +14,10 @@ _HOMES = {
     "wrap": "vtprune.api",
     "unwrap": "vtprune.api",
     "pruning": "vtprune.api",
-    "compare": "vtprune.api",
-    "list_methods": "vtprune.api",
-    "list_families": "vtprune.api",
-    "describe": "vtprune.api",
+    "compare": "vtprune.comparing",
+    "list_methods": "vtprune.catalog",
+    "list_families": "vtprune.catalog",
+    "describe": "vtprune.catalog",
     "load_tiny": "vtprune.tiny",
     "Pick": "vtprune.pipeline",
     "Pipeline": "vtprune.pipeline",
@@ -25,10 +25,26 @@ _HOMES = {
     "VtpruneError": "vtprune.errors",
 }
 
-__all__ = ["__version__", *_HOMES]
+__all__ = [
+    "Pick",
+    "Pipeline",
+    "PruneReport",
+    "VtpruneError",
+    "__version__",
+    "compare",
+    "describe",
+    "list_families",
+    "list_methods",
+    "load_tiny",
+    "pruning",
+    "unwrap",
+    "wrap",
+]
 
 if TYPE_CHECKING:
-    from vtprune.api import compare, describe, list_families, list_methods, pruning, unwrap, wrap
+    from vtprune.api import pruning, unwrap, wrap
+    from vtprune.catalog import describe, list_families, list_methods
+    from vtprune.comparing import compare
     from vtprune.errors import VtpruneError
     from vtprune.pipeline import Pick, Pipeline
     from vtprune.report import PruneReport

@@ -94,6 +94,11 @@ class Layout:
         """Prompt length `L`, padding included."""
         return self.valid.shape[1]
 
+    @cached_property
+    def row_lengths(self) -> tuple[int, ...]:
+        """Real tokens per row, padding left out."""
+        return tuple(int(length) for length in self.valid.sum(axis=1))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ordinal:

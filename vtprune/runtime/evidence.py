@@ -1,4 +1,4 @@
-"""Evidence for one call: encoder scores mapped to tokens, and what the user gave with `using(...)`."""
+"""Evidence that the user gives for one call with `using(...)`: scores, and tokens to force in or out."""
 
 from __future__ import annotations
 
@@ -6,53 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from vtprune.adapters.base import Encoding, Family
-from vtprune.errors import InvalidOption, MissingEvidence, UnsupportedCall
-from vtprune.runtime.encoder import Encoded
+from vtprune.errors import InvalidOption, UnsupportedCall
 from vtprune.runtime.units import Unit
 from vtprune.types import Layout, Segment
 
 _FORCED = ("protect", "forbid")
 FROM_ENCODER = frozenset({"importance", "cls_attention", "received_attention"})
-
-
-def encoder_scores(
-    layout: Layout,
-    encodings: Mapping[str, Encoding],
-    encoded: Mapping[str, Encoded],
-    family: Family,
-    inner: nn.Module,
-) -> list[Tensor]:
-    """One 1-D tensor of scores per segment, separators left out."""
-    mapped: dict[str, list[Tensor]] = {}
-    for kind, encoding in encodings.items():
-        raw = encoded[kind].scores
-        if raw is None:
-            raise MissingEvidence(
-                f"the {kind} features of this call were encoded without a probe: encode them while the model is "
-                "wrapped with this method, or pass the pixels"
-            )
-        mapped[kind] = family.scores(inner, raw, encoding)
-    return [_of_segment(segment, mapped[segment.kind]) for segment in layout.segments]
-
-
-def _of_segment(segment: Segment, mapped: Sequence[Tensor]) -> Tensor:
-    pieces = [mapped[entry] for entry in segment.entries]
-    scores = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-    if segment.separators == 0:
-        return scores
-    offsets = np.concatenate([part.candidates for part in segment.parts])
-    return scores[torch.from_numpy(offsets).to(scores.device)]
-
-
-def of_units(units: list[Unit], per_segment: Sequence[Tensor]) -> Tensor:
-    """Scores (S, N) of stacked units, cut from scores per segment."""
-    rows = [torch.cat([per_segment[p.segment][p.start : p.stop] for p in unit.pieces]) for unit in units]
-    return torch.stack(rows)
 
 
 @dataclass(frozen=True, kw_only=True)

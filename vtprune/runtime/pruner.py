@@ -1,6 +1,6 @@
-"""`Pruner`: the hooks on one model, and the bookkeeping from prefill to the last decoded token.
+"""`Pruner`: the hooks on one model, from prefill to the last decoded token.
 
-A call flows base model (remember the ids) -> encoder (`EncoderTap`) -> language model (decide, cut, run short, give the
+A call flows base model (remember the ids) -> encoder (`EncoderTap`) -> language model (read, decide, shorten, give the
 caller's length back) -> cache (remember what decoding must know). Nothing flows back.
 """
 
@@ -11,7 +11,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
@@ -22,20 +22,14 @@ from vtprune.adapters.base import Family, language_model, placeholder_ids
 from vtprune.cache import CacheState, check_prunable, mark_pruned, physical_length, state_of
 from vtprune.errors import UnsupportedCall
 from vtprune.pipeline import Pipeline
-from vtprune.report import PruneReport, SegmentReport, Stopwatch, kv_bytes_per_token
+from vtprune.report import PruneReport, Stopwatch
 from vtprune.runtime import masks
+from vtprune.runtime.decide import Decision, decide
 from vtprune.runtime.encoder import CARRIED, Encoded, EncoderTap
 from vtprune.runtime.evidence import FROM_ENCODER, Given
-from vtprune.runtime.prefill import (
-    Cut,
-    Decision,
-    cut_deepstack,
-    cut_mask,
-    cut_positions,
-    decide,
-    plan_cut,
-    read_layout,
-)
+from vtprune.runtime.reading import Prompt, read_prompt
+from vtprune.runtime.reporting import report_of
+from vtprune.runtime.shorten import Scheme, Shortened, resume, shorten
 from vtprune.types import Budget, Layout, Modality
 
 
@@ -49,10 +43,8 @@ class _Call:
     encoded: dict[Modality, Encoded]
     prefill: bool
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
-    cut: Cut | None = None
-    next_state: CacheState | None = None
     entered: CacheState | None = None
-    rotary_positions: Tensor | None = None
+    short: Shortened | None = None
 
 
 class Pruner:
@@ -130,7 +122,12 @@ class Pruner:
         assert lm is not None
         self._tap.install(probing=bool(self.pipeline.needs & FROM_ENCODER) and not self.budget.keeps_all)
         rotary = getattr(lm, "rotary_emb", None)
-        self._has_rotary = isinstance(rotary, nn.Module)
+        self._scheme = Scheme(
+            owner=self._owner,
+            compact=self.positions == "compact",
+            mrope=self.family.mrope,
+            rotary=isinstance(rotary, nn.Module),
+        )
         self._handles += [
             self._inner.register_forward_pre_hook(self._before_base, with_kwargs=True),
             self._inner.register_forward_hook(self._after_base, with_kwargs=True, always_call=True),
@@ -212,8 +209,8 @@ class Pruner:
         else:
             self._check_no_hidden_pictures(call)
             if call.prefill:
-                self._publish_empty(call, embeds)
-            changed = None if state is None else self._continue(call, given, state)
+                self._publish(call, None, None, embeds)
+            changed = None if state is None else resume(given, state)
         if state is not None:
             state.entered = True
             call.entered = state
@@ -230,38 +227,41 @@ class Pruner:
     def _prefill(self, call: _Call, given: dict[str, Any], state: CacheState | None) -> dict[str, Any] | None:
         embeds, cache = given["inputs_embeds"], given.get("past_key_values")
         check_prunable(cache)
-        past = physical_length(cache)
         B, L = embeds.shape[:2]
         with call.stopwatch.measure("layout", like=embeds):
-            layout, encodings = self._layout(call, B, L, past)
-        seen = _pictures_seen(state, B)
+            prompt = self._read(call, B, L, physical_length(cache))
+        seen = state.pictures if state is not None else (0,) * B
         with call.stopwatch.measure("select", like=embeds):
             decision = decide(
-                pipeline=self.pipeline,
-                budget=self.budget,
-                layout=layout,
-                embeds=embeds,
-                encodings=encodings,
-                encoded=call.encoded,
-                family=self.family,
-                inner=self._inner,
-                given=self._given,
-                seen=seen,
+                prompt, embeds, pipeline=self.pipeline, budget=self.budget, given=self._given, seen=seen
             )
-        before = tuple(int(length) for length in layout.valid.sum(axis=1))
-        self._publish(call, layout, decision, before, embeds)
-        if decision.row_lengths == before and not self._always_cut:
-            return None if state is None else self._continue(call, given, state, pictures=_count(layout, seen))
+        self._publish(call, prompt, decision, embeds)
+        pictures = _count(prompt.layout, seen)
+        if decision.row_lengths == prompt.layout.row_lengths and not self._always_cut:
+            if state is None:
+                return None
+            state.pictures = pictures
+            return resume(given, state)
         with call.stopwatch.measure("cut", like=embeds):
-            return self._cut(call, given, layout, decision, state, past, _count(layout, seen))
+            call.short = shorten(
+                given,
+                layout=prompt.layout,
+                decision=decision,
+                state=state,
+                pictures=pictures,
+                scheme=self._scheme,
+            )
+        return call.short.arguments
 
-    def _layout(self, call: _Call, B: int, L: int, past: int) -> tuple[Layout, dict[Modality, Any]]:
-        ids = call.ids if call.ids is not None else self._ids_from_embeds(call)
-        valid = masks.valid_tokens(call.mask, B, L, past)
-        layout, encodings = read_layout(
-            ids=ids, valid=valid, encoded=call.encoded, tokens=self._tokens, family=self.family, inner=self._inner
+    def _read(self, call: _Call, B: int, L: int, past: int) -> Prompt:
+        return read_prompt(
+            ids=call.ids if call.ids is not None else self._ids_from_embeds(call),
+            valid=masks.valid_tokens(call.mask, B, L, past),
+            encoded=call.encoded,
+            tokens=self._tokens,
+            family=self.family,
+            inner=self._inner,
         )
-        return layout, encodings
 
     def _ids_from_embeds(self, call: _Call) -> Tensor:
         embeds = call.embeds
@@ -274,106 +274,11 @@ class Pruner:
                 ids = ids.masked_fill((embeds == row).all(dim=-1), token)
         return ids
 
-    def _cut(
-        self,
-        call: _Call,
-        given: dict[str, Any],
-        layout: Layout,
-        decision: Decision,
-        state: CacheState | None,
-        past: int,
-        pictures: tuple[int, ...],
-    ) -> dict[str, Any]:
-        embeds, cache, mask = given["inputs_embeds"], given.get("past_key_values"), given.get("attention_mask")
-        B, L = embeds.shape[:2]
-        cut = plan_cut(decision, layout)
-        before = torch.from_numpy(layout.valid).to(embeds.device)
-        positions = self._incoming_positions(given, state, past)
-        new, shift = cut_positions(positions, cut, before, compact=self.positions == "compact")
-        stored = self._stored(mask, state, past, L, B, embeds.device)
-        uneven = any(length != decision.size for length in decision.row_lengths)
-        past_padded = state.padded if state is not None else past > 0 and torch.is_tensor(mask)
-        padded = uneven or past_padded
-        changed = dict(given)
-        changed["inputs_embeds"] = embeds.gather(1, cut.indices[..., None].expand(-1, -1, embeds.shape[-1]))
-        changed["attention_mask"] = cut_mask(
-            mask, cut, stored=stored, past=past, padded=padded, optional=cache is not None or self._has_rotary
-        )
-        changed["position_ids"] = self._outgoing_positions(call, new, cut, past)
-        cut_deepstack(changed, cut, layout, decision)
-        call.cut = replace(cut, shift=shift)
-        old_shift = state.shift if state is not None else None
-        call.next_state = CacheState(
-            owner=self._owner,
-            removed=(state.removed if state else 0) + L - decision.size,
-            stored=past + decision.size,
-            valid=cut.valid if stored is None else torch.cat([stored, cut.valid], dim=1),
-            padded=padded,
-            shift=shift if old_shift is None else old_shift + (0 if shift is None else shift),
-            pictures=pictures,
-        )
-        return changed
-
-    def _incoming_positions(self, given: dict[str, Any], state: CacheState | None, past: int) -> Tensor:
-        embeds, positions = given["inputs_embeds"], given.get("position_ids")
-        if positions is None:
-            logical = past + (state.removed if state is not None else 0)
-            positions = torch.arange(embeds.shape[1], device=embeds.device)[None] + logical
-        if state is not None and state.shift is not None:
-            positions = positions - state.shift
-        return positions
-
-    def _outgoing_positions(self, call: _Call, new: Tensor, cut: Cut, past: int) -> Tensor:
-        """Ids for the language model: masks and packing detection see a contiguous count, the rotary the real ids."""
-        contiguous = (cut.valid.cumsum(dim=1) - 1).clamp(min=0) + past
-        if new.ndim == 2 and self.family.mrope:
-            return torch.stack([contiguous, new, new, new])
-        if new.ndim == 3 and new.shape[0] == 4:
-            return torch.cat([contiguous[None], new[1:]])
-        if new.ndim == 2 and self._has_rotary:
-            call.rotary_positions = new
-            return contiguous
-        return new
-
-    @staticmethod
-    def _stored(
-        mask: Any, state: CacheState | None, past: int, new: int, B: int, device: torch.device
-    ) -> Tensor | None:
-        if past == 0:
-            return None
-        if state is not None:
-            return masks.stored_valid(mask, state.valid, past, new)
-        if torch.is_tensor(mask) and mask.ndim == 2 and mask.shape[1] == past + new:
-            return mask[:, :past].bool()
-        return torch.ones(B, past, dtype=torch.bool, device=device)
-
-    def _continue(
-        self, call: _Call, given: dict[str, Any], state: CacheState, pictures: tuple[int, ...] | None = None
-    ) -> dict[str, Any]:
-        """A later call on a pruned cache: its mask counts stored tokens, its positions skip the vacated ids."""
-        embeds, mask = given["inputs_embeds"], given.get("attention_mask")
-        B, new = embeds.shape[:2]
-        stored = physical_length(given["past_key_values"])
-        changed = dict(given)
-        positions = self._incoming_positions(given, state, stored)
-        changed["position_ids"] = positions.expand(*positions.shape[:-2], B, new)
-        flat = torch.is_tensor(mask) and mask.ndim == 2
-        state.padded = state.padded or (new > 1 and flat)
-        state.stored = stored + new
-        state.pictures = pictures or state.pictures
-        if not state.padded:
-            changed["attention_mask"] = None
-            return changed
-        known = masks.stored_valid(mask, state.valid, stored, new)
-        fresh = mask[:, -new:].bool() if flat else known.new_ones(B, new)
-        changed["attention_mask"] = torch.cat([known, fresh.to(known.device)], dim=1).long()
-        return changed
-
     @torch.compiler.disable
     def _before_rotary(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        positions = None if self._call is None else self._call.rotary_positions
+        positions = None if self._call is None or self._call.short is None else self._call.short.rotary_positions
         if positions is None:
             return None
         if "position_ids" in kwargs:
@@ -385,55 +290,28 @@ class Pruner:
         call = self._call
         if call is None:
             return None
-        call.rotary_positions = None
+        short, call.short = call.short, None
         call.stopwatch.stop("prefill")
         if call.entered is not None:
             call.entered.entered = False
-        if output is None or call.cut is None:
+        if output is None or short is None:
             return None
-        if output.past_key_values is not None and call.next_state is not None:
+        if output.past_key_values is not None:
             check_prunable(output.past_key_values)
-            mark_pruned(output.past_key_values, call.next_state)
-        output.last_hidden_state = call.cut.restore(output.last_hidden_state)
+            mark_pruned(output.past_key_values, short.state)
+        output.last_hidden_state = short.cut.restore(output.last_hidden_state)
         return output
 
-    def _publish(
-        self, call: _Call, layout: Layout, decision: Decision, before: tuple[int, ...], embeds: Tensor
-    ) -> None:
-        config = self._inner.config.get_text_config()  # type: ignore[union-attr, operator]
-        for encoded in call.encoded.values():
-            call.stopwatch.absorb(encoded.stopwatch)
-        segments = tuple(
-            SegmentReport(row=segment.row, kind=segment.kind, parts=segment.parts, stages=stages)
-            for segment, stages in zip(layout.segments, decision.stages, strict=True)
-        )
-        removed = sum(before) - sum(decision.row_lengths)
-        self._record(call, segments, before, decision.row_lengths, removed * kv_bytes_per_token(config, embeds.itemsize))
-
-    def _publish_empty(self, call: _Call, embeds: Tensor) -> None:
-        B, L = embeds.shape[:2]
-        self._record(call, (), (L,) * B, (L,) * B, 0)
-
-    def _record(
-        self,
-        call: _Call,
-        segments: tuple[SegmentReport, ...],
-        before: tuple[int, ...],
-        after: tuple[int, ...],
-        kv_bytes_saved: int,
-    ) -> None:
-        sources = {e.evidence for e in call.encoded.values() if e.evidence and self.pipeline.needs & FROM_ENCODER}
-        report = PruneReport(
-            method=self.method,
+    def _publish(self, call: _Call, prompt: Prompt | None, decision: Decision | None, embeds: Tensor) -> None:
+        report = report_of(
+            prompt,
+            decision,
+            embeds,
+            pipeline=self.pipeline,
             family=self.family.name,
             backend=self.backend,
             positions=self.positions,
-            importance=", ".join(sorted(sources)) or None,
-            picks=tuple(pick.name for pick in self.pipeline.picks),
-            segments=segments,
-            length_before=before,
-            length_after=after,
-            kv_bytes_saved=kv_bytes_saved,
+            config=self._inner.config.get_text_config(),  # type: ignore[union-attr, operator]
             stopwatch=call.stopwatch,
         )
         self.history.append(report)
@@ -451,10 +329,6 @@ def _bind(
     given.pop("self", None)
     extra = given.pop("kwargs", {})
     return {**given, **extra}
-
-
-def _pictures_seen(state: CacheState | None, B: int) -> tuple[int, ...]:
-    return state.pictures if state is not None else (0,) * B
 
 
 def _count(layout: Layout, seen: tuple[int, ...]) -> tuple[int, ...]:

@@ -43,7 +43,7 @@ class Random:
 
     def __call__(self, tokens: VisualTokens, scores: Tensor, k: int, taken: Tensor | None) -> Tensor:
         N = scores.shape[1]
-        draw = torch.stack([self._draw(ordinal, N) for ordinal in tokens.ordinals]).to(scores.device)
+        draw = torch.stack([self._draw(ordinal, N) for ordinal in tokens.ordinals]).to(scores.device, non_blocking=True)
         return kernels.top_select(draw.masked_fill(scores == float("-inf"), float("-inf")), k)
 
     def _draw(self, ordinal: Ordinal, N: int) -> Tensor:

@@ -1,0 +1,87 @@
+"""Reading a prompt: which tokens are visual, what the encoder said about them. The one wait for the device is here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vtprune.adapters.base import Encoding, Family
+from vtprune.adapters.layout import build_layout
+from vtprune.errors import MissingEvidence
+from vtprune.runtime.encoder import Encoded
+from vtprune.types import Layout, Modality, Segment
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """The visual side of a prefill: its layout, and what was encoded for it."""
+
+    layout: Layout
+    encodings: Mapping[Modality, Encoding]
+    encoded: Mapping[Modality, Encoded]
+    family: Family
+    inner: nn.Module
+
+    def encoder_scores(self, device: torch.device) -> list[Tensor]:
+        """One 1-D tensor of scores per segment, separators left out; raises `MissingEvidence` without a probe."""
+        mapped: dict[Modality, list[Tensor]] = {}
+        for kind, encoding in self.encodings.items():
+            raw = self.encoded[kind].scores
+            if raw is None:
+                raise MissingEvidence(
+                    f"the {kind} features of this call were encoded without a probe: encode them while the model is "
+                    "wrapped with this method, or pass the pixels"
+                )
+            mapped[kind] = self.family.scores(self.inner, raw, encoding)
+        return [_of_segment(segment, mapped[segment.kind]).to(device) for segment in self.layout.segments]
+
+
+def read_prompt(
+    *,
+    ids: Tensor,
+    valid: Tensor | None,
+    encoded: Mapping[Modality, Encoded],
+    tokens: Mapping[Modality, tuple[int, ...]],
+    family: Family,
+    inner: nn.Module,
+) -> Prompt:
+    """Bring ids (B, L), mask and sizes to the host in one copy, and lay the pictures out.
+
+    Raises:
+        UnsupportedCall: where placeholders and features do not match.
+    """
+    wanted: list[Tensor] = [ids] + ([] if valid is None else [valid])
+    for entry in encoded.values():
+        wanted += [t for t in (entry.sizes, entry.pictures_per_prompt) if t is not None]
+    arrays = iter(_to_host(wanted))
+    host_ids = next(arrays)
+    host_valid = np.ones(host_ids.shape, dtype=bool) if valid is None else next(arrays).astype(bool)
+    encodings: dict[Modality, Encoding] = {}
+    for kind, entry in encoded.items():
+        sizes = () if entry.sizes is None else tuple(tuple(int(x) for x in row) for row in next(arrays))
+        pictures = None if entry.pictures_per_prompt is None else tuple(int(x) for x in next(arrays).reshape(-1))
+        encodings[kind] = entry.on_host(sizes, pictures)
+    layout = build_layout(
+        ids=host_ids, valid=host_valid, tokens=tokens, encodings=encodings, family=family, inner=inner
+    )
+    return Prompt(layout=layout, encodings=encodings, encoded=encoded, family=family, inner=inner)
+
+
+def _to_host(tensors: list[Tensor]) -> list[np.ndarray]:
+    device = tensors[0].device
+    flat = torch.cat([tensor.reshape(-1).to(device, torch.int64) for tensor in tensors]).cpu().numpy()
+    ends = np.cumsum([tensor.numel() for tensor in tensors])
+    return [part.reshape(t.shape) for part, t in zip(np.split(flat, ends[:-1]), tensors, strict=True)]
+
+
+def _of_segment(segment: Segment, mapped: list[Tensor]) -> Tensor:
+    pieces = [mapped[entry] for entry in segment.entries]
+    scores = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    if segment.separators == 0:
+        return scores
+    offsets = np.concatenate([part.candidates for part in segment.parts])
+    return scores[torch.from_numpy(offsets).to(scores.device, non_blocking=True)]

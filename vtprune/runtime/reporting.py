@@ -1,0 +1,55 @@
+"""Writing the report of a prefill."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from vtprune.pipeline import Pipeline
+from vtprune.report import PruneReport, SegmentReport, Stopwatch, kv_bytes_per_token
+from vtprune.runtime.decide import Decision
+from vtprune.runtime.evidence import FROM_ENCODER
+from vtprune.runtime.reading import Prompt
+
+
+def report_of(
+    prompt: Prompt | None,
+    decision: Decision | None,
+    embeds: Tensor,
+    *,
+    pipeline: Pipeline,
+    family: str,
+    backend: str,
+    positions: str,
+    config: Any,
+    stopwatch: Stopwatch,
+) -> PruneReport:
+    """The report of a prefill; without a prompt and a decision, that of one without pictures."""
+    B, L = embeds.shape[:2]
+    before = after = (L,) * B
+    segments: tuple[SegmentReport, ...] = ()
+    sources: set[str] = set()
+    if prompt is not None and decision is not None:
+        before, after = prompt.layout.row_lengths, decision.row_lengths
+        segments = tuple(
+            SegmentReport(row=segment.row, kind=segment.kind, parts=segment.parts, stages=stages)
+            for segment, stages in zip(prompt.layout.segments, decision.stages, strict=True)
+        )
+        if pipeline.needs & FROM_ENCODER:
+            sources = {entry.evidence for entry in prompt.encoded.values() if entry.evidence}
+        for entry in prompt.encoded.values():
+            stopwatch.absorb(entry.stopwatch)
+    return PruneReport(
+        method=pipeline.name,
+        family=family,
+        backend=backend,
+        positions=positions,
+        importance=", ".join(sorted(sources)) or None,
+        picks=tuple(pick.name for pick in pipeline.picks),
+        segments=segments,
+        length_before=before,
+        length_after=after,
+        kv_bytes_saved=(sum(before) - sum(after)) * kv_bytes_per_token(config, embeds.itemsize),
+        stopwatch=stopwatch,
+    )

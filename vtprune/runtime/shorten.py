@@ -1,0 +1,208 @@
+"""The inputs of the language model, shortened by a cut, or mended for a cache that an earlier cut shortened."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtprune import positions as position_ids
+from vtprune.cache import CacheState, physical_length
+from vtprune.errors import UnsupportedCall
+from vtprune.kernels import reference as kernels
+from vtprune.runtime import masks
+from vtprune.runtime.decide import Decision
+from vtprune.types import Layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """How a model counts: whether ids are compacted, whether they are (t, h, w), and whether its rotary is hooked."""
+
+    owner: str
+    compact: bool
+    mrope: bool
+    rotary: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """Where the rows of the short sequence come from: `indices`, `valid` (B, K); `kept` (B, L) is the decision."""
+
+    indices: Tensor
+    valid: Tensor
+    kept: Tensor
+    left_padded: bool
+
+    def restore(self, hidden: Tensor) -> Tensor:
+        """Hidden states (B, K, D) at the caller's length (B, L, D): each dropped token repeats the kept one before."""
+        source = self.kept.cumsum(dim=1) - 1
+        if self.left_padded:
+            source = source + (self.indices.shape[1] - self.kept.sum(dim=1, keepdim=True))
+        return kernels.cut_sequence(hidden, source.clamp(min=0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shortened:
+    """A short call: its arguments, its cut, what the rotary embedding must see, and the state for the cache."""
+
+    arguments: dict[str, Any]
+    cut: Cut
+    rotary_positions: Tensor | None
+    state: CacheState
+
+
+def shorten(
+    given: Mapping[str, Any],
+    *,
+    layout: Layout,
+    decision: Decision,
+    state: CacheState | None,
+    pictures: tuple[int, ...],
+    scheme: Scheme,
+) -> Shortened:
+    """Cut embeddings, position ids, mask and deepstack rows together; `state` is that of the cache so far."""
+    embeds, cache, mask = given["inputs_embeds"], given.get("past_key_values"), given.get("attention_mask")
+    B, L = embeds.shape[:2]
+    past = physical_length(cache)
+    cut = _plan(decision, layout)
+    real = torch.from_numpy(layout.valid).to(embeds.device)
+    positions = _incoming_positions(given, state, past)
+    new, shift = _cut_positions(positions, cut, real, compact=scheme.compact)
+    stored = _stored(mask, state, past, L, B, embeds.device)
+    uneven = any(length != decision.size for length in decision.row_lengths)
+    padded = uneven or (state.padded if state is not None else past > 0 and torch.is_tensor(mask))
+    seen, rotary_positions = _outgoing_positions(new, cut, past, scheme)
+    arguments = dict(given)
+    arguments["inputs_embeds"] = kernels.cut_sequence(embeds, cut.indices)
+    arguments["position_ids"] = seen
+    optional = not padded and (cache is not None or scheme.rotary)
+    arguments["attention_mask"] = _cut_mask(mask, cut, stored=stored, past=past, optional=optional)
+    _cut_deepstack(arguments, cut, layout, decision)
+    next_state = CacheState(
+        owner=scheme.owner,
+        removed=(state.removed if state is not None else 0) + L - decision.size,
+        stored=past + decision.size,
+        valid=cut.valid if stored is None else torch.cat([stored, cut.valid], dim=1),
+        padded=padded,
+        shift=_add_shifts(None if state is None else state.shift, shift),
+        pictures=pictures,
+    )
+    return Shortened(arguments=arguments, cut=cut, rotary_positions=rotary_positions, state=next_state)
+
+
+def resume(given: Mapping[str, Any], state: CacheState) -> dict[str, Any]:
+    """A later call on a pruned cache, nothing cut in it: masks count stored tokens, ids skip the vacated ones."""
+    embeds, mask = given["inputs_embeds"], given.get("attention_mask")
+    B, new = embeds.shape[:2]
+    stored = physical_length(given["past_key_values"])
+    positions = _incoming_positions(given, state, stored)
+    flat = torch.is_tensor(mask) and mask.ndim == 2
+    state.padded = state.padded or (new > 1 and flat)
+    state.stored = stored + new
+    arguments = {**given, "position_ids": positions.expand(*positions.shape[:-2], B, new), "attention_mask": None}
+    if state.padded:
+        known = masks.stored_valid(mask, state.valid, stored, new)
+        fresh = mask[:, -new:].bool() if flat else known.new_ones(B, new)
+        arguments["attention_mask"] = torch.cat([known, fresh.to(known.device)], dim=1).long()
+    return arguments
+
+
+def _plan(decision: Decision, layout: Layout) -> Cut:
+    """Row indices of a decision; padding goes to the side where the prompt has it, left by default."""
+    left = bool(layout.valid[:, -1].all())
+    indices, valid = kernels.kept_indices(decision.kept, decision.size, left_padded=left)
+    return Cut(indices=indices, valid=valid, kept=decision.kept, left_padded=left)
+
+
+def _incoming_positions(given: Mapping[str, Any], state: CacheState | None, past: int) -> Tensor:
+    embeds, positions = given["inputs_embeds"], given.get("position_ids")
+    if positions is None:
+        logical = past + (state.removed if state is not None else 0)
+        positions = torch.arange(embeds.shape[1], device=embeds.device)[None] + logical
+    if state is not None and state.shift is not None:
+        positions = positions - state.shift
+    return positions
+
+
+def _cut_positions(positions: Tensor, cut: Cut, real: Tensor, *, compact: bool) -> tuple[Tensor, Tensor | None]:
+    """Position ids (..., B, K) of the kept tokens and, where compacted, the shift (B, 1) of later ones.
+
+    `positions` is (B, L), (3, B, L), or (4, B, L), whose row 0 counts text tokens and takes no part in compaction.
+    """
+    positions = positions.expand(*positions.shape[:-2], cut.indices.shape[0], positions.shape[-1])
+    shift = None
+    if compact:
+        counted = positions.ndim == 3 and positions.shape[0] == 4
+        moved, shift = position_ids.compact(positions[1:] if counted else positions, real, cut.kept)
+        positions = torch.cat([positions[:1], moved]) if counted else moved
+    return positions.gather(-1, cut.indices.expand(*positions.shape[:-1], -1)), shift
+
+
+def _outgoing_positions(new: Tensor, cut: Cut, past: int, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
+    """Ids for the language model and, apart from them, for its rotary embedding.
+
+    Gaps in the ids would be read as packed sequences, so the model counts contiguously and the rotary is told the ids.
+    """
+    contiguous = (cut.valid.cumsum(dim=1) - 1).clamp(min=0) + past
+    if new.ndim == 2 and scheme.mrope:
+        return torch.stack([contiguous, new, new, new]), None
+    if new.ndim == 3 and new.shape[0] == 4:
+        return torch.cat([contiguous[None], new[1:]]), None
+    if new.ndim == 2 and scheme.rotary:
+        return contiguous, new
+    return new, None
+
+
+def _stored(
+    mask: Any, state: CacheState | None, past: int, new: int, B: int, device: torch.device
+) -> Tensor | None:
+    """(B, past) bool, which cached tokens are real; None where nothing is cached."""
+    if past == 0:
+        return None
+    if state is not None:
+        return masks.stored_valid(mask, state.valid, past, new)
+    if torch.is_tensor(mask) and mask.ndim == 2 and mask.shape[1] == past + new:
+        return mask[:, :past].bool()
+    return torch.ones(B, past, dtype=torch.bool, device=device)
+
+
+def _cut_mask(mask: Any, cut: Cut, *, stored: Tensor | None, past: int, optional: bool) -> Any:
+    """The attention mask of the short call in the form the caller used; `optional` allows to leave it out."""
+    if masks.first_square(mask) is None:
+        if optional:
+            return None
+        return (cut.valid if stored is None else torch.cat([stored, cut.valid], dim=1)).long()
+    L = cut.kept.shape[1]
+    if isinstance(mask, dict):
+        return {
+            name: square if square is None else masks.cut_square(square, cut.indices, cut.valid, past, L)
+            for name, square in mask.items()
+        }
+    return masks.cut_square(mask, cut.indices, cut.valid, past, L)
+
+
+def _cut_deepstack(arguments: dict[str, Any], cut: Cut, layout: Layout, decision: Decision) -> None:
+    """Shorten the rows that some models add to hidden states at visual positions (`deepstack_visual_embeds`)."""
+    visual = arguments.get("visual_pos_masks")
+    if visual is None:
+        return
+    rows = sum(len(segment.positions) for segment in layout.segments)
+    dropped = sum(layout.row_lengths) - sum(decision.row_lengths)
+    embeds = arguments["deepstack_visual_embeds"]
+    if any(layer.shape[0] != rows for layer in embeds):
+        raise UnsupportedCall(f"deepstack rows {[layer.shape[0] for layer in embeds]}: expected {rows} for each layer")
+    visual = visual.to(cut.kept.device)
+    flat, _ = kernels.kept_indices(visual.reshape(1, -1), rows)
+    order, _ = kernels.kept_indices(cut.kept.reshape(-1)[flat], rows - dropped)
+    arguments["deepstack_visual_embeds"] = [layer.index_select(0, order[0].to(layer.device)) for layer in embeds]
+    arguments["visual_pos_masks"] = visual.gather(1, cut.indices) & cut.valid
+
+
+def _add_shifts(old: Tensor | None, new: Tensor | None) -> Tensor | None:
+    if old is None or new is None:
+        return new if old is None else old
+    return old + new

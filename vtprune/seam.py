@@ -1,0 +1,57 @@
+"""Where a model can be hooked: the base model whose language model receives the merged embeddings."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from vtprune.adapters import FAMILIES
+from vtprune.adapters.base import language_model, placeholder_ids
+from vtprune.errors import UnsupportedModel
+
+HANDLE = "vtprune"
+
+
+def find_base(model: object) -> nn.Module:
+    """The base model that merges features into embeddings; raises `UnsupportedModel` where it cannot be hooked."""
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModel(f"expected a transformers image-text-to-text model, got {type(model).__name__}")
+    if hasattr(model, "_orig_mod"):
+        raise UnsupportedModel("this model is compiled, and hooks added now would be ignored: wrap first, then compile")
+    full = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = getattr(full, "model", None) if getattr(full, "base_model_prefix", "model") == "model" else None
+    inner = inner if isinstance(inner, nn.Module) else full
+    missing = missing_seam(inner)
+    if missing:
+        raise UnsupportedModel(
+            f"{type(full).__name__} has no seam to prune at: {missing}. Known families: {', '.join(FAMILIES)}"
+        )
+    if any(HANDLE in module.__dict__ for module in (model, full, inner)):
+        raise UnsupportedModel("this model is wrapped already: call vtprune.unwrap(model) first")
+    compiled = [name or "the model" for name, module in full.named_modules() if is_compiled(module)]
+    if compiled:
+        raise UnsupportedModel(
+            f"{compiled[0]} is compiled, and hooks added now would be ignored: wrap first, then compile"
+        )
+    return inner
+
+
+def missing_seam(inner: nn.Module) -> str | None:
+    if language_model(inner) is None:
+        return "the base model has no language_model"
+    if not hasattr(type(inner), "get_image_features"):
+        return "the base model has no get_image_features"
+    if not placeholder_ids(inner.config, "image"):
+        return "the config names no image_token_id"
+    return None
+
+
+def is_compiled(module: nn.Module) -> bool:
+    return hasattr(module, "_orig_mod") or module.__dict__.get("_compiled_call_impl") is not None
+
+
+def shells(model: nn.Module, inner: nn.Module) -> list[nn.Module]:
+    """The modules a user may hold: the one given, and what is inside a PEFT model."""
+    held = [model]
+    if hasattr(model, "get_base_model"):
+        held.append(model.get_base_model())
+    return held if any(shell is inner for shell in held) else [*held, inner]
