@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from vtprune.adapters import family_of
-from vtprune.adapters.base import Family
+from vtprune.adapters.base import Family, rope_axes
 from vtprune.catalog import build, features_only
 from vtprune.errors import InvalidOption, MissingEvidence, UnsupportedModel
 from vtprune.kernels import choose_backend
@@ -70,7 +70,7 @@ def wrap(
         family=family,
         pipeline=pipeline,
         budget=budget,
-        compact=_compacts(positions, family),
+        compact=_compacts(positions, inner),
         backend=choose_backend(backend),
         on_report=on_report,
         history=history,
@@ -129,7 +129,7 @@ def _check_evidence(pipeline: Pipeline, budget: Budget, family: Family, inner: n
             )
 
 
-def _compacts(positions: str, family: Family) -> bool:
+def _compacts(positions: str, inner: nn.Module) -> bool:
     if positions not in ("auto", "compact", "keep"):
         raise InvalidOption(f"positions={positions!r}: expected 'auto', 'compact' or 'keep'")
-    return positions == "compact" or (positions == "auto" and not family.mrope)
+    return positions == "compact" or (positions == "auto" and not rope_axes(inner.config))

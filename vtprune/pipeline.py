@@ -1,4 +1,4 @@
-"""A method is a value: a `Pipeline` of picks, each a scorer, debiasers and a selector. Pure: tokens in, decision out."""
+"""A method is a value: a `Pipeline` of picks, each a scorer, debiasers and a selector. Tokens in, decision out."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ class SegmentReport:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        parts = [{"kind": part.kind, "grid": list(part.grid), "separators": len(part.separators)} for part in self.parts]
+        parts = [{"kind": p.kind, "grid": list(p.grid), "separators": len(p.separators)} for p in self.parts]
         counts = {"n": self.n, "k": self.k, "separators": self.separators}
         return {
             "row": self.row,
@@ -193,7 +193,8 @@ class PruneReport:
         pictures = f"{len(self.segments)} picture{'s' if len(self.segments) > 1 else ''}"
         separators = f" (+{self.separators} separators)" if self.separators else ""
         saved = f"{self.kv_bytes_saved / 2**20:.2f} MiB of KV cache saved"
-        return f"{self.method} on {self.family}: kept {self.kept} of {self.tokens} tokens{separators} of {pictures}, {saved}"
+        kept = f"kept {self.kept} of {self.tokens} tokens{separators} of {pictures}"
+        return f"{self.method} on {self.family}: {kept}, {saved}"
 
 
 def kv_bytes_per_token(config: Any, itemsize: int) -> int:

@@ -148,9 +148,13 @@ class Budget:
             raise InvalidOption(f"floor={self.floor!r}: expected a whole number of tokens, 0 or more")
         keep = self.keep
         if isinstance(keep, bool) or not isinstance(keep, (int, float)):
-            raise InvalidOption(f"keep={keep!r}: expected a share in (0, 1] as a float, or a number of tokens as an int")
+            raise InvalidOption(
+                f"keep={keep!r}: expected a share in (0, 1] as a float, or a number of tokens as an int"
+            )
         if isinstance(keep, int) and keep < 1:
-            raise InvalidOption(f"keep={keep}: expected at least 1 token; a share is written as a float, for example 0.25")
+            raise InvalidOption(
+                f"keep={keep}: expected at least 1 token; a share is written as a float, for example 0.25"
+            )
         if isinstance(keep, float) and not 0 < keep <= 1:
             raise InvalidOption(f"keep={keep}: expected a share in (0, 1]; a number of tokens is written as an int")
 

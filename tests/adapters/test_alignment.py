@@ -329,6 +329,18 @@ def test_window_order_is_that_of_transformers(sizes: list[tuple[int, int, int]])
     assert order.tolist() == ours.tolist()
 
 
+def test_a_convolutional_pooler_pools_scores_by_their_mean() -> None:
+    """A convolution mixes channels, so there is no score to push through it."""
+    raw = torch.rand(8, 16)
+    maps = []
+    for mode in ("average", "conv"):
+        model = models.build("llava_next_video", layers=1, spatial_pool_mode=mode)
+        clips = {key: value[:2] for key, value in models.inputs("llava_next_video", kind="video").items()}
+        case = Case(model=model, kind="video", batch=clips)
+        maps.append(torch.stack(case.family.scores(case.inner, raw, case.encoding(case.encode().pooler_output))))
+    torch.testing.assert_close(*maps)
+
+
 def test_an_unknown_tower_has_no_probe() -> None:
     model = models.build("llava", layers=1)
     model.model.vision_tower.config.model_type = "pixtral"

@@ -1,10 +1,12 @@
-"""The reference for law 2: transformers alone, fed short `inputs_embeds` and `position_ids` built here, row by row.
+"""The reference: transformers alone, fed short `inputs_embeds` and `position_ids` built here.
 
-Nothing of vtprune is imported. A row is run without padding and without a cache; every step recomputes everything.
+Nothing of vtprune is imported. `decode` runs a row without padding and without a cache, every step recomputes
+everything; `generate` lets transformers run its own beam search or sampling on the short prompts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +55,18 @@ def merge(model: nn.Module, inputs: dict[str, Tensor]) -> Merged:
     )
 
 
+def join(pieces: Sequence[Merged], positions: Tensor) -> Merged:
+    """The pieces of a conversation one after the other, at the given ids (1 or 3, L) of the whole."""
+    joined = Merged(embeds=torch.cat([piece.embeds for piece in pieces], dim=1), positions=positions)
+    if any(piece.deepstack for piece in pieces):
+        blank = [torch.zeros(1, piece.embeds.shape[1], dtype=torch.bool) for piece in pieces]
+        masks = [none if piece.visual is None else piece.visual for piece, none in zip(pieces, blank, strict=True)]
+        joined.visual = torch.cat(masks, dim=1)
+        layers = zip(*(piece.deepstack for piece in pieces if piece.deepstack), strict=True)
+        joined.deepstack = [torch.cat(rows) for rows in layers]
+    return joined
+
+
 def compacted(positions: Tensor, kept: list[int]) -> tuple[Tensor, int]:
     """Ids (R, K) of the kept tokens with every vacated id removed, and how many were vacated."""
     before = {int(i) for i in positions.flatten()}
@@ -62,28 +76,35 @@ def compacted(positions: Tensor, kept: list[int]) -> tuple[Tensor, int]:
     return torch.tensor(moved), len(vacated)
 
 
+def shorten(prompt: Merged, kept: list[int], *, compact: bool) -> Merged:
+    """The tokens at `kept` alone."""
+    positions = compacted(prompt.positions, kept)[0] if compact else prompt.positions[:, kept]
+    short = Merged(embeds=prompt.embeds[:, kept], positions=positions)
+    if prompt.visual is not None and prompt.deepstack is not None:
+        rows = prompt.visual[0].nonzero()[:, 0].tolist()
+        chosen = [rows.index(position) for position in kept if position in rows]
+        short.deepstack = [layer[chosen] for layer in prompt.deepstack]
+        short.visual = prompt.visual[:, kept]
+    return short
+
+
 @torch.no_grad()
 def decode(
     model: nn.Module, prompt: Merged, kept: list[int], *, steps: int, compact: bool, forbidden: list[int]
 ) -> tuple[list[int], Tensor]:
     """Greedy tokens and raw logits (steps, V) of the shortened prompt."""
+    short = shorten(prompt, kept, compact=compact)
     next_id = int(prompt.positions[0, -1]) + 1
-    positions = prompt.positions[:, kept]
     if compact:
-        positions, vacated = compacted(prompt.positions, kept)
-        next_id -= vacated
-    embeds = prompt.embeds[:, kept]
+        next_id -= compacted(prompt.positions, kept)[1]
+    embeds, positions = short.embeds, short.positions
     extra: dict[str, Any] = {}
-    if prompt.visual is not None:
-        rows = prompt.visual[0].nonzero()[:, 0].tolist()
-        chosen = [rows.index(position) for position in kept if position in rows]
-        extra["deepstack_visual_embeds"] = [layer[chosen] for layer in prompt.deepstack]
-        visual = prompt.visual[:, kept]
     tokens, logits = [], []
     for _ in range(steps):
         length = embeds.shape[1]
-        if prompt.visual is not None:
-            extra["visual_pos_masks"] = nn.functional.pad(visual, (0, length - visual.shape[1]))
+        if short.visual is not None:
+            extra["visual_pos_masks"] = nn.functional.pad(short.visual, (0, length - short.visual.shape[1]))
+            extra["deepstack_visual_embeds"] = short.deepstack
         ids = positions if positions.shape[0] == 1 else positions[:, None]
         hidden = model.model.language_model(
             inputs_embeds=embeds, position_ids=ids, attention_mask=torch.ones(1, length, dtype=torch.long), **extra
@@ -98,3 +119,39 @@ def decode(
         positions = torch.cat([positions, torch.full((positions.shape[0], 1), next_id)], dim=1)
         next_id += 1
     return tokens, torch.stack(logits)
+
+
+@torch.no_grad()
+def generate(model: nn.Module, shorts: Sequence[Merged], **mode: Any) -> Tensor:
+    """New tokens (rows, steps) of transformers' own `generate` on an unwrapped model, from left-padded short prompts."""
+    width = max(short.embeds.shape[1] for short in shorts)
+    pads = [width - short.embeds.shape[1] for short in shorts]
+    embeds = torch.cat([nn.functional.pad(s.embeds, (0, 0, pad, 0)) for s, pad in zip(shorts, pads, strict=True)])
+    mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads])
+    ids = torch.stack([nn.functional.pad(s.positions, (pad, 0)) for s, pad in zip(shorts, pads, strict=True)], dim=1)
+    text = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    position_ids = ids[0] if len(ids) == 1 else torch.cat([text[None], ids])
+    handle = model.model.language_model.register_forward_pre_hook(_deepstack_of(shorts, pads), with_kwargs=True)
+    try:
+        return model.generate(inputs_embeds=embeds, attention_mask=mask, position_ids=position_ids, **mode)
+    finally:
+        handle.remove()
+
+
+def _deepstack_of(shorts: Sequence[Merged], pads: list[int]) -> Any:
+    """A hook that adds deepstack rows to the prefill, since `generate` cannot be handed them; rows repeat for beams."""
+
+    def add(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        B, length = kwargs["inputs_embeds"].shape[:2]
+        if length == 1 or all(short.deepstack is None for short in shorts):
+            return None
+        repeats = B // len(shorts)
+        visual = torch.cat([nn.functional.pad(s.visual, (pad, 0)) for s, pad in zip(shorts, pads, strict=True)])
+        layers = zip(*(short.deepstack for short in shorts), strict=True)
+        kwargs["visual_pos_masks"] = visual.repeat_interleave(repeats, dim=0)
+        kwargs["deepstack_visual_embeds"] = [
+            torch.cat([row for row in rows for _ in range(repeats)]) for rows in layers
+        ]
+        return args, kwargs
+
+    return add

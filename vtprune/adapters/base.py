@@ -107,7 +107,6 @@ class Family:
     scores: Callable[[nn.Module, Tensor, Encoding], list[Tensor]] = same_scores
     entries: Callable[[Encoding], int | None] = one_entry
     thumbnail_last: bool = False
-    mrope: bool = False
     kinds: tuple[Modality, ...] = ("image",)
     notes: str = ""
 
@@ -119,6 +118,13 @@ def language_model(inner: nn.Module) -> nn.Module | None:
         if isinstance(module, nn.Module):
             return module
     return None
+
+
+def rope_axes(config: Any) -> int:
+    """Rows of the position ids that the rotary embedding reads: 3 or more on M-RoPE (t, h, w), 0 on 1-D RoPE."""
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    return len(rope.get("mrope_section") or ())
 
 
 def placeholder_ids(config: Any, kind: Modality) -> tuple[int, ...]:

@@ -53,21 +53,15 @@ def _crop_counts(inner: nn.Module, encoding: Encoding) -> list[tuple[int, int]]:
     return [(height // side, width // side) if one else (0, 0) for (height, width), one in zip(best, alone)]
 
 
-def _stitched(inner: nn.Module, crops: tuple[int, int], size: tuple[int, ...]) -> tuple[int, int]:
-    """Grid of the crops after unpadding and, in OneVision, scaling down to the allowed number of tokens."""
+def _stitched(inner: nn.Module, crops: tuple[int, int], size: tuple[int, ...], limit: int | None) -> tuple[int, int]:
+    """Grid of the crops after unpadding, scaled down where it holds more than `limit` crops' worth of tokens."""
     side, _ = vision_grid(inner.config)
     h, w = unpadded((crops[0] * side, crops[1] * side), size)
-    ratio = _max_aspect(inner.config)
-    scale = math.sqrt(h * w / (ratio * side**2)) if ratio else 0.0
+    scale = math.sqrt(h * w / (limit * side**2)) if limit else 0.0
     return (int(h // scale), int(w // scale)) if scale > 1.1 else (h, w)
 
 
-def _max_aspect(config: Any) -> int | None:
-    name = getattr(config, "vision_aspect_ratio", None)
-    return int(name.removeprefix("anyres_max_")) if name else None
-
-
-def _anyres_parts(inner: nn.Module, encoding: Encoding) -> list[Parts]:
+def _anyres_parts(inner: nn.Module, encoding: Encoding, limit: int | None = None) -> list[Parts]:
     if len(encoding.sizes) != len(encoding.lengths):
         raise UnsupportedCall(
             f"got {len(encoding.sizes)} image_sizes for {len(encoding.lengths)} images: pass those of the processor"
@@ -80,7 +74,7 @@ def _anyres_parts(inner: nn.Module, encoding: Encoding) -> list[Parts]:
             entries.append((Part(start=0, stop=n + 1, kind="image", grid=grid, separators=(n,)),))
         else:
             thumbnail = Part(start=0, stop=n, kind="thumbnail", grid=grid)
-            entries.append((thumbnail, rows_part(n, _stitched(inner, crops, size))))
+            entries.append((thumbnail, rows_part(n, _stitched(inner, crops, size, limit))))
     return checked(entries, encoding)
 
 
@@ -114,7 +108,8 @@ def _next_scores(inner: nn.Module, raw: Tensor, encoding: Encoding) -> list[Tens
 
 def _onevision_parts(inner: nn.Module, encoding: Encoding) -> list[Parts]:
     if encoding.kind == "image":
-        return _anyres_parts(inner, encoding)
+        limit = int(inner.config.vision_aspect_ratio.removeprefix("anyres_max_"))
+        return _anyres_parts(inner, encoding, limit)
     h, w = (math.ceil(side / 2) for side in vision_grid(inner.config))
     return checked([frame_parts(encoding.pixels[1], (h, w), newline=True)] * len(encoding.lengths), encoding)
 

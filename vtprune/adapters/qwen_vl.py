@@ -66,7 +66,6 @@ QWEN2_VL = Family(
     probe=_probe,
     parts=_parts,
     scores=_scores,
-    mrope=True,
     kinds=("image", "video"),
 )
 QWEN2_5_VL = Family(
@@ -76,7 +75,6 @@ QWEN2_5_VL = Family(
     probe=_probe,
     parts=_parts,
     scores=_windowed_scores,
-    mrope=True,
     kinds=("image", "video"),
     notes="reads the last block with full attention",
 )
@@ -87,7 +85,6 @@ QWEN3_VL = Family(
     probe=_probe,
     parts=_parts,
     scores=_scores,
-    mrope=True,
     kinds=("image", "video"),
     notes="a clip lies in one run of placeholders per temporal patch; deepstack rows are cut with their tokens",
 )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 _QUERIES_PER_BLOCK = 256
+_MIRRORED_BLOCK = 96
 
 
 def attention_scores(
@@ -51,9 +52,21 @@ def _owner_of_position(segments: Tensor, length: int) -> Tensor:
 
 
 def cosine_similarity(features: Tensor) -> Tensor:
-    """Cosine similarity (S, N, N) of features (S, N, D) in fp32; a zero vector is similar to nothing."""
-    features = torch.nn.functional.normalize(features.float(), dim=-1)
-    return features @ features.transpose(1, 2)
+    """Cosine similarity (S, N, N) of features (S, N, D) in fp32; a zero vector is similar to nothing.
+
+    On a CPU, where the product is what selection costs, the blocks below the diagonal are mirrored, not multiplied.
+    """
+    features = features.to(torch.float32, copy=True)
+    features.div_(features.norm(dim=-1, keepdim=True).clamp_min_(1e-12))
+    S, N, _ = features.shape
+    if features.device.type != "cpu" or N <= _MIRRORED_BLOCK:
+        return features @ features.transpose(1, 2)
+    similarity = features.new_empty(S, N, N)
+    for start in range(0, N, _MIRRORED_BLOCK):
+        rows = slice(start, start + _MIRRORED_BLOCK)
+        similarity[:, rows, start:] = features[:, rows] @ features[:, start:].transpose(1, 2)
+        similarity[:, start:, rows] = similarity[:, rows, start:].transpose(1, 2)
+    return similarity
 
 
 def top_select(scores: Tensor, k: int) -> Tensor:
@@ -134,4 +147,11 @@ def kept_indices(kept: Tensor, size: int, *, left_padded: bool = True) -> tuple[
 
 def cut_sequence(rows: Tensor, indices: Tensor) -> Tensor:
     """Rows (B, K, D) of `rows` (B, L, D) at `indices` (B, K)."""
-    return rows.gather(1, indices[..., None].expand(-1, -1, rows.shape[-1]))
+    return take_rows(rows, torch.arange(rows.shape[0], device=indices.device)[:, None], indices)
+
+
+def take_rows(rows: Tensor, batch: Tensor, indices: Tensor) -> Tensor:
+    """Rows (S, K, D) of `rows` (B, L, D): for each s those of batch row `batch` (S, 1) at `indices` (S, K)."""
+    B, L, D = rows.shape
+    flat = (indices + batch * L).view(-1)
+    return rows.reshape(B * L, D).index_select(0, flat).view(*indices.shape, D)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vtprune.errors import MissingEvidence
+from vtprune.kernels import reference as kernels
 from vtprune.pipeline import Pipeline
 from vtprune.report import DROPPED
 from vtprune.runtime.evidence import FROM_ENCODER, Forced, Given, forced_tokens
@@ -112,7 +113,7 @@ def _decide_stack(
         banned = torch.tensor([force.forbid for force in forced]).to(at.device, non_blocking=True)
         evidence["forbid"] = torch.zeros(S, N, dtype=torch.bool, device=at.device).scatter_(1, banned, True)
     visual = VisualTokens(
-        features=embeds[rows, at],
+        features=kernels.take_rows(embeds, rows, at),
         parts=units[0].parts,
         ordinals=tuple(unit.ordinal for unit in units),
         evidence=evidence,
@@ -129,9 +130,7 @@ def _of_units(units: list[Unit], per_segment: list[Tensor]) -> Tensor:
     )
 
 
-def _evidence(
-    prompt: Prompt, pipeline: Pipeline, given: Given | None, device: torch.device
-) -> dict[str, list[Tensor]]:
+def _evidence(prompt: Prompt, pipeline: Pipeline, given: Given | None, device: torch.device) -> dict[str, list[Tensor]]:
     """Scores per segment of everything the pipeline reads."""
     scores: dict[str, list[Tensor]] = {}
     for name in pipeline.needs:

@@ -16,13 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers.utils import ModelOutput
 
 from vtprune.adapters.base import Encoding, Family, Probe, pooled_lengths
+from vtprune.errors import UnsupportedCall
 from vtprune.kernels import reference as kernels
 from vtprune.report import Stopwatch
 from vtprune.types import Modality
 
-CARRIED = "vtprune_encoded"
+_CARRIED = "vtprune_encoded"
 _SIZES = {"image": ("image_grid_thw", "image_sizes"), "video": ("video_grid_thw", "image_grid_thw")}
 _PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos", "pixel_values")}
 
@@ -54,6 +56,23 @@ class Encoded:
             pixels=self.pixels,
             pictures_per_prompt=pictures,
         )
+
+
+def carried(kind: str, output: Any) -> Encoded | None:
+    """What travels on an encoder output; None where there is no output.
+
+    Raises:
+        UnsupportedCall: for an output that was not made while the model was wrapped.
+    """
+    if output is None or getattr(output, "pooler_output", None) is None:
+        return None
+    encoded = getattr(output, _CARRIED, None)
+    if encoded is None:
+        raise UnsupportedCall(
+            f"mm_encoder_outputs[{kind!r}] was not made by this model while wrapped (or was sliced by chunked "
+            "prefill): pass the pixels, encode while wrapped, and leave prefill_chunk_size out"
+        )
+    return encoded
 
 
 class EncoderTap:
@@ -112,11 +131,11 @@ class EncoderTap:
             stopwatch = Stopwatch()
             with stopwatch.measure("encode", like=self._inner), self._recording() as scores:
                 output = original(*args, **kwargs)
-            if getattr(output, "pooler_output", None) is not None:
+            if isinstance(output, ModelOutput):
                 given = signature.bind_partial(*args, **kwargs).arguments
                 given = {**given, **given.get("kwargs", {})}
-                encoded = self._encoded(kind, given, output.pooler_output, scores, stopwatch)
-                setattr(output, CARRIED, encoded)
+                encoded = self._encoded(kind, given, output.get("pooler_output"), scores, stopwatch)
+                setattr(output, _CARRIED, encoded)
                 if self.on_encoded is not None:
                     self.on_encoded(encoded)
             return output
@@ -126,6 +145,11 @@ class EncoderTap:
     def _encoded(
         self, kind: Modality, given: dict[str, Any], pooled: Any, scores: list[Tensor], stopwatch: Stopwatch
     ) -> Encoded:
+        if pooled is None:
+            raise UnsupportedCall(
+                f"{type(self._inner).__name__}.get_{kind}_features returned no pooler_output: there is no telling which "
+                "tokens are visual, so this model cannot be pruned"
+            )
         lengths, stacked = pooled_lengths(pooled)
         pixels = _first(given, _PIXELS[kind])
         sizes = _first(given, _SIZES[kind])

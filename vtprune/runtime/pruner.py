@@ -9,42 +9,28 @@ from __future__ import annotations
 import inspect
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from vtprune.adapters.base import Family, language_model, placeholder_ids
+from vtprune.adapters.base import Family, language_model, placeholder_ids, rope_axes
 from vtprune.cache import CacheState, check_prunable, mark_pruned, physical_length, state_of
 from vtprune.errors import UnsupportedCall
 from vtprune.pipeline import Pipeline
-from vtprune.report import PruneReport, Stopwatch
+from vtprune.report import PruneReport
 from vtprune.runtime import masks
+from vtprune.runtime.calls import Call, bind
 from vtprune.runtime.decide import Decision, decide
-from vtprune.runtime.encoder import CARRIED, Encoded, EncoderTap
+from vtprune.runtime.encoder import Encoded, EncoderTap
 from vtprune.runtime.evidence import FROM_ENCODER, Given
-from vtprune.runtime.reading import Prompt, read_prompt
+from vtprune.runtime.reading import Prompt, placeholders_in, read_prompt
 from vtprune.runtime.reporting import report_of
-from vtprune.runtime.shorten import Scheme, Shortened, resume, shorten
+from vtprune.runtime.shorten import Scheme, resume, shorten
 from vtprune.types import Budget, Layout, Modality
-
-
-@dataclass
-class _Call:
-    """One forward of the base model, from its pre-hook to its end."""
-
-    ids: Tensor | None
-    embeds: Tensor | None
-    mask: Any
-    encoded: dict[Modality, Encoded]
-    prefill: bool
-    stopwatch: Stopwatch = field(default_factory=Stopwatch)
-    entered: CacheState | None = None
-    short: Shortened | None = None
 
 
 class Pruner:
@@ -78,7 +64,7 @@ class Pruner:
         self._owner = uuid.uuid4().hex
         self._always_cut = False
         self._given: Given | None = None
-        self._call: _Call | None = None
+        self._call: Call | None = None
         self._handles: list[RemovableHandle] = []
         self._lm = language_model(inner)
         assert self._lm is not None
@@ -125,7 +111,7 @@ class Pruner:
         self._scheme = Scheme(
             owner=self._owner,
             compact=self.positions == "compact",
-            mrope=self.family.mrope,
+            axes=rope_axes(self._inner.config),
             rotary=isinstance(rotary, nn.Module),
         )
         self._handles += [
@@ -161,33 +147,11 @@ class Pruner:
 
     @torch.compiler.disable
     def _before_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = _bind(self._inner_signature, module, args, kwargs)
-        ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
-        encoded = {kind: self._carried(kind, output) for kind, output in (given.get("mm_encoder_outputs") or {}).items()}
-        length = (ids if ids is not None else embeds).shape[1]
-        self._call = _Call(
-            ids=ids,
-            embeds=embeds,
-            mask=given.get("attention_mask"),
-            encoded={kind: entry for kind, entry in encoded.items() if entry is not None},
-            prefill=length > 1 or given.get("past_key_values") is None,
-        )
+        self._call = Call.begin(bind(self._inner_signature, module, args, kwargs))
 
     def _encoded_now(self, encoded: Encoded) -> None:
         if self._call is not None:
             self._call.encoded[encoded.kind] = encoded
-
-    @staticmethod
-    def _carried(kind: str, output: Any) -> Encoded | None:
-        if output is None or getattr(output, "pooler_output", None) is None:
-            return None
-        encoded = getattr(output, CARRIED, None)
-        if encoded is None:
-            raise UnsupportedCall(
-                f"mm_encoder_outputs[{kind!r}] was not made by this model while wrapped (or was sliced by chunked "
-                "prefill): pass the pixels, encode while wrapped, and leave prefill_chunk_size out"
-            )
-        return encoded
 
     def _after_base(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self._call = None
@@ -199,7 +163,7 @@ class Pruner:
         call = self._call
         if call is None:
             return None
-        given = _bind(self._lm_signature, module, args, kwargs)
+        given = bind(self._lm_signature, module, args, kwargs)
         cache, embeds = given.get("past_key_values"), given.get("inputs_embeds")
         if embeds is None:
             return None
@@ -207,7 +171,7 @@ class Pruner:
         if call.encoded:
             changed = self._prefill(call, given, state)
         else:
-            self._check_no_hidden_pictures(call)
+            call.check_no_hidden_pictures()
             if call.prefill:
                 self._publish(call, None, None, embeds)
             changed = None if state is None else resume(given, state)
@@ -217,14 +181,7 @@ class Pruner:
         call.stopwatch.start("prefill", like=embeds)
         return None if changed is None else ((), changed)
 
-    def _check_no_hidden_pictures(self, call: _Call) -> None:
-        if call.prefill and call.ids is None:
-            raise UnsupportedCall(
-                "inputs_embeds without pictures: there is no telling where visual tokens lie. Pass input_ids, or "
-                "inputs_embeds with placeholders together with the pixels"
-            )
-
-    def _prefill(self, call: _Call, given: dict[str, Any], state: CacheState | None) -> dict[str, Any] | None:
+    def _prefill(self, call: Call, given: dict[str, Any], state: CacheState | None) -> dict[str, Any] | None:
         embeds, cache = given["inputs_embeds"], given.get("past_key_values")
         check_prunable(cache)
         B, L = embeds.shape[:2]
@@ -232,9 +189,7 @@ class Pruner:
             prompt = self._read(call, B, L, physical_length(cache))
         seen = state.pictures if state is not None else (0,) * B
         with call.stopwatch.measure("select", like=embeds):
-            decision = decide(
-                prompt, embeds, pipeline=self.pipeline, budget=self.budget, given=self._given, seen=seen
-            )
+            decision = decide(prompt, embeds, pipeline=self.pipeline, budget=self.budget, given=self._given, seen=seen)
         self._publish(call, prompt, decision, embeds)
         pictures = _count(prompt.layout, seen)
         if decision.row_lengths == prompt.layout.row_lengths and not self._always_cut:
@@ -253,9 +208,9 @@ class Pruner:
             )
         return call.short.arguments
 
-    def _read(self, call: _Call, B: int, L: int, past: int) -> Prompt:
+    def _read(self, call: Call, B: int, L: int, past: int) -> Prompt:
         return read_prompt(
-            ids=call.ids if call.ids is not None else self._ids_from_embeds(call),
+            ids=call.ids if call.ids is not None else self._ids_of_embeds(call),
             valid=masks.valid_tokens(call.mask, B, L, past),
             encoded=call.encoded,
             tokens=self._tokens,
@@ -263,16 +218,10 @@ class Pruner:
             inner=self._inner,
         )
 
-    def _ids_from_embeds(self, call: _Call) -> Tensor:
-        embeds = call.embeds
-        assert embeds is not None
-        ids = torch.full(embeds.shape[:2], -1, device=embeds.device)
+    def _ids_of_embeds(self, call: Call) -> Tensor:
+        assert call.embeds is not None
         lookup = self._inner.get_input_embeddings()  # type: ignore[operator]
-        for tokens in self._tokens.values():
-            for token in tokens:
-                row = lookup(torch.tensor(token, device=embeds.device))
-                ids = ids.masked_fill((embeds == row).all(dim=-1), token)
-        return ids
+        return placeholders_in(call.embeds, lookup, [token for tokens in self._tokens.values() for token in tokens])
 
     @torch.compiler.disable
     def _before_rotary(
@@ -290,10 +239,7 @@ class Pruner:
         call = self._call
         if call is None:
             return None
-        short, call.short = call.short, None
-        call.stopwatch.stop("prefill")
-        if call.entered is not None:
-            call.entered.entered = False
+        short = call.end_language_model()
         if output is None or short is None:
             return None
         if output.past_key_values is not None:
@@ -302,7 +248,7 @@ class Pruner:
         output.last_hidden_state = short.cut.restore(output.last_hidden_state)
         return output
 
-    def _publish(self, call: _Call, prompt: Prompt | None, decision: Decision | None, embeds: Tensor) -> None:
+    def _publish(self, call: Call, prompt: Prompt | None, decision: Decision | None, embeds: Tensor) -> None:
         report = report_of(
             prompt,
             decision,
@@ -319,19 +265,5 @@ class Pruner:
             self._on_report(report)
 
 
-def _bind(
-    signature: inspect.Signature, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Arguments by name, extra keyword arguments flattened in."""
-    if not args:
-        return dict(kwargs)
-    given = dict(signature.bind_partial(module, *args, **kwargs).arguments)
-    given.pop("self", None)
-    extra = given.pop("kwargs", {})
-    return {**given, **extra}
-
-
 def _count(layout: Layout, seen: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(
-        before + sum(segment.row == row for segment in layout.segments) for row, before in enumerate(seen)
-    )
+    return tuple(before + sum(segment.row == row for segment in layout.segments) for row, before in enumerate(seen))

@@ -71,6 +71,15 @@ def read_prompt(
     return Prompt(layout=layout, encodings=encodings, encoded=encoded, family=family, inner=inner)
 
 
+def placeholders_in(embeds: Tensor, lookup: nn.Module, tokens: list[int]) -> Tensor:
+    """Ids (B, L) of the placeholders among embeddings (B, L, D), -1 elsewhere."""
+    ids = torch.full(embeds.shape[:2], -1, device=embeds.device)
+    for token in tokens:
+        row = lookup(torch.full((), token, device=embeds.device))
+        ids = ids.masked_fill((embeds == row).all(dim=-1), token)
+    return ids
+
+
 def _to_host(tensors: list[Tensor]) -> list[np.ndarray]:
     device = tensors[0].device
     flat = torch.cat([tensor.reshape(-1).to(device, torch.int64) for tensor in tensors]).cpu().numpy()

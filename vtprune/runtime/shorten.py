@@ -20,12 +20,20 @@ from vtprune.types import Layout
 
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
-    """How a model counts: whether ids are compacted, whether they are (t, h, w), and whether its rotary is hooked."""
+    """How a model counts.
+
+    `compact` closes gaps, `axes` is the number of rows of its position ids (0: a single one), `rotary` says that its
+    rotary embedding is hooked; `owner` names the pruner.
+    """
 
     owner: str
     compact: bool
-    mrope: bool
+    axes: int
     rotary: bool
+
+    def counts_text(self, positions: Tensor) -> bool:
+        """Whether row 0 of `positions` counts text tokens, for masks only."""
+        return positions.ndim == 3 and positions.shape[0] == self.axes + 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +79,7 @@ def shorten(
     cut = _plan(decision, layout)
     real = torch.from_numpy(layout.valid).to(embeds.device)
     positions = _incoming_positions(given, state, past)
-    new, shift = _cut_positions(positions, cut, real, compact=scheme.compact)
+    new, shift = _cut_positions(positions, cut, real, scheme)
     stored = _stored(mask, state, past, L, B, embeds.device)
     uneven = any(length != decision.size for length in decision.row_lengths)
     padded = uneven or (state.padded if state is not None else past > 0 and torch.is_tensor(mask))
@@ -79,7 +87,7 @@ def shorten(
     arguments = dict(given)
     arguments["inputs_embeds"] = kernels.cut_sequence(embeds, cut.indices)
     arguments["position_ids"] = seen
-    optional = not padded and (cache is not None or scheme.rotary)
+    optional = not padded and (cache is not None or rotary_positions is not None or scheme.counts_text(seen))
     arguments["attention_mask"] = _cut_mask(mask, cut, stored=stored, past=past, optional=optional)
     _cut_deepstack(arguments, cut, layout, decision)
     next_state = CacheState(
@@ -128,15 +136,15 @@ def _incoming_positions(given: Mapping[str, Any], state: CacheState | None, past
     return positions
 
 
-def _cut_positions(positions: Tensor, cut: Cut, real: Tensor, *, compact: bool) -> tuple[Tensor, Tensor | None]:
+def _cut_positions(positions: Tensor, cut: Cut, real: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
     """Position ids (..., B, K) of the kept tokens and, where compacted, the shift (B, 1) of later ones.
 
-    `positions` is (B, L), (3, B, L), or (4, B, L), whose row 0 counts text tokens and takes no part in compaction.
+    `positions` is (B, L) or (rows, B, L); a row that counts text tokens takes no part in compaction.
     """
     positions = positions.expand(*positions.shape[:-2], cut.indices.shape[0], positions.shape[-1])
     shift = None
-    if compact:
-        counted = positions.ndim == 3 and positions.shape[0] == 4
+    if scheme.compact:
+        counted = scheme.counts_text(positions)
         moved, shift = position_ids.compact(positions[1:] if counted else positions, real, cut.kept)
         positions = torch.cat([positions[:1], moved]) if counted else moved
     return positions.gather(-1, cut.indices.expand(*positions.shape[:-1], -1)), shift
@@ -148,18 +156,14 @@ def _outgoing_positions(new: Tensor, cut: Cut, past: int, scheme: Scheme) -> tup
     Gaps in the ids would be read as packed sequences, so the model counts contiguously and the rotary is told the ids.
     """
     contiguous = (cut.valid.cumsum(dim=1) - 1).clamp(min=0) + past
-    if new.ndim == 2 and scheme.mrope:
-        return torch.stack([contiguous, new, new, new]), None
-    if new.ndim == 3 and new.shape[0] == 4:
+    if scheme.counts_text(new):
         return torch.cat([contiguous[None], new[1:]]), None
-    if new.ndim == 2 and scheme.rotary:
+    if new.ndim == 2 and scheme.rotary and not scheme.axes:
         return contiguous, new
     return new, None
 
 
-def _stored(
-    mask: Any, state: CacheState | None, past: int, new: int, B: int, device: torch.device
-) -> Tensor | None:
+def _stored(mask: Any, state: CacheState | None, past: int, new: int, B: int, device: torch.device) -> Tensor | None:
     """(B, past) bool, which cached tokens are real; None where nothing is cached."""
     if past == 0:
         return None

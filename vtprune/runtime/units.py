@@ -69,9 +69,7 @@ def _prompt_units(layout: Layout, budget: Budget, seen: tuple[int, ...]) -> list
     return units
 
 
-def _unit(
-    layout: Layout, budget: Budget, pieces: tuple[Piece, ...], parts: tuple[Part, ...], ordinal: Ordinal
-) -> Unit:
+def _unit(layout: Layout, budget: Budget, pieces: tuple[Piece, ...], parts: tuple[Part, ...], ordinal: Ordinal) -> Unit:
     positions = np.concatenate([candidates(layout, piece) for piece in pieces])
     return Unit(
         row=layout.segments[pieces[0].segment].row,
@@ -88,5 +86,3 @@ def candidates(layout: Layout, piece: Piece) -> np.ndarray:
     segment = layout.segments[piece.segment]
     offsets = np.concatenate([part.candidates for part in segment.parts])
     return segment.positions[offsets[piece.start : piece.stop]]
-
-

@@ -1,0 +1,256 @@
+"""Time to prefill: unwrapped, wrapped, and an oracle that is handed the already shortened prompt.
+
+    python benchmarks/prefill.py --csv benchmarks/results/prefill.csv
+
+The model has random weights and the shape of LLaVA-1.5 with hidden size 512 and 8 layers: 576 visual of 636 tokens.
+Arms are interleaved round by round. On a CPU the figure is process CPU time, on a GPU the time between CUDA events.
+Pictures are encoded once beforehand: the arms differ only behind the encoder, except for the `encoder` arms.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gc
+import platform
+import random
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.progress import track
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+import vtprune
+
+IMAGE = 5
+TEXT_BEFORE, TEXT_AFTER = 20, 40
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One arm of one run."""
+
+    arm: str
+    method: str
+    keep: float
+    tokens: int
+    clock: str
+    median_ms: float
+    low_ms: float
+    high_ms: float
+    over: str
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    rounds: int
+    threads: int
+    hidden: int
+    layers: int
+    visual: int
+    device: str
+    torch: str
+    transformers: str
+    commit: str
+
+
+def build_model(hidden: int, layers: int, device: str) -> nn.Module:
+    """Random LLaVA: a CLIP tower of 24 x 24 patches, `hidden` wide, and a Llama of `layers` layers."""
+    vision = CLIPVisionConfig(
+        hidden_size=256, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=8, image_size=336, patch_size=14
+    )
+    text = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=hidden * 11 // 4,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        vocab_size=4096,
+        max_position_embeddings=2048,
+    )
+    torch.manual_seed(0)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE)
+    return LlavaForConditionalGeneration(config).eval().to(device)
+
+
+def build_inputs(visual: int, device: str) -> dict[str, Tensor]:
+    """One prompt with one picture."""
+    generator = torch.Generator().manual_seed(1)
+    words = torch.randint(10, 4000, (1, TEXT_BEFORE + TEXT_AFTER), generator=generator)
+    picture = torch.full((1, visual), IMAGE)
+    ids = torch.cat([words[:, :TEXT_BEFORE], picture, words[:, TEXT_BEFORE:]], dim=1)
+    pixels = torch.randn(1, 3, 336, 336, generator=generator)
+    return {"input_ids": ids.to(device), "pixel_values": pixels.to(device)}
+
+
+def clock_ms(device: str, run: Callable[[], Any]) -> float:
+    """Milliseconds of one call: CUDA events on a GPU, process CPU time elsewhere."""
+    if device == "cuda":
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end)
+    begin = time.process_time()
+    run()
+    return (time.process_time() - begin) * 1e3
+
+
+class Arms:
+    """The calls to be timed, by name; each sets itself up outside of the clock."""
+
+    def __init__(self, model: nn.Module, inputs: dict[str, Tensor]) -> None:
+        self.model = model
+        self.inputs = inputs
+        self.shared: dict[str, Any] = {}
+
+    def encode(self, method: str) -> None:
+        """Encode the picture while wrapped, so that evidence travels with the features."""
+        with vtprune.pruning(self.model, method, keep=0.5):
+            output = self.model.model.get_image_features(self.inputs["pixel_values"], return_dict=True)
+        self.shared = {"image": output}
+
+    def forward(self) -> Any:
+        ids = self.inputs["input_ids"]
+        return self.model(input_ids=ids, mm_encoder_outputs=dict(self.shared), use_cache=True, logits_to_keep=1)
+
+    def with_encoder(self) -> Any:
+        return self.model(**self.inputs, use_cache=True, logits_to_keep=1)
+
+    def short_prompt(self, tokens: int) -> Callable[[], Any]:
+        """A text prompt of `tokens` ready embeddings: nothing is encoded, merged, selected or cut."""
+        embeds = torch.randn(1, tokens, self.model.config.text_config.hidden_size, device=self.model.device) * 0.02
+        return lambda: self.model(inputs_embeds=embeds, use_cache=True, logits_to_keep=1)
+
+
+def measure(arms: Arms, methods: list[str], keeps: list[float], rounds: int, device: str) -> dict[str, list[float]]:
+    """Milliseconds of every arm in every round, arms in a new random order each round."""
+    order: list[tuple[str, Callable[[], float]]] = []
+    length = arms.inputs["input_ids"].shape[1]
+    visual = int((arms.inputs["input_ids"] == IMAGE).sum())
+
+    def plain(run: Callable[[], Any]) -> Callable[[], float]:
+        return lambda: clock_ms(device, run)
+
+    def wrapped(method: str, keep: float, run: Callable[[], Any]) -> Callable[[], float]:
+        def timed() -> float:
+            with vtprune.pruning(arms.model, method, keep=keep):
+                return clock_ms(device, run)
+
+        return timed
+
+    order.append(("unwrapped", plain(arms.forward)))
+    order.append(("unwrapped+encoder", plain(arms.with_encoder)))
+    for method in methods:
+        order.append((f"wrapped {method} 1.0", wrapped(method, 1.0, arms.forward)))
+        order.append((f"wrapped+encoder {method} 1.0", wrapped(method, 1.0, arms.with_encoder)))
+        for keep in keeps:
+            order.append((f"wrapped {method} {keep}", wrapped(method, keep, arms.forward)))
+            order.append((f"wrapped+encoder {method} {keep}", wrapped(method, keep, arms.with_encoder)))
+    for keep in keeps:
+        kept = length - visual + int(keep * visual + 0.5)
+        order.append((f"oracle {keep}", plain(arms.short_prompt(kept))))
+    times: dict[str, list[float]] = {name: [] for name, _ in order}
+    shuffle = random.Random(0)
+    for number in track(range(rounds + 2), description="rounds"):
+        shuffle.shuffle(order)
+        for name, run in order:
+            milliseconds = run()
+            if number >= 2:
+                times[name].append(milliseconds)
+    return times
+
+
+def rows_of(times: dict[str, list[float]], methods: list[str], keeps: list[float], common: dict[str, Any]) -> list[Row]:
+    """Medians with quartiles, and the ratio to the arm each is held against, pair by pair."""
+    rows = []
+    visual, text = common["visual"], TEXT_BEFORE + TEXT_AFTER
+    for name, values in times.items():
+        parts = name.split()
+        keep = 1.0 if parts[0].startswith("unwrapped") else float(parts[-1])
+        encoder = "+encoder" in parts[0]
+        against = name
+        if parts[0].startswith("wrapped"):
+            against = ("unwrapped+encoder" if encoder else "unwrapped") if keep == 1.0 or encoder else f"oracle {keep}"
+        ratios = [mine / other for mine, other in zip(values, times[against], strict=True)]
+        low, median, high = statistics.quantiles(values, n=4)
+        ratio_low, ratio, ratio_high = statistics.quantiles(ratios, n=4)
+        rows.append(
+            Row(
+                arm=parts[0],
+                method=parts[1] if len(parts) == 3 else "",
+                keep=keep,
+                tokens=text + int(keep * visual + 0.5),
+                median_ms=round(median, 3),
+                low_ms=round(low, 3),
+                high_ms=round(high, 3),
+                over=against,
+                ratio=round(ratio, 4),
+                ratio_low=round(ratio_low, 4),
+                ratio_high=round(ratio_high, 4),
+                **common,
+            )
+        )
+    return sorted(rows, key=lambda row: (row.arm, row.method, -row.keep))
+
+
+def commit() -> str:
+    """Short hash of the checkout, with a mark where it has changes."""
+    run = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    return run.stdout.strip() or "unknown"
+
+
+def main() -> None:
+    """Run the benchmark and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15, help="counted rounds after two warm-ups")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--methods", nargs="+", default=["vtprune", "fastervlm", "divprune", "random"])
+    parser.add_argument("--keep", nargs="+", type=float, default=[0.5, 0.25, 0.11])
+    parser.add_argument("--csv", type=Path, help="append the rows to this file")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = build_model(options.hidden, options.layers, device)
+    arms = Arms(model, build_inputs(576, device))
+    arms.encode("vtprune")
+    gc.collect()
+    with torch.no_grad():
+        times = measure(arms, options.methods, options.keep, options.rounds, device)
+    common = {
+        "clock": "cuda events" if device == "cuda" else "process CPU time",
+        "rounds": options.rounds,
+        "threads": options.threads,
+        "hidden": options.hidden,
+        "layers": options.layers,
+        "visual": 576,
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU {platform.machine()}",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "commit": commit(),
+    }
+    rows = rows_of(times, options.methods, options.keep, common)
+    for row in rows:
+        name = f"{row.arm} {row.method}".strip()
+        spread = f"{row.low_ms:8.2f} .. {row.high_ms:8.2f}"
+        print(f"{name:28s} keep {row.keep:<5} {row.median_ms:8.2f} ms ({spread})  {row.ratio:6.3f} x {row.over}")
+    if options.csv:
+        new = not options.csv.exists()
+        with options.csv.open("a", newline="") as file:
+            writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+            if new:
+                writer.writeheader()
+            writer.writerows(asdict(row) for row in rows)
+
+
+if __name__ == "__main__":
+    main()

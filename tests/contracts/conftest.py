@@ -1,0 +1,37 @@
+"""Fixtures of the law files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import pytest
+import torch
+
+import vtprune
+from tests.contracts import cases
+
+
+@pytest.fixture(autouse=True)
+def _leave_models_unwrapped(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A failure in one test must not show up as 'wrapped already' in the next."""
+    torch.manual_seed(0)
+    yield
+    callspec = getattr(request.node, "callspec", None)
+    if callspec is not None and isinstance(case := callspec.params.get("case"), cases.Case):
+        if hasattr(case.model, "vtprune"):
+            vtprune.unwrap(case.model)
+
+
+@pytest.fixture
+def refuses(request: pytest.FixtureRequest) -> Callable[..., AbstractContextManager[None]]:
+    """`with refuses(error, match):` asserts that one of our errors is raised, and counts the cell as refused."""
+
+    @contextmanager
+    def check(error: type[vtprune.VtpruneError], match: str) -> Iterator[None]:
+        assert issubclass(error, vtprune.VtpruneError)
+        with pytest.raises(error, match=match):
+            yield
+        request.node.user_properties.append(("refused", match))
+
+    return check

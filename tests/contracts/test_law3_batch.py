@@ -1,0 +1,149 @@
+"""Law 3: a batch equals its rows alone, logits, tokens and what was kept; no row sees its batch-mates."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.contracts.cases import (
+    PRUNING_METHODS,
+    TOLERANCE,
+    Case,
+    answer,
+    assert_close,
+    by_hand,
+    cells,
+    choices,
+    distance,
+    kept_positions,
+    unpruned,
+)
+from tests.models import PAD, Prompt
+
+pytestmark = pytest.mark.law("3 batch")
+
+GRIDS = (
+    Prompt(images=((30, 64),), seed=21),
+    Prompt(images=((60, 64), (30, 92), (92, 20)), text_after=6, seed=22),
+    Prompt(images=((30, 92), (30, 64)), text_before=7, seed=23),
+)
+MIXED = (Prompt(text_before=9, seed=31), *GRIDS[:2], Prompt(text_before=2, seed=32))
+MIXED_CLIPS = (
+    Prompt(text_before=9, seed=41),
+    Prompt(clips=((32, 32, 4),), seed=42),
+    Prompt(images=((30, 64),), clips=((32, 32, 4), (32, 32, 4)), text_after=6, seed=43),
+    Prompt(images=((60, 64), (30, 92)), seed=44),
+)
+
+
+def check_rows(case: Case, prompts: tuple[Prompt, ...], **options: object) -> None:
+    """Batch and rows alone, under one wrap."""
+    batch = case.inputs(prompts)
+    with case.pruned(**options) as pruner:
+        together = answer(case.model, batch)
+        report = pruner.last
+        for row, prompt in enumerate(prompts):
+            alone = answer(case.model, case.inputs((prompt,)))
+            assert choices(pruner.last, 0) == choices(report, row)
+            assert len(choices(report, row)) == len(prompt.images) + len(prompt.clips)
+            assert pruner.last.length_after == (report.length_after[row],)
+            assert_close(together.logits[row], alone.logits[0])
+            assert torch.equal(together.tokens[row], alone.tokens[0])
+
+
+@cells()
+@pytest.mark.parametrize("positions", ["keep", "compact"])
+def test_different_numbers_of_pictures_and_crop_grids(case: Case, positions: str) -> None:
+    check_rows(case, GRIDS if case.kind == "image" else case.prompts, positions=positions)
+
+
+@cells()
+def test_with_rows_of_text_alone_and_of_both_kinds(case: Case) -> None:
+    check_rows(case, MIXED if case.kind == "image" else MIXED_CLIPS)
+
+
+@cells()
+def test_with_a_number_of_tokens_for_a_budget(case: Case) -> None:
+    if case.keep == 1.0:
+        check_rows(case, case.prompts, keep=1.0)
+    else:
+        check_rows(case, case.prompts, keep=5)
+
+
+@cells()
+@pytest.mark.parametrize("per", ["part", "prompt"])
+def test_with_budgets_per_part_and_per_prompt(case: Case, per: str) -> None:
+    check_rows(case, case.prompts, per=per)
+
+
+@cells(methods=PRUNING_METHODS)
+def test_ragged_counts_in_a_batch_without_padding(case: Case) -> None:
+    prompts = _of_equal_length(case)
+    batch = case.inputs(prompts)
+    assert batch["attention_mask"].all()
+    with case.pruned(keep=5) as pruner:
+        got = answer(case.model, batch)
+        report = pruner.last
+    assert report.length_before[0] == report.length_before[1]
+    assert report.length_after[0] != report.length_after[1]
+    for row, prompt in enumerate(prompts):
+        inputs = case.inputs((prompt,))
+        kept = kept_positions(case, report, row, inputs["input_ids"][0].tolist())
+        tokens, logits = by_hand(case, inputs, kept, compact=report.positions == "compact")
+        assert_close(got.logits[row], logits)
+        assert got.tokens[row].tolist() == tokens
+
+
+def _of_equal_length(case: Case) -> tuple[Prompt, Prompt]:
+    """The two prompts of the case, the shorter one with more words at its end."""
+    first, second = case.prompts
+    lengths = [inputs["input_ids"].shape[1] for inputs in case.rows]
+    return replace(first, text_after=first.text_after + lengths[1] - lengths[0]), second
+
+
+@cells()
+@torch.no_grad()
+def test_right_padding_in_a_plain_forward(case: Case) -> None:
+    batch, padding = _right_padded(case.batch)
+    assert padding[0] > 0
+    with case.pruned() as pruner:
+        together = case.model(**batch).logits
+        report = pruner.last
+        for row, inputs in enumerate(case.rows):
+            alone = case.model(**inputs).logits[0]
+            assert choices(pruner.last, 0) == choices(report, row)
+            assert_close(together[row, : len(alone)], alone)
+
+
+@cells()
+@torch.no_grad()
+def test_left_padding_in_a_plain_forward(case: Case) -> None:
+    with case.pruned():
+        together = case.model(**case.batch).logits
+        for row, inputs in enumerate(case.rows):
+            alone = case.model(**inputs).logits[0]
+            assert_close(together[row, -len(alone) :], alone)
+
+
+def _right_padded(batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[int]]:
+    """The batch with the padding of every row at its end, and how much it is."""
+    padding = (batch["input_ids"] == PAD).sum(dim=1).tolist()
+    moved = dict(batch)
+    for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+        if name in batch:
+            moved[name] = torch.stack([row.roll(-pad) for row, pad in zip(batch[name], padding, strict=True)])
+    return moved, padding
+
+
+@cells(methods=PRUNING_METHODS)
+def test_another_choice_would_show(case: Case) -> None:
+    """The comparison of logits above is sensitive to one token more."""
+    with case.pruned(keep=5):
+        five = answer(case.model, case.batch, steps=1)
+    with case.pruned(keep=6):
+        six = answer(case.model, case.batch, steps=1)
+    assert distance(six.logits, five.logits) > 100 * TOLERANCE
+    assert distance(five.logits, unpruned(case.family, case.kind).logits[:, :1]) > 1000 * TOLERANCE

@@ -1,0 +1,163 @@
+"""Law 5: after `unwrap` nothing of vtprune is left on the model and its outputs are bit-equal, also after exceptions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LogitsProcessorList
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+import vtprune
+from tests.contracts.cases import PRUNING_METHODS, Answer, Case, answer, cells, unpruned
+
+pytestmark = pytest.mark.law("5 undo")
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """Class, attribute names and hooks of every module, the configs, the state dict's names and the registry."""
+    taken: dict[str, Any] = {
+        "config": model.config.to_dict(),
+        "generation": model.generation_config.to_dict(),
+        "state": list(model.state_dict()),
+        "attention": sorted(ALL_ATTENTION_FUNCTIONS.valid_keys()),
+        "implementation": model.config._attn_implementation,
+    }
+    for name, module in model.named_modules():
+        hooks = {key: list(value.items()) for key, value in vars(module).items() if "hook" in key and value}
+        taken[name or "."] = (type(module), sorted(vars(module)), hooks)
+    return taken
+
+
+class Boom(Exception):
+    """Raised on purpose."""
+
+
+@contextmanager
+def restored(case: Case) -> Iterator[None]:
+    """The model is the same after the block as before it, and answers as if nothing had been."""
+    expected = unpruned(case.family, case.kind)
+    before = snapshot(case.model)
+    yield
+    assert snapshot(case.model) == before
+    after = answer(case.model, case.batch)
+    assert torch.equal(after.logits, expected.logits)
+    assert torch.equal(after.sequences, expected.sequences)
+
+
+def _same(got: Answer, expected: Answer) -> None:
+    assert torch.equal(got.logits, expected.logits)
+    assert torch.equal(got.sequences, expected.sequences)
+
+
+@cells()
+def test_unwrap_leaves_nothing(case: Case) -> None:
+    with restored(case):
+        before = snapshot(case.model)
+        wrapped = vtprune.wrap(case.model, case.method, keep=case.keep)
+        assert wrapped is case.model
+        assert snapshot(case.model) != before, "the snapshot sees a wrap"
+        answer(case.model, case.batch)
+        assert vtprune.unwrap(case.model) is case.model
+        assert not hasattr(case.model, "vtprune")
+
+
+@cells()
+def test_wrapping_again_starts_afresh(case: Case) -> None:
+    with restored(case):
+        with case.pruned():
+            first = answer(case.model, case.batch)
+        with case.pruned() as pruner:
+            assert pruner.last is None
+            _same(answer(case.model, case.batch), first)
+
+
+@cells()
+def test_an_exception_while_decoding(case: Case) -> None:
+    def fail(ids: Tensor, scores: Tensor) -> Tensor:
+        if ids.shape[1] > case.batch["input_ids"].shape[1] + 1:
+            raise Boom
+        return scores
+
+    with restored(case):
+        with pytest.raises(Boom), case.pruned():
+            answer(case.model, case.batch, logits_processor=LogitsProcessorList([fail]))
+        with case.pruned():
+            first = answer(case.model, case.batch)
+            with pytest.raises(Boom):
+                answer(case.model, case.batch, logits_processor=LogitsProcessorList([fail]))
+            _same(answer(case.model, case.batch), first)
+
+
+@cells()
+@pytest.mark.parametrize("where", ["model.language_model.layers.1", "model.language_model", "encoder"])
+def test_an_exception_inside_the_model(case: Case, where: str) -> None:
+    def fail(*args: Any) -> None:
+        raise Boom
+
+    module = _encoder(case) if where == "encoder" else case.model.get_submodule(where)
+    with restored(case), case.pruned():
+        first = answer(case.model, case.batch)
+        handle = module.register_forward_hook(fail)
+        try:
+            with pytest.raises(Boom):
+                answer(case.model, case.batch)
+        finally:
+            handle.remove()
+        _same(answer(case.model, case.batch), first)
+
+
+def _encoder(case: Case) -> nn.Module:
+    """The vision encoder that the pictures (or clips) of the case go through."""
+    names = ("visual", "vision_tower", f"{case.kind}_tower")
+    return next(getattr(case.model.model, name) for name in names if hasattr(case.model.model, name))
+
+
+@cells()
+def test_an_exception_in_the_report_callback(case: Case) -> None:
+    def fail(report: vtprune.PruneReport) -> None:
+        if calls.append(report) is None and len(calls) == 2:
+            raise Boom
+
+    calls: list[vtprune.PruneReport] = []
+    with restored(case), case.pruned(on_report=fail):
+        first = answer(case.model, case.batch)
+        with pytest.raises(Boom):
+            answer(case.model, case.batch)
+        _same(answer(case.model, case.batch), first)
+
+
+@dataclass(frozen=True)
+class FailsOnce:
+    """The scorer it wraps, but its second call raises."""
+
+    scorer: Any
+    calls: list[int] = field(default_factory=list)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return self.scorer.needs
+
+    def __call__(self, tokens: Any) -> Tensor:
+        self.calls.append(1)
+        if len(self.calls) == 2:
+            raise Boom
+        return self.scorer(tokens)
+
+
+@cells(methods=PRUNING_METHODS)
+def test_an_exception_in_a_stage(case: Case) -> None:
+    with case.pruned() as pruner:
+        pipeline = pruner.pipeline
+        first = answer(case.model, case.rows[0])
+    picks = tuple(replace(pick, scorer=FailsOnce(pick.scorer)) for pick in pipeline.picks)
+    with restored(case), vtprune.pruning(case.model, replace(pipeline, picks=picks), keep=case.keep):
+        _same(answer(case.model, case.rows[0]), first)
+        with pytest.raises(Boom):
+            answer(case.model, case.rows[0])
+        _same(answer(case.model, case.rows[0]), first)

@@ -1,0 +1,165 @@
+"""Hooks on a compiled module are silently ignored by torch: wrapping one is refused, compiling a wrapped one works."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import CompileConfig
+
+import vtprune
+from tests import models
+from tests.integration.common import ONE, OTHER, expect, fingerprint, kept_of, llava, logits, write
+from vtprune.errors import UnsupportedModel
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Backend:
+    """The eager backend of the compiler, counting the graphs it gets."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
+        self.graphs += 1
+        return graph.forward
+
+
+def _in_place(model: nn.Module) -> nn.Module:
+    model.compile(backend="eager")
+    return model
+
+
+def _base_in_place(model: nn.Module) -> nn.Module:
+    model.model.compile(backend="eager")
+    return model
+
+
+def _tower_in_place(model: nn.Module) -> nn.Module:
+    model.model.vision_tower.compile(backend="eager")
+    return model
+
+
+def _language_model_replaced(model: nn.Module) -> nn.Module:
+    model.model.language_model = torch.compile(model.model.language_model, backend="eager")
+    return model
+
+
+def _forward_of_the_model(model: nn.Module) -> nn.Module:
+    model.forward = torch.compile(model.forward, backend="eager")
+    return model
+
+
+def _forward_of_the_base(model: nn.Module) -> nn.Module:
+    model.model.forward = torch.compile(model.model.forward, backend="eager")
+    return model
+
+
+def _by_generate(model: nn.Module) -> nn.Module:
+    model.get_compiled_call(CompileConfig(backend="eager", fullgraph=False, mode=None))
+    return model
+
+
+COMPILED = {
+    "torch.compile(model)": lambda model: torch.compile(model, backend="eager"),
+    "model.compile()": _in_place,
+    "base.compile()": _base_in_place,
+    "vision_tower.compile()": _tower_in_place,
+    "language_model replaced": _language_model_replaced,
+    "model.forward replaced": _forward_of_the_model,
+    "base.forward replaced": _forward_of_the_base,
+    "by generate": _by_generate,
+}
+
+
+@pytest.mark.parametrize("how", COMPILED)
+def test_wrapping_a_compiled_model_is_refused(how: str) -> None:
+    model = COMPILED[how](llava())
+    before = fingerprint(model)
+    with pytest.raises(UnsupportedModel, match="wrap first, then compile"):
+        vtprune.wrap(model, "random")
+    assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("method", ["fastervlm", "divprune"])
+def test_a_model_compiled_after_wrapping_prunes_as_in_eager(name: str, method: str) -> None:
+    model = models.build(name)
+    inputs = models.inputs(model, ONE)
+    vtprune.wrap(model, method)
+    eager, tokens, kept = logits(model, inputs), write(model, inputs), kept_of(model.vtprune.last)
+    backend = Backend()
+    model.compile(backend=backend)
+    torch.testing.assert_close(logits(model, inputs), eager, rtol=0, atol=1e-5)
+    assert backend.graphs > 0
+    assert write(model, inputs).tolist() == tokens.tolist()
+    assert kept_of(model.vtprune.last) == kept
+
+
+def test_a_compiled_view_of_a_wrapped_model_prunes_every_new_prompt() -> None:
+    model = vtprune.wrap(llava(), "fastervlm")
+    backend = Backend()
+    compiled = torch.compile(model, backend=backend)
+    for prompts in (ONE, OTHER, ONE):
+        inputs = models.inputs(model, prompts)
+        found = logits(compiled, inputs)
+        kept = kept_of(model.vtprune.last)
+        torch.testing.assert_close(found, logits(model, inputs), rtol=0, atol=1e-5)
+        assert kept_of(model.vtprune.last) == kept
+    assert backend.graphs > 0
+
+
+def test_aot_autograd_gives_the_same_logits() -> None:
+    model = vtprune.wrap(llava(), "vtprune")
+    inputs = models.inputs(model, ONE)
+    eager = logits(model, inputs)
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(logits(compiled, inputs), eager, rtol=0, atol=1e-5)
+    assert model.vtprune.last.kept == 4
+
+
+def test_decode_steps_that_generate_compiles_give_the_same_tokens() -> None:
+    model = llava()
+    inputs = models.inputs(model, ONE)
+    expected = expect(model, inputs, "fastervlm")
+    vtprune.wrap(model, "fastervlm")
+    backend = Backend()
+    config = CompileConfig(backend=backend, fullgraph=False, mode=None)
+    config._compile_all_devices = True
+    tokens = write(model, inputs, cache_implementation="static", compile_config=config)
+    assert backend.graphs > 0
+    assert tokens.tolist() == expected.tokens.tolist()
+
+
+def test_unwrapping_a_model_compiled_while_wrapped_gives_the_plain_model_back() -> None:
+    model = llava()
+    inputs = models.inputs(model, ONE)
+    plain = logits(model, inputs)
+    vtprune.wrap(model, "random")
+    model.compile(backend="eager")
+    assert not torch.allclose(logits(model, inputs), plain, atol=1e-3)
+    vtprune.unwrap(model)
+    torch.testing.assert_close(logits(model, inputs), plain, rtol=0, atol=1e-5)
+
+
+def test_a_compiled_view_follows_the_next_wrap() -> None:
+    model = llava()
+    inputs = models.inputs(model, ONE)
+    vtprune.wrap(model, "random")
+    compiled = torch.compile(model, backend="eager")
+    logits(compiled, inputs)
+    vtprune.unwrap(model)
+    vtprune.wrap(model, "uniform", keep=2)
+    found = logits(compiled, inputs)
+    assert model.vtprune.last is not None
+    assert model.vtprune.last.kept == 2
+    torch.testing.assert_close(found, logits(model, inputs), rtol=0, atol=1e-5)

@@ -1,0 +1,234 @@
+"""The command line: `vtprune run`, `methods`, `describe`, `families`, `doctor`. Heavy imports wait for their command."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vtprune.errors import InvalidOption, VtpruneError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_TINY = "tiny:llava"
+_ABOUT = "Make vision-language models answer from fewer visual tokens."
+_EXAMPLES = """examples:
+  vtprune run                                          bundled model and picture, a quarter of the tokens
+  vtprune run --method random --keep 0.11              what blind choices do to the answer
+  vtprune run --image cat.jpg --prompt "What is it?" --model ./my-llava --keep 64
+  vtprune run --set lam=0.3 --overlay kept.png --report runs.jsonl
+  vtprune methods                                      what --method takes
+  vtprune describe divprune                            one method, its source and its parameters
+  vtprune families                                     which models have an adapter
+  vtprune doctor ./my-llava                            can this model be pruned, and with which methods?
+"""
+_RUN_EXAMPLES = """The model answers twice, with all visual tokens and with those the method keeps. Times are of one run and
+no benchmark. A share is written as a float (--keep 0.25), a number of tokens as a whole number (--keep 64).
+Parameters of a method (see `vtprune describe NAME`) are set by --set, once for each:
+
+  vtprune run --method vtprune --set lam=0.3
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 2 for a mistake of the user, 130 when interrupted."""
+    from rich.console import Console
+
+    parsed = _parser().parse_args(arguments)
+    trouble = Console(stderr=True, soft_wrap=True, highlight=False)
+    try:
+        parsed.command(parsed, Console(highlight=False))
+    except VtpruneError as error:
+        trouble.print("[bold red]error:[/bold red]", end=" ")
+        trouble.print(str(error), markup=False)
+        return 2
+    except KeyboardInterrupt:
+        trouble.print("interrupted")
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    from vtprune import __version__
+
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("vtprune", description=_ABOUT, epilog=_EXAMPLES, formatter_class=raw)
+    parser.add_argument("--version", action="version", version=f"vtprune {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    _add_run(commands.add_parser("run", help="answer a question before and after", epilog=_RUN_EXAMPLES, formatter_class=raw))
+    methods = commands.add_parser("methods", help="list the methods")
+    methods.set_defaults(command=_methods)
+    families = commands.add_parser("families", help="list the families of models")
+    families.set_defaults(command=_families)
+    for table in (methods, families):
+        table.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    describe = commands.add_parser("describe", help="tell about one method")
+    describe.add_argument("name", help="a name from `vtprune methods`")
+    describe.set_defaults(command=_describe)
+    doctor = commands.add_parser("doctor", help="check this machine, and whether a model can be pruned")
+    doctor.add_argument("model", nargs="?", help="tiny:NAME, a directory or a hub id; weights are not loaded")
+    doctor.set_defaults(command=_doctor)
+    return parser
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default=_TINY, help="tiny:NAME, a directory or a hub id (default: %(default)s)")
+    parser.add_argument("--image", type=Path, help="a picture (default: the bundled one)")
+    parser.add_argument("--prompt", help="the question (default: one that fits the bundled picture)")
+    parser.add_argument("--method", default="vtprune", help="a name from `vtprune methods` (default: %(default)s)")
+    parser.add_argument("--keep", default="0.25", help="share (0.25) or number (64) of visual tokens (default: %(default)s)")
+    parser.add_argument("--per", default="image", help="what --keep applies to: image, part or prompt (default: %(default)s)")
+    parser.add_argument("--positions", default="auto", help="position ids: auto, compact or keep (default: %(default)s)")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the method")
+    parser.add_argument("--max-new-tokens", type=int, help="longest answer (default: 4 for the tiny model, else 64)")
+    parser.add_argument("--report", type=Path, metavar="OUT.jsonl", help="append the report of the pruned run")
+    parser.add_argument("--overlay", type=Path, metavar="OUT.png", help="save the picture with dropped patches dimmed")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: %(default)s)")
+    parser.set_defaults(command=_run)
+
+
+def _run(options: argparse.Namespace, console: Console) -> None:
+    from rich.console import Console
+
+    from vtprune import _console as helpers
+
+    keep, parameters = _keep(options.keep), _parameters(options.set)
+    if options.max_new_tokens is not None and options.max_new_tokens < 1:
+        raise InvalidOption(f"--max-new-tokens {options.max_new_tokens}: expected 1 or more")
+    _check_outputs(options)
+    with Console(stderr=True).status("importing torch and transformers") as status:
+        import vtprune
+        from vtprune.catalog import build
+        from vtprune.tiny import PICTURE, QUESTION
+        from vtprune.types import Budget
+
+        helpers.quiet_transformers()
+        build(options.method, parameters)
+        Budget(keep=keep, per=options.per)
+        picture = helpers.read_picture(options.image or PICTURE)
+        tiny = options.model.startswith("tiny:")
+        prompt = options.prompt or (QUESTION if tiny or options.image is None else "What is in this picture?")
+        length = options.max_new_tokens or (4 if tiny else 64)
+        status.update(f"loading {options.model}")
+        model, processor = helpers.load_model(options.model, helpers.choose_device(options.device))
+        inputs = helpers.build_inputs(processor, picture, prompt, model.device)
+        status.update("warming up")
+        helpers.answer(model, processor, inputs, 1)
+        status.update("answering from all tokens")
+        with vtprune.pruning(model, "identity", keep=1.0) as pruner:
+            before = helpers.answer(model, processor, inputs, length), pruner.last
+        status.update(f"answering from the tokens that {options.method} keeps")
+        wanted: dict[str, Any] = {"keep": keep, "per": options.per, "positions": options.positions}
+        with vtprune.pruning(model, options.method, **wanted, **parameters) as pruner:
+            after = helpers.answer(model, processor, inputs, length), pruner.last
+    assert before[1] is not None and after[1] is not None
+    report = after[1]
+    console.print(f"prompt: {prompt}", markup=False)
+    console.print(helpers.run_table((before[0], before[1]), (after[0], report)))
+    console.print(report.summary(), markup=False, soft_wrap=True)
+    _write_outputs(options, report, picture, console)
+
+
+def _check_outputs(options: argparse.Namespace) -> None:
+    """Refuse outputs that cannot be written before the model is loaded."""
+    for path in (options.report, options.overlay):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise InvalidOption(f"cannot write {path}: there is no directory {path.parent}")
+        if path is not None and path.is_dir():
+            raise InvalidOption(f"cannot write {path}: it is a directory")
+    if options.overlay is not None:
+        from PIL import Image
+
+        known = Image.registered_extensions()
+        if options.overlay.suffix.lower() not in known:
+            raise InvalidOption(f"cannot write {options.overlay}: the name must end like a picture, for example .png")
+
+
+def _write_outputs(options: argparse.Namespace, report: Any, picture: Any, console: Console) -> None:
+    from vtprune.viz import overlay
+
+    try:
+        if options.report is not None:
+            report.write_jsonl(options.report)
+            console.print(f"report appended to {options.report}", markup=False, soft_wrap=True)
+        if options.overlay is not None:
+            overlay(report, picture).save(options.overlay)
+            console.print(f"overlay saved to {options.overlay}", markup=False, soft_wrap=True)
+    except OSError as error:
+        raise InvalidOption(f"cannot write {error.filename or 'the output'}: {error.strerror or error}") from error
+
+
+def _keep(text: str) -> float | int:
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return float(text)
+    except ValueError:
+        raise InvalidOption(f"--keep {text}: expected a share such as 0.25 or a number of tokens such as 64") from None
+
+
+def _parameters(pairs: Sequence[str]) -> dict[str, Any]:
+    """`name=value` pairs; a value is a Python literal, or else text."""
+    parameters: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or not name.isidentifier():
+            raise InvalidOption(f"--set {pair}: expected NAME=VALUE, for example --set lam=0.3")
+        if name in parameters:
+            raise InvalidOption(f"--set {name} is given twice")
+        try:
+            parameters[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            parameters[name] = text
+    return parameters
+
+
+def _methods(options: argparse.Namespace, console: Console) -> None:
+    from vtprune import _console as helpers
+
+    _print_table(helpers.METHOD_COLUMNS, helpers.method_rows(), options, console)
+
+
+def _families(options: argparse.Namespace, console: Console) -> None:
+    from vtprune import _console as helpers
+
+    _print_table(helpers.FAMILY_COLUMNS, helpers.family_rows(), options, console)
+
+
+def _print_table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], options: argparse.Namespace, console: Console
+) -> None:
+    from vtprune import _console as helpers
+
+    if options.markdown:
+        console.print(helpers.as_markdown(columns, rows), markup=False, soft_wrap=True)
+    else:
+        console.print(helpers.as_table(columns, rows))
+
+
+def _describe(options: argparse.Namespace, console: Console) -> None:
+    import vtprune
+
+    console.print(str(vtprune.describe(options.name)), markup=False, soft_wrap=True)
+
+
+def _doctor(options: argparse.Namespace, console: Console) -> None:
+    from vtprune import _doctor as doctor
+
+    for name, finding in doctor.machine():
+        console.print(f"[bold]{name}[/bold] ", end="")
+        console.print(finding, markup=False, soft_wrap=True)
+    if options.model is not None:
+        for name, finding in doctor.model(options.model):
+            console.print(f"[bold]{name}[/bold] ", end="")
+            console.print(finding, markup=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

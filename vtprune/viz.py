@@ -1,0 +1,144 @@
+"""Show which tokens of a picture or clip were kept, from a report alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from vtprune.errors import InvalidOption
+from vtprune.types import Part
+
+_GAP = 4
+_PER_ROW = 8
+_SMALL = 384
+
+
+class _Segment(Protocol):
+    @property
+    def parts(self) -> tuple[Part, ...]: ...
+    @property
+    def keep(self) -> Tensor: ...
+
+
+class _Report(Protocol):
+    @property
+    def segments(self) -> Sequence[_Segment]: ...
+
+
+def overlay(
+    report: _Report,
+    image: Image.Image | Sequence[Image.Image],
+    segment: int = 0,
+    *,
+    dim: float = 0.25,
+    upscale: int | None = None,
+) -> Image.Image:
+    """The picture with kept patches as they are and dropped ones dimmed.
+
+    A segment of several parts is drawn as panels side by side: thumbnail, crops (on the whole picture), frames. Tiles
+    are put together in the arrangement that suits the shape of the picture best.
+
+    Args:
+        report: a `PruneReport`, for example `model.vtprune.last`.
+        image: the picture of that segment, framed as the encoder saw it (a processor that crops sees less); for a clip
+            its frames, a whole multiple of the frames the model encodes.
+        segment: which picture or clip of the report.
+        dim: brightness of dropped patches, 0 (black) to 1 (as they are).
+        upscale: whole factor by which pixels are repeated; by default small pictures grow to about 384 pixels.
+
+    Raises:
+        InvalidOption: for a report without that segment, an option out of range, or pictures that do not fit the parts.
+    """
+    chosen = _segment_of(report, segment)
+    if isinstance(dim, bool) or not 0 <= dim <= 1:
+        raise InvalidOption(f"dim={dim!r}: expected a brightness in [0, 1]")
+    if upscale is not None and (isinstance(upscale, bool) or not isinstance(upscale, int) or upscale < 1):
+        raise InvalidOption(f"upscale={upscale!r}: expected a whole factor, 1 or more")
+    masks = _part_masks(chosen)
+    frames = chosen.parts[0].kind == "frame"
+    if frames:
+        pictures = _frames_for(image, len(masks))
+    elif isinstance(image, Image.Image):
+        masks = _put_tiles_together(chosen.parts, masks, image.size)
+        pictures = [image] * len(masks)
+    else:
+        raise InvalidOption("this segment is one picture: expected one PIL image, got a sequence")
+    panels = [
+        _panel(picture, mask, dim, upscale or _default_upscale(picture, len(masks)))
+        for picture, mask in zip(pictures, masks, strict=True)
+    ]
+    return _side_by_side(panels)
+
+
+def _segment_of(report: _Report, segment: int) -> _Segment:
+    segments = getattr(report, "segments", None)
+    if segments is None:
+        raise InvalidOption(f"expected a PruneReport, got {type(report).__name__}: run the wrapped model first")
+    if isinstance(segment, bool) or not isinstance(segment, int) or not 0 <= segment < len(segments):
+        there = f"0 to {len(segments) - 1}" if segments else "no picture in this prompt"
+        raise InvalidOption(f"segment={segment!r}: the report has {len(segments)} ({there})")
+    chosen: _Segment = segments[segment]
+    return chosen
+
+
+def _part_masks(segment: _Segment) -> list[np.ndarray]:
+    """Kept or not, one grid (h, w) for each part."""
+    ends = np.cumsum([part.tokens for part in segment.parts])
+    kept = np.zeros(ends[-1], dtype=bool)
+    kept[segment.keep.cpu().numpy()] = True
+    flat = np.split(kept, ends[:-1])
+    return [mask.reshape(part.grid) for mask, part in zip(flat, segment.parts, strict=True)]
+
+
+def _put_tiles_together(parts: Sequence[Part], masks: list[np.ndarray], size: tuple[int, int]) -> list[np.ndarray]:
+    tiles = [mask for part, mask in zip(parts, masks, strict=True) if part.kind == "tile"]
+    if not tiles or len({tile.shape for tile in tiles}) > 1:
+        return masks
+    rows, columns = _arrangement(len(tiles), size[0] / size[1])
+    stitched = np.block([tiles[row * columns : (row + 1) * columns] for row in range(rows)])
+    return [stitched, *(mask for part, mask in zip(parts, masks, strict=True) if part.kind != "tile")]
+
+
+def _arrangement(count: int, aspect: float) -> tuple[int, int]:
+    """Rows and columns of `count` tiles whose aspect is nearest to that of the picture."""
+    choices = [(rows, count // rows) for rows in range(1, count + 1) if count % rows == 0]
+    return min(choices, key=lambda choice: abs(choice[1] / choice[0] - aspect))
+
+
+def _frames_for(image: Image.Image | Sequence[Image.Image], parts: int) -> list[Image.Image]:
+    frames = [image] if isinstance(image, Image.Image) else list(image)
+    if not frames or len(frames) % parts:
+        raise InvalidOption(f"the clip was encoded as {parts} frames: expected {parts} pictures or a multiple, got {len(frames)}")
+    return frames[:: len(frames) // parts]
+
+
+def _default_upscale(picture: Image.Image, panels: int) -> int:
+    return max(1, _SMALL // max(picture.size)) if panels <= 2 else 1
+
+
+def _panel(picture: Image.Image, mask: np.ndarray, dim: float, upscale: int) -> Image.Image:
+    pixels = np.asarray(picture.convert("RGB"))
+    height, width = pixels.shape[:2]
+    rows = (np.arange(height) * mask.shape[0]) // height
+    columns = (np.arange(width) * mask.shape[1]) // width
+    kept = mask[rows[:, None], columns[None, :], None]
+    dimmed = np.where(kept, pixels, (pixels * dim).astype(np.uint8))
+    return Image.fromarray(dimmed.repeat(upscale, axis=0).repeat(upscale, axis=1))
+
+
+def _side_by_side(panels: list[Image.Image]) -> Image.Image:
+    """Panels from left to right, a new row after eight of them."""
+    if len(panels) == 1:
+        return panels[0]
+    width = max(panel.width for panel in panels) + _GAP
+    height = max(panel.height for panel in panels) + _GAP
+    columns, rows = min(len(panels), _PER_ROW), -(-len(panels) // _PER_ROW)
+    sheet = Image.new("RGB", (columns * width - _GAP, rows * height - _GAP), "white")
+    for number, panel in enumerate(panels):
+        row, column = divmod(number, _PER_ROW)
+        sheet.paste(panel, (column * width, row * height))
+    return sheet
