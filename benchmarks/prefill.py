@@ -26,6 +26,7 @@ import torch
 import transformers
 from rich.progress import track
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import vtprune
@@ -124,16 +125,20 @@ class Arms:
     def with_encoder(self) -> Any:
         return self.model(**self.inputs, use_cache=True, logits_to_keep=1)
 
-    def short_prompt(self, tokens: int) -> Callable[[], Any]:
-        """A text prompt of `tokens` ready embeddings: nothing is encoded, merged, selected or cut."""
-        embeds = torch.randn(1, tokens, self.model.config.text_config.hidden_size, device=self.model.device) * 0.02
-        return lambda: self.model(inputs_embeds=embeds, use_cache=True, logits_to_keep=1)
+    def short_prompt(self, kept: int) -> Callable[[], Any]:
+        """Transformers alone on a prompt with `kept` placeholders and as many features: nothing left to prune."""
+        ids = self.inputs["input_ids"]
+        text = ids[ids != IMAGE]
+        short = torch.cat([text[:TEXT_BEFORE], ids.new_full((kept,), IMAGE), text[TEXT_BEFORE:]])[None]
+        features = BaseModelOutputWithPooling(pooler_output=[self.shared["image"].pooler_output[0][:kept].clone()])
+        return lambda: self.model(
+            input_ids=short, mm_encoder_outputs={"image": features}, use_cache=True, logits_to_keep=1
+        )
 
 
 def measure(arms: Arms, methods: list[str], keeps: list[float], rounds: int, device: str) -> dict[str, list[float]]:
     """Milliseconds of every arm in every round, arms in a new random order each round."""
     order: list[tuple[str, Callable[[], float]]] = []
-    length = arms.inputs["input_ids"].shape[1]
     visual = int((arms.inputs["input_ids"] == IMAGE).sum())
 
     def plain(run: Callable[[], Any]) -> Callable[[], float]:
@@ -155,8 +160,7 @@ def measure(arms: Arms, methods: list[str], keeps: list[float], rounds: int, dev
             order.append((f"wrapped {method} {keep}", wrapped(method, keep, arms.forward)))
             order.append((f"wrapped+encoder {method} {keep}", wrapped(method, keep, arms.with_encoder)))
     for keep in keeps:
-        kept = length - visual + int(keep * visual + 0.5)
-        order.append((f"oracle {keep}", plain(arms.short_prompt(kept))))
+        order.append((f"oracle {keep}", plain(arms.short_prompt(int(keep * visual + 0.5)))))
     times: dict[str, list[float]] = {name: [] for name, _ in order}
     shuffle = random.Random(0)
     for number in track(range(rounds + 2), description="rounds"):

@@ -38,7 +38,7 @@ def choose_device(requested: str) -> Any:
         device = torch.device(requested)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0][:120]
         raise InvalidOption(f"--device {requested}: not usable here ({reason}); try --device cpu") from error
     return device
 
@@ -51,10 +51,10 @@ def load_model(source: str, device: Any) -> tuple[Any, Any]:
     if source.startswith("tiny:"):
         model, processor = load_tiny(source.removeprefix("tiny:"))
         return model.to(device), processor
+    local = _is_local(source)
     heal()
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    local = Path(source).is_dir()
     with explained(f"cannot load {source!r}"):
         processor = AutoProcessor.from_pretrained(source, local_files_only=local)
         model = AutoModelForImageTextToText.from_pretrained(source, local_files_only=local, dtype="auto")
@@ -68,10 +68,33 @@ def model_skeleton(source: str) -> Any:
 
     from vtprune.tiny.loading import tiny_folder
 
-    folder = tiny_folder(source.removeprefix("tiny:")) if source.startswith("tiny:") else source
+    folder = str(tiny_folder(source.removeprefix("tiny:"))) if source.startswith("tiny:") else source
+    local = _is_local(folder)
     with explained(f"cannot read the config of {source!r}"), torch.device("meta"):
-        config = AutoConfig.from_pretrained(folder, local_files_only=Path(folder).is_dir())
+        config = AutoConfig.from_pretrained(folder, local_files_only=local)
         return AutoModelForImageTextToText.from_config(config)
+
+
+def _is_local(source: str) -> bool:
+    """True for a directory; False for a hub id that is cached or can be reached, and a `VtpruneError` for neither."""
+    if Path(source).is_dir():
+        return True
+    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise VtpruneError(f"cannot load {source!r}: there is no such directory")
+    import huggingface_hub
+
+    with explained(f"cannot load {source!r}"):
+        if isinstance(huggingface_hub.try_to_load_from_cache(source, "config.json"), str):
+            return False
+    try:
+        # One request without retries: a missing network would otherwise be told after minutes.
+        huggingface_hub.model_info(source, timeout=10)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise VtpruneError(
+            f"cannot load {source!r}: no such directory, not in the hub's cache here, and the hub says: {reason}"
+        ) from error
+    return False
 
 
 class explained:
@@ -120,7 +143,7 @@ def _too_large(path: Path, size: str) -> str:
     return f"{path} holds {size}: at most {MAX_PIXELS / 1e6:.0f} megapixels are read, scale it down first"
 
 
-def build_inputs(processor: Any, picture: Image.Image, prompt: str, device: Any) -> Any:
+def build_inputs(processor: Any, picture: Image.Image, prompt: str, model: Any) -> Any:
     """What the processor makes of one picture and one question, by the chat template where there is one."""
     token = getattr(processor, "image_token", None) or "<image>"
     with explained("the processor does not take this prompt and picture"):
@@ -132,20 +155,35 @@ def build_inputs(processor: Any, picture: Image.Image, prompt: str, device: Any)
             text = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         else:
             text = f"{token}\n{prompt}"
-        return processor(images=picture, text=text, return_tensors="pt").to(device)
+        return processor(images=picture, text=text, return_tensors="pt").to(model.device, model.dtype)
 
 
-def answer(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> str:
-    """The greedy answer."""
-    import torch
+class Asker:
+    """Greedy answers of one model to one prompt under different prunings."""
 
-    try:
-        written = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    except torch.OutOfMemoryError as error:
-        raise VtpruneError("out of memory: try a smaller picture or model, or --device cpu") from error
-    new = written[:, inputs["input_ids"].shape[1] :]
-    text: str = processor.batch_decode(new, skip_special_tokens=True)[0]
-    return text.strip()
+    def __init__(self, model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> None:
+        self._model, self._processor, self._inputs = model, processor, inputs
+        self._length = max_new_tokens
+
+    def __call__(self, method: str, **options: Any) -> tuple[str, PruneReport]:
+        """The answer and its report; a first answer of one token warms up, so that the times are not those of a start."""
+        import vtprune
+
+        with vtprune.pruning(self._model, method, **options) as pruner:
+            self._generate(1)
+            written = self._generate(self._length)
+            report = pruner.last
+        assert report is not None
+        new = written[:, self._inputs["input_ids"].shape[1] :]
+        return self._processor.batch_decode(new, skip_special_tokens=True)[0].strip(), report
+
+    def _generate(self, length: int) -> Any:
+        import torch
+
+        try:
+            return self._model.generate(**self._inputs, max_new_tokens=length, do_sample=False)
+        except torch.OutOfMemoryError as error:
+            raise VtpruneError("out of memory: try a smaller picture or model, or --device cpu") from error
 
 
 def run_table(before: tuple[str, PruneReport], after: tuple[str, PruneReport]) -> Table:
@@ -163,7 +201,7 @@ def run_table(before: tuple[str, PruneReport], after: tuple[str, PruneReport]) -
     if short.separators:
         table.add_row("separator tokens", str(full.separators), str(short.separators))
     table.add_row("prompt length", str(sum(full.length_after)), str(sum(short.length_after)))
-    table.add_row("KV cache saved", byte_size(full.kv_bytes_saved), byte_size(short.kv_bytes_saved))
+    table.add_row("KV cache saved", mebibytes(full.kv_bytes_saved), mebibytes(short.kv_bytes_saved))
     full_seconds, short_seconds = full.seconds, short.seconds
     for part in PARTS:
         cells = [milliseconds(seconds, part) for seconds in (full_seconds, short_seconds)]
@@ -176,12 +214,9 @@ def milliseconds(seconds: Mapping[str, float], part: str) -> str:
     return f"{1000 * seconds[part]:.1f}" if part in seconds else "-"
 
 
-def byte_size(count: int) -> str:
+def mebibytes(count: int) -> str:
     """Bytes for people."""
-    for factor, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if count >= factor:
-            return f"{count / factor:.2f} {unit}"
-    return f"{count} B"
+    return f"{count / 2**20:.2f} MiB" if count else "-"
 
 
 METHOD_COLUMNS = ("method", "what it does", "source", "needs", "parameters")
@@ -192,7 +227,7 @@ def method_rows() -> list[tuple[str, ...]]:
     """One row per method."""
     from vtprune.catalog import describe, list_methods
 
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name in list_methods():
         card = describe(name)
         parameters = ", ".join(f"{key}={value!r}" for key, value in card.parameters.items()) or "-"

@@ -28,7 +28,7 @@ def model(source: str) -> Iterator[tuple[str, str]]:
     """Family, seam, probes, placeholders, cache and methods of a model, from its config alone."""
     from vtprune import _console
     from vtprune.adapters import family_of
-    from vtprune.adapters.base import language_model, placeholder_ids
+    from vtprune.adapters.base import language_model, placeholder_id, rope_axes
     from vtprune.seam import find_base
 
     _console.quiet_transformers()
@@ -43,14 +43,14 @@ def model(source: str) -> Iterator[tuple[str, str]]:
         return
     yield "seam", f"{type(inner).__name__} -> {type(language_model(inner)).__name__}"
     for kind in family.kinds:
-        ids = placeholder_ids(inner.config, kind)
-        if kind == "video" and (not ids or not hasattr(type(inner), "get_video_features")):
+        token = placeholder_id(inner.config, kind)
+        if kind == "video" and (token is None or not hasattr(type(inner), "get_video_features")):
             yield kind, "none: this model reads no clips"
             continue
         probe = family.probe(inner, kind)
         evidence = probe.evidence if probe is not None else "no encoder attention, features only"
-        yield kind, f"placeholder id {', '.join(map(str, ids)) or 'none'}; {evidence}"
-    yield "positions", "auto keeps the ids (M-RoPE)" if family.mrope else "auto closes the gaps (1-D RoPE)"
+        yield kind, f"placeholder id {token}; {evidence}"
+    yield "positions", "auto keeps the ids (M-RoPE)" if rope_axes(inner.config) else "auto closes the gaps (1-D RoPE)"
     yield "cache", _cache(skeleton)
     yield from _methods(skeleton)
 

@@ -81,8 +81,8 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", help="the question (default: one that fits the bundled picture)")
     parser.add_argument("--method", default="vtprune", help="a name from `vtprune methods` (default: %(default)s)")
     parser.add_argument("--keep", default="0.25", help="share (0.25) or number (64) of visual tokens (default: %(default)s)")
-    parser.add_argument("--per", default="image", help="what --keep applies to: image, part or prompt (default: %(default)s)")
-    parser.add_argument("--positions", default="auto", help="position ids: auto, compact or keep (default: %(default)s)")
+    parser.add_argument("--per", choices=("image", "part", "prompt"), default="image", help="what --keep applies to")
+    parser.add_argument("--positions", choices=("auto", "compact", "keep"), default="auto", help="what becomes of the ids")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the method")
     parser.add_argument("--max-new-tokens", type=int, help="longest answer (default: 4 for the tiny model, else 64)")
     parser.add_argument("--report", type=Path, metavar="OUT.jsonl", help="append the report of the pruned run")
@@ -101,7 +101,6 @@ def _run(options: argparse.Namespace, console: Console) -> None:
         raise InvalidOption(f"--max-new-tokens {options.max_new_tokens}: expected 1 or more")
     _check_outputs(options)
     with Console(stderr=True).status("importing torch and transformers") as status:
-        import vtprune
         from vtprune.catalog import build
         from vtprune.tiny import PICTURE, QUESTION
         from vtprune.types import Budget
@@ -115,20 +114,15 @@ def _run(options: argparse.Namespace, console: Console) -> None:
         length = options.max_new_tokens or (4 if tiny else 64)
         status.update(f"loading {options.model}")
         model, processor = helpers.load_model(options.model, helpers.choose_device(options.device))
-        inputs = helpers.build_inputs(processor, picture, prompt, model.device)
-        status.update("warming up")
-        helpers.answer(model, processor, inputs, 1)
+        inputs = helpers.build_inputs(processor, picture, prompt, model)
         status.update("answering from all tokens")
-        with vtprune.pruning(model, "identity", keep=1.0) as pruner:
-            before = helpers.answer(model, processor, inputs, length), pruner.last
+        ask = helpers.Asker(model, processor, inputs, length)
+        before, full = ask("identity", keep=1.0)
         status.update(f"answering from the tokens that {options.method} keeps")
-        wanted: dict[str, Any] = {"keep": keep, "per": options.per, "positions": options.positions}
-        with vtprune.pruning(model, options.method, **wanted, **parameters) as pruner:
-            after = helpers.answer(model, processor, inputs, length), pruner.last
-    assert before[1] is not None and after[1] is not None
-    report = after[1]
-    console.print(f"prompt: {prompt}", markup=False)
-    console.print(helpers.run_table((before[0], before[1]), (after[0], report)))
+        wanted = {"keep": keep, "per": options.per, "positions": options.positions}
+        after, report = ask(options.method, **wanted, **parameters)
+    console.print(f"prompt: {prompt}", markup=False, soft_wrap=True)
+    console.print(helpers.run_table((before, full), (after, report)))
     console.print(report.summary(), markup=False, soft_wrap=True)
     _write_outputs(options, report, picture, console)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from vtprune.adapters import FAMILIES
-from vtprune.adapters.base import language_model, placeholder_ids
+from vtprune.adapters.base import language_model, placeholder_id
 from vtprune.errors import UnsupportedModel
 
 HANDLE = "vtprune"
@@ -40,7 +40,7 @@ def missing_seam(inner: nn.Module) -> str | None:
         return "the base model has no language_model"
     if not hasattr(type(inner), "get_image_features"):
         return "the base model has no get_image_features"
-    if not placeholder_ids(inner.config, "image"):
+    if placeholder_id(inner.config, "image") is None:
         return "the config names no image_token_id"
     return None
 

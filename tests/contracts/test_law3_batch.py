@@ -97,18 +97,18 @@ def test_ragged_counts_in_a_batch_without_padding(case: Case) -> None:
         assert got.tokens[row].tolist() == tokens
 
 
-def _of_equal_length(case: Case) -> tuple[Prompt, Prompt]:
-    """The two prompts of the case, the shorter one with more words at its end."""
-    first, second = case.prompts
+def _of_equal_length(case: Case) -> tuple[Prompt, ...]:
+    """The prompts of the case, the shorter one with more words at its end."""
     lengths = [inputs["input_ids"].shape[1] for inputs in case.rows]
-    return replace(first, text_after=first.text_after + lengths[1] - lengths[0]), second
+    missing = [max(lengths) - length for length in lengths]
+    return tuple(replace(p, text_after=p.text_after + n) for p, n in zip(case.prompts, missing, strict=True))
 
 
 @cells()
 @torch.no_grad()
 def test_right_padding_in_a_plain_forward(case: Case) -> None:
     batch, padding = _right_padded(case.batch)
-    assert padding[0] > 0
+    assert any(padding)
     with case.pruned() as pruner:
         together = case.model(**batch).logits
         report = pruner.last

@@ -65,7 +65,7 @@ def _prefill(case: Case, prompts: tuple[Prompt, ...], **options: object) -> Prun
 def _check_order(segment: SegmentReport) -> None:
     kept = segment.keep.tolist()
     assert kept == sorted(set(kept))
-    assert 0 <= kept[0] and kept[-1] < segment.n
+    assert set(kept) <= set(range(segment.n))
     assert segment.k == len(kept)
     assert segment.n == sum(part.grid[0] * part.grid[1] for part in segment.parts)
 

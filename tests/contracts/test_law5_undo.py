@@ -29,7 +29,7 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
         "implementation": model.config._attn_implementation,
     }
     for name, module in model.named_modules():
-        hooks = {key: list(value.items()) for key, value in vars(module).items() if "hook" in key and value}
+        hooks = {key: dict(value) for key, value in vars(module).items() if "hook" in key and isinstance(value, dict)}
         taken[name or "."] = (type(module), sorted(vars(module)), hooks)
     return taken
 

@@ -32,7 +32,8 @@ def fingerprint(model: nn.Module) -> dict[str, dict[str, Any]]:
 def _of_module(module: nn.Module) -> dict[str, Any]:
     found: dict[str, Any] = {"class": type(module)}
     for name, value in vars(module).items():
-        found[name] = [(key, id(hook)) for key, hook in value.items()] if "_hooks" in name else id(value)
+        hooks = "_hooks" in name and isinstance(value, dict)
+        found[name] = [(key, id(hook)) for key, hook in value.items()] if hooks else id(value)
     return found
 
 

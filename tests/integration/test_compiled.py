@@ -23,15 +23,15 @@ def _fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-class Backend:
-    """The eager backend of the compiler, counting the graphs it gets."""
+def counting_backend() -> tuple[list[int], Callable[..., Any]]:
+    """The eager backend of the compiler, and a list that grows with every graph it gets."""
+    graphs: list[int] = []
 
-    def __init__(self) -> None:
-        self.graphs = 0
-
-    def __call__(self, graph: torch.fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
-        self.graphs += 1
+    def backend(graph: torch.fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
+        graphs.append(len(graph.graph.nodes))
         return graph.forward
+
+    return graphs, backend
 
 
 def _in_place(model: nn.Module) -> nn.Module:
@@ -83,65 +83,53 @@ COMPILED = {
 
 @pytest.mark.parametrize("how", COMPILED)
 def test_wrapping_a_compiled_model_is_refused(how: str) -> None:
-    model = COMPILED[how](llava())
+    model = COMPILED[how](llava(layers=1))
     before = fingerprint(model)
     with pytest.raises(UnsupportedModel, match="wrap first, then compile"):
         vtprune.wrap(model, "random")
     assert fingerprint(model) == before
 
 
-@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
-@pytest.mark.parametrize("method", ["fastervlm", "divprune"])
+@pytest.mark.parametrize(("name", "method"), [("llava", "vtprune"), ("qwen2_5_vl", "fastervlm")])
 def test_a_model_compiled_after_wrapping_prunes_as_in_eager(name: str, method: str) -> None:
-    model = models.build(name)
+    model = models.build(name, layers=1)
     inputs = models.inputs(model, ONE)
     vtprune.wrap(model, method)
     eager, tokens, kept = logits(model, inputs), write(model, inputs), kept_of(model.vtprune.last)
-    backend = Backend()
+    graphs, backend = counting_backend()
     model.compile(backend=backend)
     torch.testing.assert_close(logits(model, inputs), eager, rtol=0, atol=1e-5)
-    assert backend.graphs > 0
+    assert graphs
     assert write(model, inputs).tolist() == tokens.tolist()
     assert kept_of(model.vtprune.last) == kept
 
 
 def test_a_compiled_view_of_a_wrapped_model_prunes_every_new_prompt() -> None:
-    model = vtprune.wrap(llava(), "fastervlm")
-    backend = Backend()
-    compiled = torch.compile(model, backend=backend)
-    for prompts in (ONE, OTHER, ONE):
+    model = vtprune.wrap(llava(layers=1), "fastervlm")
+    compiled = torch.compile(model, backend="aot_eager")
+    for prompts in (ONE, OTHER):
         inputs = models.inputs(model, prompts)
         found = logits(compiled, inputs)
         kept = kept_of(model.vtprune.last)
         torch.testing.assert_close(found, logits(model, inputs), rtol=0, atol=1e-5)
         assert kept_of(model.vtprune.last) == kept
-    assert backend.graphs > 0
-
-
-def test_aot_autograd_gives_the_same_logits() -> None:
-    model = vtprune.wrap(llava(), "vtprune")
-    inputs = models.inputs(model, ONE)
-    eager = logits(model, inputs)
-    compiled = torch.compile(model, backend="aot_eager")
-    torch.testing.assert_close(logits(compiled, inputs), eager, rtol=0, atol=1e-5)
-    assert model.vtprune.last.kept == 4
 
 
 def test_decode_steps_that_generate_compiles_give_the_same_tokens() -> None:
-    model = llava()
+    model = llava(layers=1)
     inputs = models.inputs(model, ONE)
     expected = expect(model, inputs, "fastervlm")
     vtprune.wrap(model, "fastervlm")
-    backend = Backend()
+    graphs, backend = counting_backend()
     config = CompileConfig(backend=backend, fullgraph=False, mode=None)
     config._compile_all_devices = True
     tokens = write(model, inputs, cache_implementation="static", compile_config=config)
-    assert backend.graphs > 0
+    assert graphs
     assert tokens.tolist() == expected.tokens.tolist()
 
 
 def test_unwrapping_a_model_compiled_while_wrapped_gives_the_plain_model_back() -> None:
-    model = llava()
+    model = llava(layers=1)
     inputs = models.inputs(model, ONE)
     plain = logits(model, inputs)
     vtprune.wrap(model, "random")
@@ -152,7 +140,7 @@ def test_unwrapping_a_model_compiled_while_wrapped_gives_the_plain_model_back() 
 
 
 def test_a_compiled_view_follows_the_next_wrap() -> None:
-    model = llava()
+    model = llava(layers=1)
     inputs = models.inputs(model, ONE)
     vtprune.wrap(model, "random")
     compiled = torch.compile(model, backend="eager")

@@ -127,13 +127,13 @@ def rope_axes(config: Any) -> int:
     return len(rope.get("mrope_section") or ())
 
 
-def placeholder_ids(config: Any, kind: Modality) -> tuple[int, ...]:
-    """Token ids that stand for visual tokens of this kind (empty where the config names none)."""
+def placeholder_id(config: Any, kind: Modality) -> int | None:
+    """The token id that stands for a visual token of this kind, None where the config names none."""
     for name in (f"{kind}_token_id", f"{kind}_token_index"):
         token = getattr(config, name, None)
         if token is not None:
-            return (int(token),)
-    return ()
+            return int(token)
+    return None
 
 
 def pooled_lengths(pooled: Tensor | list[Tensor] | tuple[Tensor, ...]) -> tuple[tuple[int, ...], bool]:

@@ -26,7 +26,7 @@ def build_layout(
     *,
     ids: np.ndarray,
     valid: np.ndarray,
-    tokens: Mapping[Modality, tuple[int, ...]],
+    tokens: Mapping[Modality, int | None],
     encodings: Mapping[Modality, Encoding],
     family: Family,
     inner: nn.Module,
@@ -36,7 +36,7 @@ def build_layout(
     Args:
         ids: (B, L) token ids on the host; the rows of beams stand next to each other.
         valid: (B, L) bool, False at padding.
-        tokens: placeholder ids of each kind.
+        tokens: the placeholder id of each kind.
         encodings: what was encoded, once per prompt (not once per beam).
         family: how entries become pictures and parts.
         inner: the base model, for its config.
@@ -46,7 +46,7 @@ def build_layout(
     """
     segments: list[Segment] = []
     for kind, encoding in encodings.items():
-        placeholder = np.isin(ids, tokens[kind])
+        placeholder = ids == tokens[kind]
         parts = family.parts(inner, encoding)
         for entries in _match_rows(placeholder, encoding):
             segments += _row_segments(entries, encoding, parts, family)

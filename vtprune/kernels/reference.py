@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 
 _QUERIES_PER_BLOCK = 256
 _MIRRORED_BLOCK = 96
+_STEPS_PER_PRODUCT = 6
 
 
 def attention_scores(
@@ -51,20 +54,24 @@ def _owner_of_position(segments: Tensor, length: int) -> Tensor:
     return torch.bucketize(positions, segments[1:], right=True)
 
 
-def cosine_similarity(features: Tensor) -> Tensor:
-    """Cosine similarity (S, N, N) of features (S, N, D) in fp32; a zero vector is similar to nothing.
+def unit_rows(features: Tensor) -> Tensor:
+    """Features (S, N, D) in fp32 with rows of length 1; a zero row stays zero and is similar to nothing."""
+    features = features.to(torch.float32, copy=True)
+    return features.div_(features.norm(dim=-1, keepdim=True).clamp_min_(1e-12))
+
+
+def cosine_similarity(units: Tensor) -> Tensor:
+    """Cosine similarity (S, N, N) of `unit_rows` (S, N, D).
 
     On a CPU, where the product is what selection costs, the blocks below the diagonal are mirrored, not multiplied.
     """
-    features = features.to(torch.float32, copy=True)
-    features.div_(features.norm(dim=-1, keepdim=True).clamp_min_(1e-12))
-    S, N, _ = features.shape
-    if features.device.type != "cpu" or N <= _MIRRORED_BLOCK:
-        return features @ features.transpose(1, 2)
-    similarity = features.new_empty(S, N, N)
+    S, N, _ = units.shape
+    if units.device.type != "cpu" or N <= _MIRRORED_BLOCK:
+        return units @ units.transpose(1, 2)
+    similarity = units.new_empty(S, N, N)
     for start in range(0, N, _MIRRORED_BLOCK):
         rows = slice(start, start + _MIRRORED_BLOCK)
-        similarity[:, rows, start:] = features[:, rows] @ features[:, start:].transpose(1, 2)
+        similarity[:, rows, start:] = units[:, rows] @ units[:, start:].transpose(1, 2)
         similarity[:, start:, rows] = similarity[:, rows, start:].transpose(1, 2)
     return similarity
 
@@ -75,50 +82,79 @@ def top_select(scores: Tensor, k: int) -> Tensor:
 
 
 def greedy_select(
-    pairwise: Tensor,
+    units: Tensor,
+    relevance: Tensor,
     first: Tensor,
     k: int,
     *,
+    weight: float,
     reduce: Literal["min", "sum"] = "min",
+    similarity: Tensor | None = None,
     taken: Tensor | None = None,
     available: Tensor | None = None,
 ) -> Tensor:
-    """Greedy selection without a host synchronisation: K steps for the whole stack at once, O(K N) after `pairwise`.
+    """Greedy selection: k steps for the whole stack at once, without a host synchronisation.
 
-    The worth of candidate i is `pairwise[:, c, i]` reduced over the chosen c; each step takes the best (lowest index
-    on ties). Max-min, max-sum, MMR and score times distance are all of this form.
+    Seen from a chosen c, candidate i is worth `relevance_i - weight * cos(i, c)`, reduced over all chosen; each step
+    takes the best one, the lowest index on ties. Max-min, max-sum and MMR are of this form.
 
     Args:
-        pairwise: (S, N, N); overwritten (its diagonal becomes -inf).
+        units: (S, N, D) from `unit_rows`.
+        relevance: (S, N).
         first: (S, N) worth of being the first choice; unused where `taken` is given.
         k: how many to choose.
+        weight: of similarity against relevance.
         reduce: `"min"` or `"sum"` over the chosen ones.
+        similarity: (S, N, N) where it is known; overwritten.
         taken: (S, m) indices chosen before, m >= 1; they count as chosen and are not chosen again.
         available: (S, N) bool, False at what must not be chosen.
 
     Returns:
         (S, k) indices in the order of choice.
     """
-    S, N, _ = pairwise.shape
-    pairwise.diagonal(dim1=1, dim2=2).fill_(float("-inf"))
-    table = pairwise.view(S * N, N)
-    offset = torch.arange(S, device=pairwise.device) * N
-    worth = first.float().clone()
-    if taken is not None:
-        rows = table[taken + offset[:, None]]
-        worth = rows.amin(dim=1) if reduce == "min" else rows.sum(dim=1)
+    seen_from = _worth_seen_from(units, relevance, k, weight=weight, similarity=similarity)
+    merge = torch.minimum if reduce == "min" else torch.add
+    started = taken is not None
+    worth = functools.reduce(merge, map(seen_from, taken.unbind(1))) if taken is not None else first.float().clone()
     if available is not None:
         worth = worth.masked_fill(~available, float("-inf"))
-    chosen = torch.empty(S, k, dtype=torch.long, device=pairwise.device)
-    for step in range(k):
+    chosen: list[Tensor] = []
+    for _ in range(k):
         best = worth.argmax(dim=1)
-        chosen[:, step] = best
-        row = table.index_select(0, best + offset)
-        if step == 0 and taken is None:
-            worth = row if available is None else row.masked_fill(~available, float("-inf"))
+        row = seen_from(best)
+        if started:
+            merge(worth, row, out=worth)
         else:
-            worth = torch.minimum(worth, row) if reduce == "min" else worth + row
-    return chosen
+            worth, started = row if available is None else row.masked_fill(~available, float("-inf")), True
+        chosen.append(best)
+    return torch.stack(chosen, dim=1)
+
+
+def _worth_seen_from(
+    units: Tensor, relevance: Tensor, k: int, *, weight: float, similarity: Tensor | None
+) -> Callable[[Tensor], Tensor]:
+    """A function from chosen indices (S,) to the worth (S, N) of every candidate, -inf at the chosen one itself.
+
+    Rows of a table where one is known or pays; computed one by one, without an N x N matrix, where few are chosen on
+    a CPU.
+    """
+    S, N, _ = units.shape
+    start = torch.arange(S, device=units.device) * N
+
+    def rows_of(table: Tensor, best: Tensor) -> Tensor:
+        return table.view(S * N, -1).index_select(0, best if S == 1 else best + start)
+
+    if similarity is None and units.device.type == "cpu" and k * _STEPS_PER_PRODUCT < N:
+        offset = relevance[..., None]
+
+        def computed(best: Tensor) -> Tensor:
+            row = torch.baddbmm(offset, units, rows_of(units, best)[:, None].transpose(1, 2), alpha=-weight)
+            return row[..., 0].scatter_(1, best[:, None], float("-inf"))
+
+        return computed
+    table = cosine_similarity(units) if similarity is None else similarity
+    table.mul_(-weight).add_(relevance[:, None, :]).diagonal(dim1=1, dim2=2).fill_(float("-inf"))
+    return functools.partial(rows_of, table)
 
 
 def kept_indices(kept: Tensor, size: int, *, left_padded: bool = True) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from vtprune.adapters.base import Family, language_model, placeholder_ids, rope_axes
+from vtprune.adapters.base import Family, language_model, placeholder_id, rope_axes
 from vtprune.cache import CacheState, check_prunable, mark_pruned, physical_length, state_of
 from vtprune.errors import UnsupportedCall
 from vtprune.pipeline import Pipeline
@@ -69,7 +69,7 @@ class Pruner:
         self._lm = language_model(inner)
         assert self._lm is not None
         self._tap = EncoderTap(inner, family)
-        self._tokens = {kind: placeholder_ids(inner.config, kind) for kind in self._tap.kinds}
+        self._tokens = {kind: placeholder_id(inner.config, kind) for kind in self._tap.kinds}
         self._tap.on_encoded = self._encoded_now
         self._inner_signature = inspect.signature(type(inner).forward)
         self._lm_signature = inspect.signature(type(self._lm).forward)
@@ -221,7 +221,7 @@ class Pruner:
     def _ids_of_embeds(self, call: Call) -> Tensor:
         assert call.embeds is not None
         lookup = self._inner.get_input_embeddings()  # type: ignore[operator]
-        return placeholders_in(call.embeds, lookup, [token for tokens in self._tokens.values() for token in tokens])
+        return placeholders_in(call.embeds, lookup, [token for token in self._tokens.values() if token is not None])
 
     @torch.compiler.disable
     def _before_rotary(

@@ -45,7 +45,7 @@ def read_prompt(
     ids: Tensor,
     valid: Tensor | None,
     encoded: Mapping[Modality, Encoded],
-    tokens: Mapping[Modality, tuple[int, ...]],
+    tokens: Mapping[Modality, int | None],
     family: Family,
     inner: nn.Module,
 ) -> Prompt:

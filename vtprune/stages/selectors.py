@@ -56,12 +56,16 @@ class MaxMin:
     """Farthest-point choice on cosine distance, starting from the token whose nearest other token is farthest."""
 
     def __call__(self, tokens: VisualTokens, scores: Tensor, k: int, taken: Tensor | None) -> Tensor:
-        closeness = kernels.cosine_similarity(tokens.features)
-        closeness.diagonal(dim1=1, dim2=2).fill_(float("-inf"))
-        isolation = -closeness.amax(dim=2)
+        units = kernels.unit_rows(tokens.features)
+        similarity = kernels.cosine_similarity(units)
+        similarity.diagonal(dim1=1, dim2=2).fill_(float("-inf"))
         available = scores != float("-inf")
-        isolation = isolation.masked_fill(~available, float("-inf"))
-        return kernels.greedy_select(closeness.neg_(), isolation, k, taken=taken, available=available)
+        isolation = similarity.amax(dim=2).neg_().masked_fill_(~available, float("-inf"))
+        similarity.diagonal(dim1=1, dim2=2).zero_()
+        nothing = torch.zeros_like(isolation)
+        return kernels.greedy_select(
+            units, nothing, isolation, k, weight=1.0, similarity=similarity, taken=taken, available=available
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +77,8 @@ class MMR:
     def __call__(self, tokens: VisualTokens, scores: Tensor, k: int, taken: Tensor | None) -> Tensor:
         available = scores != float("-inf")
         relevance = self.lam * scores.masked_fill(~available, 0.0)
-        marginal = kernels.cosine_similarity(tokens.features).mul_(self.lam - 1).add_(relevance[:, None, :])
         first = relevance.masked_fill(~available, float("-inf"))
-        return kernels.greedy_select(marginal, first, k, taken=taken, available=available)
+        units = kernels.unit_rows(tokens.features)
+        return kernels.greedy_select(
+            units, relevance, first, k, weight=1 - self.lam, taken=taken, available=available
+        )

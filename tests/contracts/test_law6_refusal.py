@@ -1,0 +1,146 @@
+"""Law 6: what is not supported raises an error of ours, and leaves the model as it was."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import vtprune
+from tests.contracts.cases import PRUNING_METHODS, Case, answer, assert_close, cells
+from tests.contracts.test_law5_undo import restored, snapshot
+from tests.models import IMAGE, VIDEO
+from vtprune.errors import BackendUnavailable, InvalidOption, UnsupportedCall, UnsupportedModel
+
+pytestmark = pytest.mark.law("6 refusal")
+Refuses = Callable[..., Any]
+
+BAD_KEEPS = (0, 0.0, -1, -0.5, 1.5, float("nan"), float("inf"), True, False, "half", None)
+
+
+@cells(kinds=("image",))
+def test_options(case: Case, refuses: Refuses) -> None:
+    with restored(case):
+        before = snapshot(case.model)
+        for keep in BAD_KEEPS:
+            with refuses(InvalidOption, "keep="):
+                vtprune.wrap(case.model, case.method, keep=keep)
+        for options, message in (
+            ({"per": "crop"}, "per='crop'"),
+            ({"positions": "dense"}, "positions='dense'"),
+            ({"history": -1}, "history=-1"),
+            ({"no_such_parameter": 1}, "no_such_parameter"),
+        ):
+            with refuses(InvalidOption, message):
+                vtprune.wrap(case.model, case.method, keep=case.keep, **options)
+        with refuses(InvalidOption, f"did you mean '{case.method}'"):
+            vtprune.wrap(case.model, case.method + "x", keep=case.keep)
+        with refuses(BackendUnavailable, "triton"):
+            vtprune.wrap(case.model, case.method, keep=case.keep, backend="triton")
+        assert snapshot(case.model) == before
+
+
+@cells(methods=("identity",))
+def test_the_neutral_method_refuses_to_prune(case: Case, refuses: Refuses) -> None:
+    with restored(case):
+        for keep in (0.4, 5):
+            with refuses(InvalidOption, "keep=1.0"):
+                vtprune.wrap(case.model, case.method, keep=keep)
+
+
+@cells(kinds=("image",))
+def test_wrapping_twice_and_copies(case: Case, refuses: Refuses) -> None:
+    with restored(case):
+        with refuses(UnsupportedModel, "not wrapped"):
+            vtprune.unwrap(case.model)
+        with case.pruned():
+            wrapped = snapshot(case.model)
+            with refuses(UnsupportedModel, "wrapped already"):
+                vtprune.wrap(case.model, case.method, keep=case.keep)
+            for duplicate in (copy.copy, copy.deepcopy, pickle.dumps):
+                with refuses(UnsupportedCall, "cannot be copied"):
+                    duplicate(case.model)
+            assert snapshot(case.model) == wrapped
+
+
+@cells(kinds=("image",))
+def test_compiled_models_and_models_without_the_seam(case: Case, refuses: Refuses) -> None:
+    compiled = torch.compile(case.model, backend="eager")
+    with restored(case):
+        with refuses(UnsupportedModel, "wrap first"):
+            vtprune.wrap(compiled, case.method, keep=case.keep)
+        for part in (case.model.model.language_model, torch.nn.Linear(2, 2), None):
+            with refuses(UnsupportedModel, "seam|expected"):
+                vtprune.wrap(part, case.method, keep=case.keep)
+
+
+@cells()
+def test_placeholders_that_do_not_match_the_features(case: Case, refuses: Refuses) -> None:
+    """Row 0 claims a token that belongs to row 1: transformers count the batch and see nothing wrong."""
+    batch = case.batch
+    placeholder = IMAGE if case.kind == "image" else VIDEO
+    ids = batch["input_ids"].clone()
+    ids[0, -1] = placeholder
+    ids[1, (ids[1] == placeholder).nonzero()[0]] = 7
+    moved = {**batch, "input_ids": ids}
+    with restored(case), case.pruned():
+        with refuses(UnsupportedCall, "placeholders"), torch.no_grad():
+            case.model.model(**{**moved, "position_ids": torch.arange(ids.shape[1])[None]})
+
+
+@cells()
+def test_embeddings_without_ids_or_pictures(case: Case, refuses: Refuses) -> None:
+    embeds = case.model.get_input_embeddings()(case.batch["input_ids"]).detach()
+    with restored(case), case.pruned(), refuses(UnsupportedCall, "inputs_embeds"), torch.no_grad():
+        case.model(inputs_embeds=embeds, attention_mask=case.batch["attention_mask"])
+
+
+@cells(methods=PRUNING_METHODS)
+def test_a_pruned_cache_elsewhere(case: Case, refuses: Refuses) -> None:
+    with restored(case):
+        with case.pruned():
+            cache = answer(case.model, case.rows[0]).cache
+            word = torch.tensor([[7]])
+        with case.pruned(), refuses(UnsupportedCall, "another pruning"):
+            case.model(input_ids=word, past_key_values=cache)
+        with refuses(UnsupportedCall, "outside"):
+            case.model(input_ids=word, past_key_values=cache)
+
+
+@cells(methods=PRUNING_METHODS)
+def test_chunked_prefill(case: Case, refuses: Refuses) -> None:
+    with restored(case), case.pruned():
+        with refuses(UnsupportedCall, "prefill_chunk_size"):
+            answer(case.model, case.rows[0], prefill_chunk_size=6)
+        answer(case.model, case.rows[0])
+
+
+@cells(methods=PRUNING_METHODS)
+def test_evidence_that_does_not_fit(case: Case, refuses: Refuses) -> None:
+    with restored(case), case.pruned(keep=2) as pruner:
+        first = answer(case.model, case.rows[0])
+        with refuses(InvalidOption, "does not read"), pruner.using(mood=[torch.zeros(3)]):
+            pass
+        for evidence, message in (
+            ({"protect": [torch.tensor([0, 1, 2])]}, "3 tokens protected"),
+            ({"protect": [torch.tensor([10_000])]}, "indices must lie"),
+            ({"protect": [torch.tensor([1])] * 5}, "rows"),
+            ({"forbid": [torch.arange(pruner.last.segments[0].n)]}, "forbidden"),
+        ):
+            with refuses(UnsupportedCall, message), pruner.using(**evidence):
+                answer(case.model, case.rows[0])
+        again = answer(case.model, case.rows[0])
+        assert torch.equal(again.logits, first.logits)
+
+
+@cells(methods=("random",), kinds=("image",))
+def test_the_refused_calls_are_fine_without_vtprune(case: Case) -> None:
+    """So it is a wrapped model that has to refuse them."""
+    chunked = answer(case.model, case.rows[0], prefill_chunk_size=6)
+    assert_close(chunked.logits, answer(case.model, case.rows[0]).logits)
+    duplicate = copy.deepcopy(case.model)
+    assert torch.equal(answer(duplicate, case.rows[0]).logits, answer(case.model, case.rows[0]).logits)

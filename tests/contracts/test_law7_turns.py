@@ -1,0 +1,189 @@
+"""Law 7: a chat goes on from the pruned cache, with and without new pictures, as if it had been built by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.contracts import oracle
+from tests.contracts.cases import STEPS, TOLERANCE, Answer, Case, answer, assert_close, cells, distance, kept_positions
+from tests.models import Prompt
+
+pytestmark = pytest.mark.law("7 turns")
+
+Turns = Sequence[tuple[Prompt, ...]]
+WORDS = (Prompt(text_before=4, seed=71), Prompt(text_before=4, seed=72))
+RAGGED_WORDS = (Prompt(text_before=4, seed=73), Prompt(text_before=7, seed=74))
+PICTURES = {
+    "image": (Prompt(images=((60, 64),), seed=75), Prompt(images=((30, 64), (60, 64)), seed=76)),
+    "video": (Prompt(clips=((32, 32, 4),), seed=77), Prompt(clips=((32, 32, 4), (32, 32, 4)), seed=78)),
+}
+WHOLE = ("input_ids", "attention_mask", "mm_token_type_ids")
+GRIDS = ("image_grid_thw", "video_grid_thw")
+
+
+@dataclass
+class Conversation:
+    """One row, unpadded, on the reference's side: what was said, what it looks like merged, and what was kept."""
+
+    case: Case
+    ids: list[int] = field(default_factory=list)
+    types: list[int] = field(default_factory=list)
+    pieces: list[oracle.Merged] = field(default_factory=list)
+    grids: dict[str, list[Tensor]] = field(default_factory=dict)
+    kept: list[int] = field(default_factory=list)
+
+    def say(self, inputs: dict[str, Tensor], merged: oracle.Merged) -> None:
+        """A prompt of one row."""
+        ids = inputs["input_ids"][0].tolist()
+        self.ids += ids
+        self.types += inputs["mm_token_type_ids"][0].tolist() if "mm_token_type_ids" in inputs else [0] * len(ids)
+        self.pieces.append(merged)
+        for name in GRIDS:
+            self.grids.setdefault(name, []).extend(inputs.get(name, ()))
+
+    def keep(self, kept: list[int], length: int) -> None:
+        """What stays of the last prompt, of so many tokens."""
+        self.kept += [len(self.ids) - length + position for position in kept]
+
+    def reply(self, tokens: list[int]) -> None:
+        """What the model said: all of it is kept."""
+        self.kept += range(len(self.ids), len(self.ids) + len(tokens))
+        self.ids += tokens
+        self.types += [0] * len(tokens)
+        embeds = self.case.model.get_input_embeddings()(torch.tensor([tokens])).detach()
+        self.pieces.append(oracle.Merged(embeds=embeds, positions=torch.empty(1, 0)))
+
+    def positions(self) -> Tensor:
+        """Ids (1 or 3, L) of the whole conversation: a count, or what transformers compute for all its pictures."""
+        if not self.case.mrope:
+            return torch.arange(len(self.ids))[None]
+        grids = {name: torch.stack(rows) for name, rows in self.grids.items() if rows}
+        types = torch.tensor([self.types]).int()
+        return self.case.model.model.get_rope_index(torch.tensor([self.ids]), mm_token_type_ids=types, **grids)[0][:, 0]
+
+    def whole(self) -> oracle.Merged:
+        """All of it, unpruned."""
+        return oracle.join(self.pieces, self.positions())
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A reply, the reports of its prefill, and for each row the unpruned conversation before it and what is kept."""
+
+    reply: Answer
+    reports: list[Any]
+    rows: list[tuple[oracle.Merged, list[int]]]
+
+
+@dataclass
+class Chat:
+    """A batch of conversations with a wrapped model, on one cache."""
+
+    case: Case
+    pruner: Any
+    rows: list[Conversation]
+    so_far: dict[str, Tensor] = field(default_factory=dict)
+    cache: Any = None
+
+    def turn(self, prompts: tuple[Prompt, ...], alone: list[dict[str, Tensor]], merged: list[oracle.Merged]) -> Turn:
+        """One more prompt of every row, and the model's reply."""
+        for conversation, inputs, piece in zip(self.rows, alone, merged, strict=True):
+            conversation.say(inputs, piece)
+        fresh = self.case.inputs(prompts)
+        self._append({name: fresh[name] for name in WHOLE if name in fresh})
+        given: dict[str, Any] = {**fresh, **self.so_far}
+        if self.cache is not None:
+            given["past_key_values"] = self.cache
+            if self.case.mrope and any(name in fresh for name in GRIDS):
+                given["position_ids"] = self._positions()
+        self.pruner.history.clear()
+        reply = answer(self.case.model, given)
+        reports = list(self.pruner.history)
+        before = []
+        for row, conversation in enumerate(self.rows):
+            ids = alone[row]["input_ids"][0].tolist()
+            kept = kept_positions(self.case, reports[0], row, ids) if reports else list(range(len(ids)))
+            conversation.keep(kept, len(ids))
+            before.append((conversation.whole(), list(conversation.kept)))
+            conversation.reply(reply.tokens[row].tolist())
+        self.cache = reply.cache
+        said = torch.zeros_like(reply.tokens)
+        heard = {"input_ids": reply.tokens, "attention_mask": said + 1, "mm_token_type_ids": said.int()}
+        self._append({name: heard[name] for name in self.so_far})
+        return Turn(reply, reports, before)
+
+    def _append(self, more: dict[str, Tensor]) -> None:
+        for name, values in more.items():
+            self.so_far[name] = torch.cat([self.so_far[name], values], dim=1) if name in self.so_far else values
+
+    def _positions(self) -> Tensor:
+        """(4, B, L) for the padded batch: with new pictures on a cache, transformers cannot compute them alone."""
+        mask = self.so_far["attention_mask"]
+        ids = torch.zeros(3, *mask.shape, dtype=torch.long)
+        for row, conversation in enumerate(self.rows):
+            ids[:, row, mask[row].bool()] = conversation.positions()
+        return torch.cat([(mask.cumsum(dim=1) - 1).clamp(min=0)[None], ids])
+
+
+def talk(case: Case, turns: Turns, **options: Any) -> list[Turn]:
+    """The turns of a chat under one wrap."""
+    alone = [[case.inputs((prompt,)) for prompt in prompts] for prompts in turns]
+    merged = [[oracle.merge(case.model, inputs) for inputs in rows] for rows in alone]
+    with case.pruned(**options) as pruner:
+        chat = Chat(case, pruner, [Conversation(case) for _ in turns[0]])
+        return [chat.turn(*turn) for turn in zip(turns, alone, merged, strict=True)]
+
+
+def check(case: Case, turns: Turns, positions: str) -> list[Turn]:
+    """Every reply of the chat against the reference."""
+    done = talk(case, turns, positions=positions)
+    for turn in done:
+        for row, (whole, kept) in enumerate(turn.rows):
+            tokens, logits = oracle.decode(
+                case.model, whole, kept, steps=STEPS, compact=positions == "compact", forbidden=case.forbidden
+            )
+            assert_close(turn.reply.logits[row], logits)
+            assert turn.reply.tokens[row].tolist() == tokens
+    return done
+
+
+def pictures(turn: Turn) -> int:
+    """How many pictures and clips the reports of a turn name."""
+    return sum(len(report.segments) for report in turn.reports)
+
+
+@cells()
+@pytest.mark.parametrize("positions", ["keep", "compact"])
+def test_words_then_new_pictures_in_a_left_padded_batch(case: Case, positions: str) -> None:
+    done = check(case, (case.prompts, WORDS, PICTURES[case.kind]), positions)
+    assert not case.batch["attention_mask"].all()
+    assert [pictures(turn) for turn in done] == [3, 0, 3]
+    assert done[2].reports[0].kept < done[2].reports[0].tokens or case.keep == 1.0
+
+
+@cells()
+@pytest.mark.parametrize("positions", ["keep", "compact"])
+def test_pictures_turn_after_turn_in_one_row(case: Case, positions: str) -> None:
+    turns = tuple((prompt,) for prompt in (case.prompts[0], *PICTURES[case.kind]))
+    done = check(case, turns, positions)
+    assert [pictures(turn) for turn in done] == [1, 1, 2]
+
+
+@cells()
+@pytest.mark.parametrize("positions", ["keep", "compact"])
+def test_padding_between_the_turns(case: Case, positions: str) -> None:
+    check(case, (case.prompts, RAGGED_WORDS), positions)
+
+
+@cells()
+def test_the_first_turn_is_remembered(case: Case) -> None:
+    """The comparison is sensitive: another picture in the first turn changes the reply to the second."""
+    other = tuple(Prompt(images=p.images, clips=p.clips, text_after=p.text_after, seed=p.seed + 8) for p in case.prompts)
+    replies = [talk(case, ((first[0],), (WORDS[0],)))[1].reply for first in (case.prompts, other)]
+    assert distance(replies[0].logits, replies[1].logits) > 1000 * TOLERANCE

@@ -1,0 +1,111 @@
+"""Law 8: beams, several answers, seeded sampling, static and absent caches equal transformers on the short prompt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.contracts import oracle
+from tests.contracts.cases import STEPS, Answer, Case, answer, assert_close, by_hand, cells, choices, kept_positions
+
+pytestmark = pytest.mark.law("8 modes")
+
+MODES: dict[str, dict[str, Any]] = {
+    "beams": {"num_beams": 3, "num_return_sequences": 2},
+    "sampling": {"do_sample": True, "temperature": 0.8},
+    "several-samples": {"do_sample": True, "top_k": 0, "num_return_sequences": 3},
+    "sampled-beams": {"do_sample": True, "num_beams": 2},
+}
+"""Modes that transformers run from `inputs_embeds` as well, so that they have an exact reference."""
+
+
+def wrapped(case: Case, positions: str, **mode: Any) -> tuple[Answer, Any]:
+    """Answers of the wrapped model to the left-padded batch, and the report."""
+    with case.pruned(positions=positions) as pruner:
+        torch.manual_seed(7)
+        return answer(case.model, case.batch, steps=4, **mode), pruner.last
+
+
+def shortened(case: Case, report: Any) -> list[oracle.Merged]:
+    """Both rows as the report says they were shortened."""
+    repeats = len(report.length_after) // len(case.prompts)
+    shorts = []
+    for row, inputs in enumerate(case.rows):
+        assert all(choices(report, row * repeats + beam) == choices(report, row * repeats) for beam in range(repeats))
+        kept = kept_positions(case, report, row * repeats, inputs["input_ids"][0].tolist())
+        prompt = oracle.merge(case.model, inputs)
+        shorts.append(oracle.shorten(prompt, kept, compact=report.positions == "compact"))
+    return shorts
+
+
+@cells()
+@pytest.mark.parametrize("mode", MODES)
+def test_equals_transformers_on_the_short_prompt(case: Case, mode: str) -> None:
+    """With the positions whose continuation transformers can count: compact on one dimension, kept on (t, h, w)."""
+    got, report = wrapped(case, "auto", **MODES[mode])
+    shorts = shortened(case, report)
+    torch.manual_seed(7)
+    expected = oracle.generate(case.model, shorts, max_new_tokens=4, **MODES[mode])
+    assert len(got.tokens) == len(case.prompts) * MODES[mode].get("num_return_sequences", 1)
+    assert torch.equal(got.tokens, expected)
+
+
+@cells()
+@pytest.mark.parametrize("positions", ["keep", "compact"])
+@pytest.mark.parametrize("mode", ["beams", "several-samples"])
+def test_without_a_cache(case: Case, mode: str, positions: str) -> None:
+    cached, _ = wrapped(case, positions, **MODES[mode])
+    uncached, report = wrapped(case, positions, use_cache=False, **MODES[mode])
+    assert uncached.cache is None
+    assert report.length_before[0] > report.length_after[0] or case.keep == 1.0
+    assert torch.equal(uncached.sequences, cached.sequences)
+
+
+@cells()
+@pytest.mark.parametrize("positions", ["keep", "compact"])
+def test_a_static_cache(case: Case, positions: str) -> None:
+    static, report = wrapped(case, positions, cache_implementation="static")
+    assert static.cache.is_compileable
+    for row, inputs in enumerate(case.rows):
+        kept = kept_positions(case, report, row, inputs["input_ids"][0].tolist())
+        tokens, logits = by_hand(case, inputs, kept, compact=positions == "compact", steps=4)
+        assert_close(static.logits[row], logits)
+        assert static.tokens[row].tolist() == tokens
+    beams, _ = wrapped(case, positions, cache_implementation="static", **MODES["beams"])
+    dynamic, _ = wrapped(case, positions, **MODES["beams"])
+    assert torch.equal(beams.sequences, dynamic.sequences)
+
+
+@cells()
+@pytest.mark.parametrize("positions", ["keep", "compact"])
+@torch.no_grad()
+def test_a_loop_written_by_hand_without_position_ids(case: Case, positions: str) -> None:
+    for inputs in case.rows:
+        with case.pruned(positions=positions) as pruner:
+            out = case.model(**inputs, use_cache=True)
+            logits = [out.logits[0, -1]]
+            for _ in range(STEPS - 1):
+                word = _allowed(case, logits[-1]).argmax().view(1, 1)
+                out = case.model(input_ids=word, past_key_values=out.past_key_values)
+                logits.append(out.logits[0, -1])
+            report = pruner.last
+        kept = kept_positions(case, report, 0, inputs["input_ids"][0].tolist())
+        _, expected = by_hand(case, inputs, kept, compact=positions == "compact")
+        assert_close(torch.stack(logits), expected)
+
+
+def _allowed(case: Case, logits: Tensor) -> Tensor:
+    allowed = logits.clone()
+    allowed[case.forbidden] = float("-inf")
+    return allowed
+
+
+@cells()
+def test_the_modes_differ_from_greedy(case: Case) -> None:
+    """An option that is ignored would show."""
+    greedy, _ = wrapped(case, "auto")
+    for mode in MODES.values():
+        assert not torch.equal(wrapped(case, "auto", **mode)[0].sequences, greedy.sequences)
