@@ -26,8 +26,8 @@ import torch
 import transformers
 from rich.progress import track
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import vtprune
 
@@ -65,7 +65,12 @@ class Row:
 def build_model(hidden: int, layers: int, device: str) -> nn.Module:
     """Random LLaVA: a CLIP tower of 24 x 24 patches, `hidden` wide, and a Llama of `layers` layers."""
     vision = CLIPVisionConfig(
-        hidden_size=256, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=8, image_size=336, patch_size=14
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        image_size=336,
+        patch_size=14,
     )
     text = LlamaConfig(
         hidden_size=hidden,

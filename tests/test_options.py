@@ -76,7 +76,8 @@ def test_an_unavailable_backend_is_refused(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "near"), [("divprun", "divprune"), ("FasterVLM", "fastervlm"), ("randon", "random"), ("vt-prune", "vtprune")]
+    ("method", "near"),
+    [("divprun", "divprune"), ("FasterVLM", "fastervlm"), ("randon", "random"), ("vt-prune", "vtprune")],
 )
 def test_an_unknown_method_is_refused_with_the_near_match(model: nn.Module, method: str, near: str) -> None:
     message = refusal(model, InvalidOption, method)
@@ -93,7 +94,12 @@ def test_what_resembles_no_method_is_refused_with_the_list(model: nn.Module, met
 
 @pytest.mark.parametrize(
     ("method", "parameter", "near"),
-    [("random", "sed", "seed"), ("vtprune", "lamb", "lam"), ("random", "kep", "keep"), ("random", "position", "positions")],
+    [
+        ("random", "sed", "seed"),
+        ("vtprune", "lamb", "lam"),
+        ("random", "kep", "keep"),
+        ("random", "position", "positions"),
+    ],
 )
 def test_an_unknown_parameter_is_refused_with_the_near_match(
     model: nn.Module, method: str, parameter: str, near: str
@@ -121,14 +127,16 @@ def test_a_parameter_next_to_a_pipeline_is_refused(model: nn.Module) -> None:
     assert "seed" in refusal(model, InvalidOption, FRAMES, seed=1)
 
 
-@pytest.mark.parametrize("thing", [None, "llava", 5, {}, nn.Module, object()], ids=repr)
+@pytest.mark.parametrize("thing", [None, "llava", 5, {}, nn.Module, object()], ids=lambda thing: type(thing).__name__)
 def test_what_is_no_module_is_refused(thing: Any) -> None:
     name = type(thing).__name__
     assert name in refusal(thing, UnsupportedModel)
 
 
 def test_a_language_model_is_refused() -> None:
-    config = LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=50)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=50
+    )
     message = refusal(LlamaForCausalLM(config), UnsupportedModel)
     assert "LlamaForCausalLM" in message
     assert "llava" in message
@@ -136,7 +144,9 @@ def test_a_language_model_is_refused() -> None:
 
 def test_a_two_tower_model_is_refused() -> None:
     tower = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = CLIPConfig(text_config={**tower, "vocab_size": 50}, vision_config={**tower, "image_size": 16, "patch_size": 8})
+    config = CLIPConfig(
+        text_config={**tower, "vocab_size": 50}, vision_config={**tower, "image_size": 16, "patch_size": 8}
+    )
     assert "CLIPModel" in refusal(CLIPModel(config), UnsupportedModel)
 
 

@@ -52,7 +52,9 @@ def test_tables_are_those_of_the_command_line(name: str, columns: tuple[str, ...
 
 @pytest.mark.parametrize("marker", ["run", "test"])
 def test_commands_are_where_ci_looks_for_them(marker: str) -> None:
-    assert len(re.findall(rf"^<!-- command: {marker} -->\n```bash\npip install .*\n```$", README, flags=re.MULTILINE)) == 1
+    assert (
+        len(re.findall(rf"^<!-- command: {marker} -->\n```bash\npip install .*\n```$", README, flags=re.MULTILINE)) == 1
+    )
 
 
 def test_files_the_readme_names_exist() -> None:

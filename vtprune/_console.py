@@ -58,7 +58,7 @@ def load_model(source: str, device: Any) -> tuple[Any, Any]:
     with explained(f"cannot load {source!r}"):
         processor = AutoProcessor.from_pretrained(source, local_files_only=local)
         model = AutoModelForImageTextToText.from_pretrained(source, local_files_only=local, dtype="auto")
-    return model.to(device).eval(), processor
+        return model.to(device).eval(), processor
 
 
 def model_skeleton(source: str) -> Any:
@@ -166,7 +166,7 @@ class Asker:
         self._length = max_new_tokens
 
     def __call__(self, method: str, **options: Any) -> tuple[str, PruneReport]:
-        """The answer and its report; a first answer of one token warms up, so that the times are not those of a start."""
+        """The answer and its report; one token is generated before, so that times are not those of a cold start."""
         import vtprune
 
         with vtprune.pruning(self._model, method, **options) as pruner:
@@ -240,8 +240,13 @@ def family_rows() -> list[tuple[str, ...]]:
     from vtprune.adapters import FAMILIES
 
     return [
-        (name, ", ".join(family.model_types) or "any other with the seam", ", ".join(family.kinds), family.notes or "-")
-        + (family.tested,)
+        (
+            name,
+            ", ".join(family.model_types) or "any other with the seam",
+            ", ".join(family.kinds),
+            family.notes or "-",
+            family.tested,
+        )
         for name, family in FAMILIES.items()
     ]
 

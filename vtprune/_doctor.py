@@ -73,7 +73,11 @@ def _torchvision() -> str:
         import torchvision  # type: ignore[import-untyped, import-not-found, unused-ignore]  # noqa: F401
     except (ImportError, RuntimeError, OSError) as error:
         return f"{version}, broken: {error}"
-    return f"{version}, built for another torch, usable for processors but not for nms" if healed else f"{version}, healthy"
+    return (
+        f"{version}, built for another torch, usable for processors but not for nms"
+        if healed
+        else f"{version}, healthy"
+    )
 
 
 def _devices() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -59,9 +60,9 @@ def wrap(
     """
     inner = find_base(model)
     budget = Budget(keep=keep, per=per)
-    pipeline = build(method, parameters)
+    pipeline = build(method, parameters, options=inspect.signature(wrap).parameters)
     family = family_of(inner.config)
-    _check_options(pipeline, budget, history)
+    _check_options(pipeline, budget, history, on_report)
     _check_evidence(pipeline, budget, family, inner)
     if type(keep) is int and keep == 1:
         warnings.warn("keep=1 keeps a single token per picture; 1.0 keeps all of them", stacklevel=2)
@@ -75,22 +76,16 @@ def wrap(
         on_report=on_report,
         history=history,
     )
-    pruner.install()
-    for module in shells(model, inner):
-        object.__setattr__(module, HANDLE, pruner)
-        object.__setattr__(module, "__getstate__", pruner.refuse_copy)
+    pruner.install(shells(model, inner))
     return model
 
 
 def unwrap(model: ModelT) -> ModelT:
     """Take every hook and attribute of `wrap` off the model; returns it. Raises `UnsupportedModel` if not wrapped."""
-    pruner = model.__dict__.get(HANDLE)
+    pruner = model.__dict__.get(HANDLE) if isinstance(model, nn.Module) else None
     if pruner is None:
         raise UnsupportedModel("unwrap: this model is not wrapped")
     pruner.remove()
-    for module in shells(model, pruner._inner):
-        module.__dict__.pop(HANDLE, None)
-        module.__dict__.pop("__getstate__", None)
     return model
 
 
@@ -104,7 +99,9 @@ def pruning(model: nn.Module, method: str | Pipeline = "vtprune", **options: Any
         unwrap(model)
 
 
-def _check_options(pipeline: Pipeline, budget: Budget, history: int) -> None:
+def _check_options(pipeline: Pipeline, budget: Budget, history: int, on_report: object) -> None:
+    if on_report is not None and not callable(on_report):
+        raise InvalidOption(f"on_report={on_report!r}: expected a function that takes a PruneReport")
     if isinstance(history, bool) or not isinstance(history, int) or history < 0:
         raise InvalidOption(f"history={history!r}: expected how many reports to remember, 0 or more")
     if pipeline.name == "identity" and not budget.keeps_all:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
@@ -21,9 +20,9 @@ class CacheState:
     """What decoding must know about earlier cuts.
 
     `removed` is logical minus physical length; `valid` (B, P) tells real tokens from padding among the first P stored
-    ones and `padded` whether any is padding; `shift` (B, 1) is subtracted from later position ids; `pictures` counts
-    the segments of the conversation per row. `stored` is the physical length, counted on the host; `owner` names the
-    pruner that made the cut.
+    ones and `padded` whether any is padding; `shift` (B, 1) is subtracted from later position ids; `pictures` (B,)
+    counts the segments of the conversation per row. `stored` is the physical length, counted on the host; `owner`
+    names the pruner that made the cut.
     """
 
     owner: str
@@ -32,13 +31,12 @@ class CacheState:
     valid: Tensor
     padded: bool
     shift: Tensor | None
-    pictures: tuple[int, ...]
+    pictures: Tensor
     entered: bool = False
 
     def select_rows(self, rows: Callable[[Tensor], Tensor]) -> None:
         """Apply a choice of batch rows to every tensor."""
-        count = torch.tensor(self.pictures, device=self.valid.device)
-        self.pictures = tuple(rows(count).tolist())
+        self.pictures = rows(self.pictures)
         self.valid = rows(self.valid)
         if self.shift is not None:
             self.shift = rows(self.shift)
@@ -119,7 +117,7 @@ def check_prunable(cache: object) -> None:
 def state_of(cache: object, owner: str) -> CacheState | None:
     """The state of a pruned cache, None for any other; raises `UnsupportedCall` where another pruner made it."""
     state = cache.pruned if isinstance(cache, _PrunedCache) else None
-    if state is not None and state.owner is not owner:
+    if state is not None and state.owner != owner:
         raise UnsupportedCall(
             "this KV cache was built under another pruning of the model: its positions and masks belong to that one. "
             "Start the chat again with a fresh cache"

@@ -14,8 +14,12 @@ from vtprune.methods import METHODS
 from vtprune.pipeline import Pipeline
 
 
-def build(method: str | Pipeline, parameters: Mapping[str, Any] | None = None) -> Pipeline:
+def build(
+    method: str | Pipeline, parameters: Mapping[str, Any] | None = None, *, options: Iterable[str] = ()
+) -> Pipeline:
     """The pipeline behind a method name, its parameters bound against the method's signature.
+
+    `options` are other names the caller takes, for the near match of a misspelt one.
 
     Raises:
         InvalidOption: for an unknown method or parameter, with the nearest name.
@@ -30,7 +34,7 @@ def build(method: str | Pipeline, parameters: Mapping[str, Any] | None = None) -
     for name in parameters:
         if name not in allowed:
             choice = ", ".join(allowed) or "none"
-            near = _nearest(name, allowed)
+            near = _nearest(name, [*allowed, *options])
             raise InvalidOption(f"method {method!r} has no parameter {name!r}{near}; it takes: {choice}")
     return builder(**parameters)
 
@@ -115,8 +119,9 @@ def _known(name: object, known: Iterable[str], what: str) -> str:
 
 
 def _nearest(name: object, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(str(name), list(known), n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
+    spelled = {candidate.lower(): candidate for candidate in known}
+    near = difflib.get_close_matches(str(name).lower(), list(spelled), n=1)
+    return f" (did you mean {spelled[near[0]]!r}?)" if near else ""
 
 
 def features_only() -> list[str]:

@@ -1,4 +1,4 @@
-"""The command line: `vtprune run`, `methods`, `describe`, `families`, `doctor`. Heavy imports wait for their command."""
+"""The command line: `vtprune run`, `methods`, `describe`, `families`, `doctor`. Heavy imports wait for a command."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ _EXAMPLES = """examples:
   vtprune families                                     which models have an adapter
   vtprune doctor ./my-llava                            can this model be pruned, and with which methods?
 """
-_RUN_EXAMPLES = """The model answers twice, with all visual tokens and with those the method keeps. Times are of one run and
-no benchmark. A share is written as a float (--keep 0.25), a number of tokens as a whole number (--keep 64).
-Parameters of a method (see `vtprune describe NAME`) are set by --set, once for each:
+_RUN_EXAMPLES = """The model answers twice, with all visual tokens and with those the method keeps.
+Times are of one run and no benchmark. A share is written as a float (--keep 0.25), a number
+of tokens as a whole number (--keep 64). Parameters of a method (see `vtprune describe NAME`)
+are set by --set, once for each:
 
   vtprune run --method vtprune --set lam=0.3
 """
@@ -59,7 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("vtprune", description=_ABOUT, epilog=_EXAMPLES, formatter_class=raw)
     parser.add_argument("--version", action="version", version=f"vtprune {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
-    _add_run(commands.add_parser("run", help="answer a question before and after", epilog=_RUN_EXAMPLES, formatter_class=raw))
+    _add_run(
+        commands.add_parser("run", help="answer a question before and after", epilog=_RUN_EXAMPLES, formatter_class=raw)
+    )
     methods = commands.add_parser("methods", help="list the methods")
     methods.set_defaults(command=_methods)
     families = commands.add_parser("families", help="list the families of models")
@@ -80,9 +83,13 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", type=Path, help="a picture (default: the bundled one)")
     parser.add_argument("--prompt", help="the question (default: one that fits the bundled picture)")
     parser.add_argument("--method", default="vtprune", help="a name from `vtprune methods` (default: %(default)s)")
-    parser.add_argument("--keep", default="0.25", help="share (0.25) or number (64) of visual tokens (default: %(default)s)")
+    parser.add_argument(
+        "--keep", default="0.25", help="share (0.25) or number (64) of visual tokens (default: %(default)s)"
+    )
     parser.add_argument("--per", choices=("image", "part", "prompt"), default="image", help="what --keep applies to")
-    parser.add_argument("--positions", choices=("auto", "compact", "keep"), default="auto", help="what becomes of the ids")
+    parser.add_argument(
+        "--positions", choices=("auto", "compact", "keep"), default="auto", help="what becomes of the ids"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the method")
     parser.add_argument("--max-new-tokens", type=int, help="longest answer (default: 4 for the tiny model, else 64)")
     parser.add_argument("--report", type=Path, metavar="OUT.jsonl", help="append the report of the pruned run")
@@ -157,12 +164,9 @@ def _write_outputs(options: argparse.Namespace, report: Any, picture: Any, conso
 
 
 def _keep(text: str) -> float | int:
+    whole = text.lstrip("+-").isdecimal()
     try:
-        return int(text)
-    except ValueError:
-        pass
-    try:
-        return float(text)
+        return int(text) if whole else float(text)
     except ValueError:
         raise InvalidOption(f"--keep {text}: expected a share such as 0.25 or a number of tokens such as 64") from None
 

@@ -60,12 +60,16 @@ def compare(
         The errors of `wrap`.
     """
     pipelines = [build(method) for method in methods or [name for name in list_methods() if name != "identity"]]
+    arms = [(build("identity"), 1.0), *itertools.product(pipelines, keep)]
+    for pipeline, budget in arms:
+        with pruning(model, pipeline, keep=budget, **options):
+            pass
     inner = find_base(model)
     probing = any(pipeline.needs & FROM_ENCODER for pipeline in pipelines)
     shared = encode_once(model, inner, family_of(inner.config), inputs, probing=probing)
     rows: list[Comparison] = []
     unpruned: Tensor | None = None
-    for pipeline, budget in [(build("identity"), 1.0), *itertools.product(pipelines, keep)]:
+    for pipeline, budget in arms:
         with pruning(model, pipeline, keep=budget, **options) as pruner:
             written = model.generate(**shared(), max_new_tokens=max_new_tokens, do_sample=False)  # type: ignore[operator]
             report = pruner.last

@@ -37,11 +37,13 @@ class Stopwatch:
         finally:
             self.stop(part)
 
+    @torch.compiler.disable
     def start(self, part: str, *, like: nn.Module | Tensor) -> None:
         """Begin to time `part`."""
         device = like.device if isinstance(like, Tensor) else next(like.parameters()).device
         self._open[part] = _cuda_event() if device.type == "cuda" else time.perf_counter()
 
+    @torch.compiler.disable
     def stop(self, part: str) -> None:
         """Add the time since `start` to `part`; nothing where it was not started."""
         begin = self._open.pop(part, None)
@@ -127,7 +129,7 @@ class PruneReport:
 
     `importance` names the evidence behind attention-guided choices (`cls_attention`, `received_attention`) or is None.
     `picks` are the names that `SegmentReport.taken` counts. `length_before` and `length_after` are real tokens per
-    row, padding left out. `kv_bytes_saved` is bytes of KV cache over all rows and layers that are not stored.
+    row, padding left out (but counted in where there are no pictures, and nothing is read from the device). `kv_bytes_saved` is bytes of KV cache over all rows and layers that are not stored.
     """
 
     method: str

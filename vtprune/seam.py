@@ -15,8 +15,7 @@ def find_base(model: object) -> nn.Module:
     """The base model that merges features into embeddings; raises `UnsupportedModel` where it cannot be hooked."""
     if not isinstance(model, nn.Module):
         raise UnsupportedModel(f"expected a transformers image-text-to-text model, got {type(model).__name__}")
-    if hasattr(model, "_orig_mod"):
-        raise UnsupportedModel("this model is compiled, and hooks added now would be ignored: wrap first, then compile")
+    _refuse_compiled("this model", model)
     full = model.get_base_model() if hasattr(model, "get_base_model") else model
     inner = getattr(full, "model", None) if getattr(full, "base_model_prefix", "model") == "model" else None
     inner = inner if isinstance(inner, nn.Module) else full
@@ -27,15 +26,18 @@ def find_base(model: object) -> nn.Module:
         )
     if any(HANDLE in module.__dict__ for module in (model, full, inner)):
         raise UnsupportedModel("this model is wrapped already: call vtprune.unwrap(model) first")
-    compiled = [name or "the model" for name, module in full.named_modules() if is_compiled(module)]
-    if compiled:
-        raise UnsupportedModel(
-            f"{compiled[0]} is compiled, and hooks added now would be ignored: wrap first, then compile"
-        )
+    for name, module in full.named_modules():
+        _refuse_compiled(name or "this model", module)
     return inner
 
 
+def _refuse_compiled(name: str, module: nn.Module) -> None:
+    if is_compiled(module):
+        raise UnsupportedModel(f"{name} is compiled, and hooks added now would be ignored: wrap first, then compile")
+
+
 def missing_seam(inner: nn.Module) -> str | None:
+    """What a base model lacks to be pruned, None where it lacks nothing."""
     if language_model(inner) is None:
         return "the base model has no language_model"
     if not hasattr(type(inner), "get_image_features"):
@@ -46,7 +48,10 @@ def missing_seam(inner: nn.Module) -> str | None:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    return hasattr(module, "_orig_mod") or module.__dict__.get("_compiled_call_impl") is not None
+    """Whether `module` was compiled: itself, its call, its `forward`, or its decoding inside `generate`."""
+    own = module.__dict__
+    itself = hasattr(module, "_orig_mod") or own.get("_compiled_call_impl") or own.get("_compiled_call")
+    return bool(itself) or hasattr(own.get("forward"), "_torchdynamo_inline")
 
 
 def shells(model: nn.Module, inner: nn.Module) -> list[nn.Module]:

@@ -84,10 +84,14 @@ class Segment:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Where the visual tokens of a call lie, on the host. `valid` (B, L) is False at padding."""
+    """Where the visual tokens of a call lie, on the host.
+
+    `valid` (B, L) is False at padding; `beams` neighbouring rows belong to one prompt.
+    """
 
     segments: tuple[Segment, ...]
     valid: np.ndarray
+    beams: int = 1
 
     @property
     def length(self) -> int:

@@ -112,7 +112,9 @@ def _arrangement(count: int, aspect: float) -> tuple[int, int]:
 def _frames_for(image: Image.Image | Sequence[Image.Image], parts: int) -> list[Image.Image]:
     frames = [image] if isinstance(image, Image.Image) else list(image)
     if not frames or len(frames) % parts:
-        raise InvalidOption(f"the clip was encoded as {parts} frames: expected {parts} pictures or a multiple, got {len(frames)}")
+        raise InvalidOption(
+            f"the clip was encoded as {parts} frames: expected {parts} pictures or a multiple, got {len(frames)}"
+        )
     return frames[:: len(frames) // parts]
 
 

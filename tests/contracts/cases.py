@@ -132,9 +132,7 @@ class Answer:
 
 def answer(model: nn.Module, inputs: dict[str, Any], *, steps: int = STEPS, **mode: Any) -> Answer:
     """Greedy unless told otherwise."""
-    out = model.generate(
-        **inputs, max_new_tokens=steps, output_logits=True, return_dict_in_generate=True, **mode
-    )
+    out = model.generate(**inputs, max_new_tokens=steps, output_logits=True, return_dict_in_generate=True, **mode)
     return Answer(
         tokens=out.sequences[:, inputs["input_ids"].shape[1] :],
         logits=torch.stack(out.logits, dim=1),

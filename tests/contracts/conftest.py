@@ -18,9 +18,9 @@ def _leave_models_unwrapped(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.manual_seed(0)
     yield
     callspec = getattr(request.node, "callspec", None)
-    if callspec is not None and isinstance(case := callspec.params.get("case"), cases.Case):
-        if hasattr(case.model, "vtprune"):
-            vtprune.unwrap(case.model)
+    case = callspec.params.get("case") if callspec is not None else None
+    if isinstance(case, cases.Case) and hasattr(case.model, "vtprune"):
+        vtprune.unwrap(case.model)
 
 
 @pytest.fixture

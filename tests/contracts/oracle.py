@@ -44,9 +44,9 @@ def merge(model: nn.Module, inputs: dict[str, Tensor]) -> Merged:
         pass
     finally:
         handle.remove()
-    embeds = caught["inputs_embeds"]
-    positions = caught.get("position_ids")
-    positions = torch.arange(embeds.shape[1])[None] if positions is None else positions[-3:].reshape(-1, embeds.shape[1])
+    embeds, positions = caught["inputs_embeds"], caught.get("position_ids")
+    L = embeds.shape[1]
+    positions = torch.arange(L)[None] if positions is None else positions[-3:].reshape(-1, L)
     return Merged(
         embeds=embeds,
         positions=positions,
@@ -123,7 +123,7 @@ def decode(
 
 @torch.no_grad()
 def generate(model: nn.Module, shorts: Sequence[Merged], **mode: Any) -> Tensor:
-    """New tokens (rows, steps) of transformers' own `generate` on an unwrapped model, from left-padded short prompts."""
+    """New tokens (rows, steps) of transformers' own `generate` from the short prompts, left padded."""
     width = max(short.embeds.shape[1] for short in shorts)
     pads = [width - short.embeds.shape[1] for short in shorts]
     embeds = torch.cat([nn.functional.pad(s.embeds, (0, 0, pad, 0)) for s, pad in zip(shorts, pads, strict=True)])

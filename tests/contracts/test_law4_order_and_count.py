@@ -19,8 +19,8 @@ from vtprune.types import Budget
 
 pytestmark = pytest.mark.law("4 order and count")
 
-SHARES = (0.001, 0.1, 0.25, 1 / 3, 0.5, 0.999, 1.0)
-SMALL = {"image": Prompt(images=((24, 24),), seed=51), "video": Prompt(clips=((24, 24, 4),), seed=52)}
+BUDGETS = (0.1, 1 / 3, 0.5, 0.999, 3)
+SMALL = Prompt(images=((24, 24),), seed=51)
 MANY = {
     "image": (Prompt(images=((24, 40), (60, 64)), seed=53), Prompt(images=((30, 92),), seed=54)),
     "video": (Prompt(clips=((24, 40, 4), (24, 40, 4)), seed=55), Prompt(clips=((24, 40, 4),), seed=56)),
@@ -70,31 +70,31 @@ def _check_order(segment: SegmentReport) -> None:
     assert segment.n == sum(part.grid[0] * part.grid[1] for part in segment.parts)
 
 
-@cells(methods=PRUNING_METHODS)
+@cells(methods=PRUNING_METHODS, kinds=("image",))
 def test_every_number_from_one_to_all(case: Case) -> None:
-    prompts = (SMALL[case.kind],)
-    n = _prefill(case, prompts, keep=1.0).tokens
-    if case.family in QWEN:
-        assert n % 2 == 1 or case.kind == "video"
+    n = _prefill(case, (SMALL,), keep=1.0).tokens
+    assert n % 2 == (case.family in QWEN), "an odd number of tokens where the family can have one"
     for k in [*range(2, n + 1), n + 3]:
-        report = _prefill(case, prompts, keep=k)
+        report = _prefill(case, (SMALL,), keep=k)
         assert [segment.k for segment in report.segments] == [min(k, n)] == [Budget(keep=k).resolve(n)]
 
 
 @cells(methods=PRUNING_METHODS)
 @pytest.mark.parametrize("per", ["image", "part", "prompt"])
 def test_shares_and_numbers_round_per_unit(case: Case, per: str) -> None:
-    for keep in (*SHARES, 3, 7):
+    for keep in BUDGETS:
         report = _prefill(case, MANY[case.kind], keep=keep, per=per)
         for n, k in _units(report, per):
             assert k == counted(keep, n) == Budget(keep=keep, per=per).resolve(n)
 
 
 @cells(methods=PRUNING_METHODS, kinds=("image",))
-def test_one_token_is_kept_with_a_warning(case: Case) -> None:
+def test_one_token_is_the_least(case: Case) -> None:
     with pytest.warns(UserWarning, match="1.0 keeps all"):
-        report = _prefill(case, MANY[case.kind], keep=1)
-    assert [segment.k for segment in report.segments] == [1, 1, 1]
+        one = _prefill(case, MANY[case.kind], keep=1)
+    least = _prefill(case, MANY[case.kind], keep=0.001)
+    for report in (one, least):
+        assert [segment.k for segment in report.segments] == [1, 1, 1]
 
 
 @cells(methods=("identity",))

@@ -12,7 +12,7 @@ import torch
 
 import vtprune
 from tests.contracts.cases import PRUNING_METHODS, Case, answer, assert_close, cells
-from tests.contracts.test_law5_undo import restored, snapshot
+from tests.contracts.state import restored, snapshot
 from tests.models import IMAGE, VIDEO
 from vtprune.errors import BackendUnavailable, InvalidOption, UnsupportedCall, UnsupportedModel
 
@@ -87,9 +87,8 @@ def test_placeholders_that_do_not_match_the_features(case: Case, refuses: Refuse
     ids[0, -1] = placeholder
     ids[1, (ids[1] == placeholder).nonzero()[0]] = 7
     moved = {**batch, "input_ids": ids}
-    with restored(case), case.pruned():
-        with refuses(UnsupportedCall, "placeholders"), torch.no_grad():
-            case.model.model(**{**moved, "position_ids": torch.arange(ids.shape[1])[None]})
+    with restored(case), case.pruned(), refuses(UnsupportedCall, "placeholders"), torch.no_grad():
+        case.model.model(**{**moved, "position_ids": torch.arange(ids.shape[1])[None]})
 
 
 @cells()

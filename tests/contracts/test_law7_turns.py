@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -184,6 +184,7 @@ def test_padding_between_the_turns(case: Case, positions: str) -> None:
 @cells()
 def test_the_first_turn_is_remembered(case: Case) -> None:
     """The comparison is sensitive: another picture in the first turn changes the reply to the second."""
-    other = tuple(Prompt(images=p.images, clips=p.clips, text_after=p.text_after, seed=p.seed + 8) for p in case.prompts)
-    replies = [talk(case, ((first[0],), (WORDS[0],)))[1].reply for first in (case.prompts, other)]
+    first = case.prompts[0]
+    other = replace(first, seed=first.seed + 8)
+    replies = [talk(case, ((prompt,), (WORDS[0],)))[1].reply for prompt in (first, other)]
     assert distance(replies[0].logits, replies[1].logits) > 1000 * TOLERANCE

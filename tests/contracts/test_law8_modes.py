@@ -54,8 +54,7 @@ def test_equals_transformers_on_the_short_prompt(case: Case, mode: str) -> None:
 
 
 @cells()
-@pytest.mark.parametrize("positions", ["keep", "compact"])
-@pytest.mark.parametrize("mode", ["beams", "several-samples"])
+@pytest.mark.parametrize(("mode", "positions"), [("beams", "compact"), ("several-samples", "keep")])
 def test_without_a_cache(case: Case, mode: str, positions: str) -> None:
     cached, _ = wrapped(case, positions, **MODES[mode])
     uncached, report = wrapped(case, positions, use_cache=False, **MODES[mode])

@@ -128,6 +128,20 @@ def test_decode_steps_that_generate_compiles_give_the_same_tokens() -> None:
     assert tokens.tolist() == expected.tokens.tolist()
 
 
+def test_a_model_whose_decoding_was_compiled_under_a_wrap_can_be_wrapped_again() -> None:
+    """On a GPU `generate` compiles by itself when the cache is static; nobody has to know."""
+    model = llava(layers=1)
+    inputs = models.inputs(model, ONE)
+    expected = expect(model, inputs, "uniform", keep=2)
+    config = CompileConfig(backend="eager", fullgraph=False, mode=None)
+    config._compile_all_devices = True
+    compiling = {"cache_implementation": "static", "compile_config": config}
+    with vtprune.pruning(model, "fastervlm"):
+        write(model, inputs, **compiling)
+    with vtprune.pruning(model, "uniform", keep=2):
+        assert write(model, inputs, **compiling).tolist() == expected.tokens.tolist()
+
+
 def test_unwrapping_a_model_compiled_while_wrapped_gives_the_plain_model_back() -> None:
     model = llava(layers=1)
     inputs = models.inputs(model, ONE)

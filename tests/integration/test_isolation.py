@@ -29,7 +29,7 @@ from tests.integration.common import (
 )
 from tests.models import IMAGE_FAMILIES, Prompt
 
-ROUNDS = 25
+ROUNDS = 60
 
 
 @pytest.mark.parametrize("call", [logits, write])

@@ -1,4 +1,4 @@
-"""Training under a wrap: gradients flow through the cut, labels keep their length, the loss is that of the short prompt."""
+"""Training under a wrap: gradients flow through the cut, labels keep their length, the loss is of the short prompt."""
 
 from __future__ import annotations
 

@@ -51,13 +51,15 @@ def test_it_is_in_fp32_on_the_cpu_and_not_in_training() -> None:
 
 def test_the_question_looks_at_the_picture() -> None:
     model, processor = vtprune.load_tiny()
-    answers = {question: ask(model, processor, question) for question in ("what shape is red ?", "where is the cross ?")}
+    answers = {
+        question: ask(model, processor, question) for question in ("what shape is red ?", "where is the cross ?")
+    }
     assert answers == {"what shape is red ?": "circle", "where is the cross ?": "bottomleft"}
 
 
 @pytest.mark.parametrize("name", ["lava", "LLAVA", "", None, "../llava"])
 def test_unknown_names(name: str) -> None:
-    with pytest.raises(InvalidOption, match="unknown tiny model .* there are: llava"):
+    with pytest.raises(InvalidOption, match=r"unknown tiny model .* there are: llava"):
         vtprune.load_tiny(name)
 
 

@@ -45,44 +45,51 @@ def build_layout(
         UnsupportedCall: where placeholders and features do not match.
     """
     segments: list[Segment] = []
+    beams = 1
     for kind, encoding in encodings.items():
         placeholder = ids == tokens[kind]
         parts = family.parts(inner, encoding)
-        for entries in _match_rows(placeholder, encoding):
+        beams = _beams(placeholder, encoding)
+        for entries in _match_rows(placeholder, encoding, beams):
             segments += _row_segments(entries, encoding, parts, family)
     segments.sort(key=lambda segment: (segment.row, segment.runs[0][0]))
-    return Layout(segments=tuple(segments), valid=valid)
+    return Layout(segments=tuple(segments), valid=valid, beams=beams)
 
 
-def _match_rows(placeholder: np.ndarray, encoding: Encoding) -> Iterator[_Entries]:
-    B = placeholder.shape[0]
+def _beams(placeholder: np.ndarray, encoding: Encoding) -> int:
+    """How many rows of the prompt share one encoded picture."""
     total, encoded = int(placeholder.sum()), sum(encoding.lengths)
-    repeats = total // encoded if encoded else 1
-    if not encoded or repeats * encoded != total or B % max(repeats, 1):
-        raise _mismatch(encoding, total, encoded)
+    beams = total // encoded if encoded else 0
+    if beams == 0 or beams * encoded != total or placeholder.shape[0] % beams:
+        raise _mismatch(encoding, total)
+    return beams
+
+
+def _match_rows(placeholder: np.ndarray, encoding: Encoding, beams: int) -> Iterator[_Entries]:
+    total = int(placeholder.sum())
     first = 0
-    for base in range(0, B, repeats):
+    for base in range(0, placeholder.shape[0], beams):
         count = int(placeholder[base].sum())
         last, filled = first, 0
         while filled < count and last < len(encoding.lengths):
             filled += encoding.lengths[last]
             last += 1
         if filled != count:
-            raise _mismatch(encoding, total, encoded, row=base)
-        for row in range(base, base + repeats):
+            raise _mismatch(encoding, total, row=base)
+        for row in range(base, base + beams):
             positions = np.flatnonzero(placeholder[row])
             if len(positions) != count:
-                raise _mismatch(encoding, total, encoded, row=row)
+                raise _mismatch(encoding, total, row=row)
             yield _Entries(row=row, numbers=tuple(range(first, last)), positions=positions)
         first = last
 
 
-def _mismatch(encoding: Encoding, total: int, encoded: int, row: int | None = None) -> UnsupportedCall:
+def _mismatch(encoding: Encoding, total: int, row: int | None = None) -> UnsupportedCall:
     where = "" if row is None else f" (row {row} does not end where a picture ends)"
     return UnsupportedCall(
-        f"the prompt has {total} {encoding.kind} placeholders, the encoder made {encoded} tokens of lengths "
-        f"{list(encoding.lengths[:8])}{where}: build the prompt and the pictures with one call of the processor, and "
-        "leave prefill_chunk_size out"
+        f"the prompt has {total} {encoding.kind} placeholders, the encoder made {sum(encoding.lengths)} tokens of "
+        f"lengths {list(encoding.lengths[:8])}{where}: build the prompt and the pictures with one call of the "
+        "processor, and leave prefill_chunk_size out"
     )
 
 

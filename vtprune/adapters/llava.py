@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ def _llava_parts(inner: nn.Module, encoding: Encoding) -> list[Parts]:
         return square_parts("image", encoding)
     sizes = encoding.sizes or (encoding.pixels[-2:],) * len(encoding.lengths)
     grids = [(height // patch, width // patch) for height, width in sizes]
-    return checked([(patch_part(n, grid),) for n, grid in zip(encoding.lengths, grids)], encoding)
+    return checked([(patch_part(n, grid),) for n, grid in zip(encoding.lengths, grids, strict=True)], encoding)
 
 
 def _llava_scores(inner: nn.Module, raw: Tensor, encoding: Encoding) -> list[Tensor]:
@@ -50,7 +51,9 @@ def _crop_counts(inner: nn.Module, encoding: Encoding) -> list[tuple[int, int]]:
     alone = [True] * len(encoding.sizes) if pictures is None else [n == 1 for n in pictures for _ in range(n)]
     side = inner.config.vision_config.image_size
     best = [select_best_resolution(size, inner.config.image_grid_pinpoints) for size in encoding.sizes]
-    return [(height // side, width // side) if one else (0, 0) for (height, width), one in zip(best, alone)]
+    return [
+        (height // side, width // side) if one else (0, 0) for (height, width), one in zip(best, alone, strict=True)
+    ]
 
 
 def _stitched(inner: nn.Module, crops: tuple[int, int], size: tuple[int, ...], limit: int | None) -> tuple[int, int]:
@@ -69,7 +72,7 @@ def _anyres_parts(inner: nn.Module, encoding: Encoding, limit: int | None = None
     grid = vision_grid(inner.config)
     n = grid[0] * grid[1]
     entries: list[Parts] = []
-    for crops, size in zip(_crop_counts(inner, encoding), encoding.sizes):
+    for crops, size in zip(_crop_counts(inner, encoding), encoding.sizes, strict=True):
         if crops == (0, 0):
             entries.append((Part(start=0, stop=n + 1, kind="image", grid=grid, separators=(n,)),))
         else:
@@ -78,7 +81,7 @@ def _anyres_parts(inner: nn.Module, encoding: Encoding, limit: int | None = None
     return checked(entries, encoding)
 
 
-def _pack(inner: nn.Module, raw: Tensor, encoding: Encoding, **options: Any) -> list[Tensor]:
+def _pack(inner: nn.Module, raw: Tensor, encoding: Encoding, options: Mapping[str, Any]) -> list[Tensor]:
     """The scores through transformers' own packing, as features of width 1 with NaN for a newline."""
     counts = [1 + rows * columns for rows, columns in _crop_counts(inner, encoding)]
     newline = torch.full((1,), float("nan"), device=raw.device)
@@ -97,7 +100,7 @@ def _next_parts(inner: nn.Module, encoding: Encoding) -> list[Parts]:
 
 def _next_scores(inner: nn.Module, raw: Tensor, encoding: Encoding) -> list[Tensor]:
     if encoding.kind == "image":
-        return _pack(inner, raw, encoding, vision_feature_select_strategy="full")
+        return _pack(inner, raw, encoding, {"vision_feature_select_strategy": "full"})
     if inner.config.spatial_pool_mode == "conv":
         grid = raw.unflatten(1, vision_grid(inner.config))
         pooled = nn.functional.avg_pool2d(grid, inner.config.spatial_pool_stride).flatten(1)
@@ -116,7 +119,7 @@ def _onevision_parts(inner: nn.Module, encoding: Encoding) -> list[Parts]:
 
 def _onevision_scores(inner: nn.Module, raw: Tensor, encoding: Encoding) -> list[Tensor]:
     if encoding.kind == "image":
-        return _pack(inner, raw, encoding, vision_aspect_ratio=inner.config.vision_aspect_ratio)
+        return _pack(inner, raw, encoding, {"vision_aspect_ratio": inner.config.vision_aspect_ratio})
     pooled = inner.apply_pooling(raw[..., None])[..., 0]
     clips = pooled.unflatten(0, (-1, encoding.pixels[1])).flatten(1)
     return list(nn.functional.pad(clips, (0, 1), value=float("nan")))

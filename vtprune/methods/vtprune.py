@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vtprune.errors import InvalidOption
+from vtprune.methods._checks import check_share
 from vtprune.pipeline import Pick, Pipeline
 from vtprune.stages.debiasers import MinMax
 from vtprune.stages.scorers import Importance
@@ -19,8 +19,7 @@ def vtprune(*, lam: float = 0.5) -> Pipeline:
     Args:
         lam: weight of importance against diversity, in [0, 1].
     """
-    if not 0 <= lam <= 1:
-        raise InvalidOption(f"lam={lam}: expected a weight in [0, 1]")
+    check_share("lam", lam)
     selector = MMR(lam=lam)
     return Pipeline(
         name="vtprune", picks=(Pick(name="mmr", scorer=Importance(), debiasers=(MinMax(),), selector=selector),)

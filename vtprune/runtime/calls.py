@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vtprune.cache import CacheState, physical_length
+from vtprune.cache import CacheState, physical_length, state_of
 from vtprune.errors import UnsupportedCall
 from vtprune.report import Stopwatch
-from vtprune.runtime.encoder import Encoded, carried
+from vtprune.runtime.encoder import PIXELS, Encoded, carried
+from vtprune.runtime.reading import Prompt
 from vtprune.runtime.shorten import Shortened
 from vtprune.types import Modality
 
@@ -21,24 +22,34 @@ from vtprune.types import Modality
 class Call:
     """What is known of a forward, from the pre-hook of the base model to its end.
 
-    `prefill` says that nothing was cached before it. `entered` is the state of the cache that may be updated during
-    it, `short` the shortened call of the language model.
+    `expected` names the kinds whose pixels it brings, `prefill` says that nothing was cached before it, `past` how
+    much, `state` how it was pruned. `prompt` is its visual side, once every expected kind is encoded, `short` the
+    shortened call of the language model.
     """
 
     ids: Tensor | None
     embeds: Tensor | None
     mask: Any
     encoded: dict[Modality, Encoded]
+    expected: frozenset[Modality]
     prefill: bool
+    past: int
+    state: CacheState | None
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
-    entered: CacheState | None = None
+    prompt: Prompt | None = None
     short: Shortened | None = None
 
     @classmethod
-    def begin(cls, given: Mapping[str, Any]) -> Call:
-        """Read the arguments of the base model; raises `UnsupportedCall` for features encoded elsewhere."""
+    def begin(cls, given: Mapping[str, Any], owner: str) -> Call:
+        """Read the arguments of the base model.
+
+        Raises:
+            UnsupportedCall: for features encoded elsewhere, or a cache that a pruner other than `owner` made.
+        """
         ids, embeds, cache = given.get("input_ids"), given.get("inputs_embeds"), given.get("past_key_values")
         words = ids if ids is not None else embeds
+        many = words is not None and words.shape[1] > 1
+        past = physical_length(cache) if many else 0
         outputs = given.get("mm_encoder_outputs") or {}
         encoded = {kind: carried(kind, output) for kind, output in outputs.items()}
         return cls(
@@ -46,8 +57,18 @@ class Call:
             embeds=embeds,
             mask=given.get("attention_mask"),
             encoded={kind: entry for kind, entry in encoded.items() if entry is not None},
-            prefill=cache is None or (words is not None and words.shape[1] > 1 and physical_length(cache) == 0),
+            expected=frozenset(
+                kind for kind, names in PIXELS.items() if any(given.get(name) is not None for name in names)
+            ),
+            prefill=cache is None or (many and past == 0),
+            past=past,
+            state=state_of(cache, owner),
         )
+
+    @property
+    def complete(self) -> bool:
+        """Whether every picture of the call is encoded, and there is one."""
+        return bool(self.encoded) and self.expected <= self.encoded.keys()
 
     def check_no_hidden_pictures(self) -> None:
         """Raise `UnsupportedCall` for embeddings that may hold pictures nobody can see."""
@@ -57,11 +78,17 @@ class Call:
                 "inputs_embeds with placeholders together with the pixels"
             )
 
-    def end_language_model(self) -> Shortened | None:
+    def enter_language_model(self, embeds: Tensor) -> None:
+        """Open the cache for updates."""
+        if self.state is not None:
+            self.state.entered = True
+        self.stopwatch.start("prefill", like=embeds)
+
+    def leave_language_model(self) -> Shortened | None:
         """Close the cache for updates and hand out the shortened call."""
         self.stopwatch.stop("prefill")
-        if self.entered is not None:
-            self.entered.entered = False
+        if self.state is not None:
+            self.state.entered = False
         short, self.short = self.short, None
         return short
 

@@ -38,17 +38,15 @@ def decide(
     pipeline: Pipeline,
     budget: Budget,
     given: Given | None,
-    seen: tuple[int, ...],
 ) -> Decision:
     """Run the pipeline on every stack of equal units; counts are known from shapes, nothing waits for the device.
 
     Args:
         embeds: (B, L, D), what the language model is about to get.
         given: evidence from the user.
-        seen: pictures of earlier turns per row.
     """
     layout = prompt.layout
-    units = make_units(layout, budget, seen)
+    units = make_units(layout, budget, prompt.seen)
     forced = forced_tokens(units, given, layout)
     base = layout.valid.copy()
     for unit in units:
@@ -134,10 +132,10 @@ def _evidence(prompt: Prompt, pipeline: Pipeline, given: Given | None, device: t
     """Scores per segment of everything the pipeline reads."""
     scores: dict[str, list[Tensor]] = {}
     for name in pipeline.needs:
-        if name in FROM_ENCODER:
-            scores[name] = prompt.encoder_scores(device)
-        elif given is not None and name in given.values:
+        if given is not None and name in given.values:
             scores[name] = given.scores(name, prompt.layout, device)
+        elif name in FROM_ENCODER:
+            scores[name] = prompt.encoder_scores(device)
         else:
             raise MissingEvidence(f"this method reads {name!r}: give it with `with model.vtprune.using({name}=[...])`")
     return scores

@@ -25,8 +25,14 @@ from vtprune.report import Stopwatch
 from vtprune.types import Modality
 
 _CARRIED = "vtprune_encoded"
-_SIZES = {"image": ("image_grid_thw", "image_sizes"), "video": ("video_grid_thw", "image_grid_thw")}
-_PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos", "pixel_values")}
+PIXELS: dict[Modality, tuple[str, ...]] = {
+    "image": ("pixel_values", "pixel_values_images"),
+    "video": ("pixel_values_videos",),
+}
+_SIZES: dict[Modality, tuple[str, ...]] = {
+    "image": ("image_grid_thw", "image_sizes"),
+    "video": ("video_grid_thw", "image_grid_thw"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +72,7 @@ def carried(kind: str, output: Any) -> Encoded | None:
     """
     if output is None or getattr(output, "pooler_output", None) is None:
         return None
-    encoded = getattr(output, _CARRIED, None)
+    encoded = output.get(_CARRIED) if isinstance(output, ModelOutput) else None
     if encoded is None:
         raise UnsupportedCall(
             f"mm_encoder_outputs[{kind!r}] was not made by this model while wrapped (or was sliced by chunked "
@@ -87,6 +93,7 @@ class EncoderTap:
             kind for kind in ("image", "video") if hasattr(type(inner), f"get_{kind}_features")
         )
         self._handles: list[RemovableHandle] = []
+        self._forwards: list[tuple[nn.Module, Any]] = []
         self._projections: dict[str, Tensor] = {}
         self._call: dict[str, Any] = {}
         self._scores: list[Tensor] | None = None
@@ -116,6 +123,11 @@ class EncoderTap:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for attention, forward in self._forwards:
+            attention.__dict__.pop("forward")
+            if forward is not None:
+                attention.__dict__["forward"] = forward
+        self._forwards.clear()
         self.probes.clear()
         for kind in self.kinds:
             self._inner.__dict__.pop(f"get_{kind}_features", None)
@@ -135,23 +147,23 @@ class EncoderTap:
                 given = signature.bind_partial(*args, **kwargs).arguments
                 given = {**given, **given.get("kwargs", {})}
                 encoded = self._encoded(kind, given, output.get("pooler_output"), scores, stopwatch)
-                setattr(output, _CARRIED, encoded)
+                output[_CARRIED] = encoded
                 if self.on_encoded is not None:
                     self.on_encoded(encoded)
             return output
 
-        return listen
+        return torch.compiler.disable(listen, recursive=False)
 
     def _encoded(
         self, kind: Modality, given: dict[str, Any], pooled: Any, scores: list[Tensor], stopwatch: Stopwatch
     ) -> Encoded:
         if pooled is None:
             raise UnsupportedCall(
-                f"{type(self._inner).__name__}.get_{kind}_features returned no pooler_output: there is no telling which "
-                "tokens are visual, so this model cannot be pruned"
+                f"{type(self._inner).__name__}.get_{kind}_features returned no pooler_output: there is no telling "
+                "which tokens are visual, so this model cannot be pruned"
             )
         lengths, stacked = pooled_lengths(pooled)
-        pixels = _first(given, _PIXELS[kind])
+        pixels = _first(given, (*PIXELS[kind], "pixel_values"))
         sizes = _first(given, _SIZES[kind])
         pictures = given.get("batch_num_images")
         probe = self.probes.get(kind)
@@ -178,16 +190,33 @@ class EncoderTap:
             self._call.clear()
 
     def _hook(self, probe: Probe) -> None:
+        """Hook the projections of one attention, and keep it eager inside a model that is compiled later.
+
+        Compiled code of the other blocks would be used for this one too, and pass its hooks by.
+        """
+        own = probe.attention.__dict__
+        self._forwards.append((probe.attention, own.get("forward")))
+        own["forward"] = torch.compiler.disable(probe.attention.forward)
         names = (probe.fused,) if probe.fused else (probe.query, probe.key)
-        self._handles.append(probe.attention.register_forward_pre_hook(self._before, with_kwargs=True))
-        for name in names:
-            module = probe.attention.get_submodule(name)
+        projections = {name: probe.attention.get_submodule(name) for name in names}
+        before = functools.partial(self._before, projections)
+        self._handles.append(probe.attention.register_forward_pre_hook(before, with_kwargs=True))
+        for name, module in projections.items():
             self._handles.append(module.register_forward_hook(functools.partial(self._projected, name)))
         self._handles.append(probe.attention.register_forward_hook(functools.partial(self._attended, probe)))
 
-    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._scores is not None:
-            self._call = dict(kwargs)
+    def _before(
+        self, projections: dict[str, nn.Module], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        if self._scores is None:
+            return
+        for name, hooked in projections.items():
+            if module.get_submodule(name) is not hooked:
+                raise UnsupportedCall(
+                    f"{name} of the vision encoder was replaced after wrap (by an adapter, say), so its attention "
+                    "cannot be read: unwrap, change the model, then wrap it again"
+                )
+        self._call = dict(kwargs)
 
     def _projected(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         if self._scores is not None:
@@ -247,7 +276,7 @@ def encode_once(
         for kind in tap.kinds:
             encode = getattr(inner, f"get_{kind}_features")
             given = {name: inputs[name] for name in inspect.signature(encode).parameters if name in inputs}
-            names = [name for name in _PIXELS[kind] if given.get(name) is not None]
+            names = [name for name in PIXELS[kind] if given.get(name) is not None]
             if names:
                 with torch.no_grad():
                     outputs[kind] = encode(**given, return_dict=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -19,45 +20,42 @@ FROM_ENCODER = frozenset({"importance", "cls_attention", "received_attention"})
 
 @dataclass(frozen=True, kw_only=True)
 class Given:
-    """Evidence from the user, one entry per prompt row: a tensor, or a list of one tensor per picture of the row.
+    """Evidence from the user: for each name and prompt row one tensor per picture of the row, None where it has none.
 
     `protect` and `forbid` hold token indices (separators left out of the count); everything else holds scores, one
     per token or one per part, which its tokens share.
     """
 
-    values: Mapping[str, Sequence[Any]]
+    values: Mapping[str, tuple[tuple[Tensor | None, ...], ...]]
 
     @classmethod
     def check(cls, values: Mapping[str, Sequence[Any]], reads: frozenset[str]) -> Given:
-        """Refuse names the method does not read and rows that differ in number."""
+        """Refuse names the method does not read, rows that differ in number, and what is no number."""
         for name, rows in values.items():
             if name not in reads and name not in _FORCED:
-                known = ", ".join(sorted((reads - FROM_ENCODER) | set(_FORCED)))
+                known = ", ".join(sorted(reads | set(_FORCED)))
                 raise InvalidOption(f"using({name}=...): this method does not read {name!r}; it takes {known}")
-            if isinstance(rows, (str, Tensor)) or not isinstance(rows, Sequence):
+            if not isinstance(rows, (list, tuple)):
                 raise InvalidOption(f"using({name}=...): expected a list with one entry per prompt row")
         if len({len(rows) for rows in values.values()}) > 1:
             raise InvalidOption("using(...): every list needs one entry per prompt row, these differ in length")
-        return cls(values=values)
+        return cls(values={name: tuple(_pictures(name, row) for row in rows) for name, rows in values.items()})
 
     def per_segment(self, name: str, layout: Layout) -> list[Tensor | None]:
         """The entry of every segment of `layout`, beams repeated; None where the user gave None."""
-        rows, B = self.values[name], len(layout.valid)
-        if not rows or B % len(rows):
-            raise UnsupportedCall(f"using({name}=...) has {len(rows)} rows, the call has {B}")
-        repeats = B // len(rows)
-        number = [0] * B
+        rows, prompts = self.values[name], len(layout.valid) // layout.beams
+        if len(rows) != prompts:
+            raise UnsupportedCall(f"using({name}=...) has {len(rows)} rows, the call has {prompts} prompts")
         found: list[Tensor | None] = []
-        for segment in layout.segments:
-            entry = rows[segment.row // repeats]
-            pictures = list(entry) if isinstance(entry, (list, tuple)) else [entry]
-            if number[segment.row] >= len(pictures):
+        for row in range(len(layout.valid)):
+            count = sum(segment.row == row for segment in layout.segments)
+            pictures = rows[row // layout.beams]
+            if pictures != (None,) and len(pictures) != count:
                 raise UnsupportedCall(
-                    f"using({name}=...) names {len(pictures)} pictures in row {segment.row}, the prompt has more"
+                    f"using({name}=...) names {len(pictures)} pictures in entry {row // layout.beams}, the prompt has "
+                    f"{count}"
                 )
-            value = pictures[number[segment.row]]
-            number[segment.row] += 1
-            found.append(None if value is None else torch.as_tensor(value))
+            found += pictures if len(pictures) == count else (None,) * count
         return found
 
     def scores(self, name: str, layout: Layout, device: torch.device) -> list[Tensor]:
@@ -88,6 +86,26 @@ class Given:
                 raise UnsupportedCall(f"using({name}=...): indices must lie in [0, {segment.tokens}), got {chosen[-1]}")
             found.append(chosen)
         return found
+
+
+def _pictures(name: str, row: Any) -> tuple[Tensor | None, ...]:
+    """One tensor per picture of a row: of a tensor or a list of numbers one, of a list of such as many as it has."""
+    if isinstance(row, (list, tuple)) and not all(isinstance(item, Real) for item in row):
+        return tuple(_numbers(name, item) for item in row)
+    return () if isinstance(row, (list, tuple)) and not row else (_numbers(name, row),)
+
+
+def _numbers(name: str, value: Any) -> Tensor | None:
+    if value is None:
+        return None
+    try:
+        tensor = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidOption(f"using({name}=...): expected numbers for each picture, got {value!r}") from error
+    if tensor.ndim != 1 or (name in _FORCED and (tensor.is_floating_point() or tensor.dtype == torch.bool)):
+        kind = "a 1-D list of token indices" if name in _FORCED else "a 1-D list of scores"
+        raise InvalidOption(f"using({name}=...): expected {kind} for each picture, got {value!r}")
+    return tensor
 
 
 @dataclass(frozen=True, kw_only=True)

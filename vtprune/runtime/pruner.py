@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from vtprune.adapters.base import Family, language_model, placeholder_id, rope_axes
-from vtprune.cache import CacheState, check_prunable, mark_pruned, physical_length, state_of
+from vtprune.cache import check_prunable, mark_pruned
 from vtprune.errors import UnsupportedCall
 from vtprune.pipeline import Pipeline
 from vtprune.report import PruneReport
@@ -30,7 +30,8 @@ from vtprune.runtime.evidence import FROM_ENCODER, Given
 from vtprune.runtime.reading import Prompt, placeholders_in, read_prompt
 from vtprune.runtime.reporting import report_of
 from vtprune.runtime.shorten import Scheme, resume, shorten
-from vtprune.types import Budget, Layout, Modality
+from vtprune.seam import HANDLE
+from vtprune.types import Budget, Modality
 
 
 class Pruner:
@@ -66,6 +67,7 @@ class Pruner:
         self._given: Given | None = None
         self._call: Call | None = None
         self._handles: list[RemovableHandle] = []
+        self._shells: tuple[nn.Module, ...] = ()
         self._lm = language_model(inner)
         assert self._lm is not None
         self._tap = EncoderTap(inner, family)
@@ -88,12 +90,14 @@ class Pruner:
     def using(self, **evidence: Sequence[Any]) -> Iterator[Pruner]:
         """Evidence for the calls inside the block, one entry per prompt row (repeated for beams).
 
-        `protect` and `forbid` hold, for each row, token indices of its picture (or a list of them, one per picture):
-        tokens to keep and tokens to drop whatever the method says. Any other name must be evidence that the method
-        reads: scores per token, or per part.
+        An entry is a list of numbers or a tensor for the picture of the row, a list of these for several pictures, or
+        None. `protect` and `forbid` hold token indices: tokens to keep and tokens to drop whatever the method says. Any
+        other name must be evidence that the method reads, as scores per token or per part; they take the place of the
+        encoder's.
 
         Raises:
-            InvalidOption: for a name the method does not read, or lists of different length.
+            InvalidOption: for a name the method does not read, lists of different length, or what is no number.
+            UnsupportedCall: in the call, where entries do not fit its prompts and pictures.
         """
         given = Given.check(evidence, self.pipeline.needs)
         before, self._given = self._given, given
@@ -102,8 +106,18 @@ class Pruner:
         finally:
             self._given = before
 
-    def install(self) -> None:
-        """Register every hook; `remove` undoes it."""
+    def install(self, shells: Sequence[nn.Module]) -> None:
+        """Register every hook and become the handle of every module of `shells`; all or nothing."""
+        try:
+            self._install()
+        except BaseException:
+            self.remove()
+            raise
+        for shell in shells:
+            shell.__dict__.update({HANDLE: self, "__getstate__": self.refuse_copy})
+        self._shells = tuple(shells)
+
+    def _install(self) -> None:
         lm = self._lm
         assert lm is not None
         self._tap.install(probing=bool(self.pipeline.needs & FROM_ENCODER) and not self.budget.keeps_all)
@@ -124,7 +138,12 @@ class Pruner:
             self._handles.append(rotary.register_forward_pre_hook(self._before_rotary, with_kwargs=True))
 
     def remove(self) -> None:
-        """Take every hook off the model."""
+        """Take every hook and handle off the model, and what `generate` compiled with the hooks in it."""
+        for shell in self._shells:
+            shell.__dict__.pop(HANDLE, None)
+            shell.__dict__.pop("__getstate__", None)
+            shell.__dict__.pop("_compiled_call", None)
+        self._shells = ()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -147,11 +166,14 @@ class Pruner:
 
     @torch.compiler.disable
     def _before_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._call = Call.begin(bind(self._inner_signature, module, args, kwargs))
+        self._call = Call.begin(bind(self._inner_signature, module, args, kwargs), self._owner)
+        self._read(self._call)
 
+    @torch.compiler.disable
     def _encoded_now(self, encoded: Encoded) -> None:
         if self._call is not None:
             self._call.encoded[encoded.kind] = encoded
+            self._read(self._call)
 
     def _after_base(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self._call = None
@@ -164,64 +186,63 @@ class Pruner:
         if call is None:
             return None
         given = bind(self._lm_signature, module, args, kwargs)
-        cache, embeds = given.get("past_key_values"), given.get("inputs_embeds")
+        embeds = given.get("inputs_embeds")
         if embeds is None:
             return None
-        state = state_of(cache, self._owner)
-        if call.encoded:
-            changed = self._prefill(call, given, state)
+        if call.prompt is not None:
+            changed = self._prefill(call, given)
         else:
             call.check_no_hidden_pictures()
             if call.prefill:
                 self._publish(call, None, None, embeds)
-            changed = None if state is None else resume(given, state)
-        if state is not None:
-            state.entered = True
-            call.entered = state
-        call.stopwatch.start("prefill", like=embeds)
+            changed = None if call.state is None else resume(given, call.state)
+        call.enter_language_model(embeds)
         return None if changed is None else ((), changed)
 
-    def _prefill(self, call: Call, given: dict[str, Any], state: CacheState | None) -> dict[str, Any] | None:
+    def _prefill(self, call: Call, given: dict[str, Any]) -> dict[str, Any] | None:
         embeds, cache = given["inputs_embeds"], given.get("past_key_values")
         check_prunable(cache)
-        B, L = embeds.shape[:2]
-        with call.stopwatch.measure("layout", like=embeds):
-            prompt = self._read(call, B, L, physical_length(cache))
-        seen = state.pictures if state is not None else (0,) * B
+        prompt = call.prompt
+        assert prompt is not None
         with call.stopwatch.measure("select", like=embeds):
-            decision = decide(prompt, embeds, pipeline=self.pipeline, budget=self.budget, given=self._given, seen=seen)
+            decision = decide(prompt, embeds, pipeline=self.pipeline, budget=self.budget, given=self._given)
         self._publish(call, prompt, decision, embeds)
-        pictures = _count(prompt.layout, seen)
+        pictures = torch.tensor(prompt.pictures).to(embeds.device, non_blocking=True)
         if decision.row_lengths == prompt.layout.row_lengths and not self._always_cut:
-            if state is None:
+            if call.state is None:
                 return None
-            state.pictures = pictures
-            return resume(given, state)
+            call.state.pictures = pictures
+            return resume(given, call.state)
         with call.stopwatch.measure("cut", like=embeds):
             call.short = shorten(
                 given,
                 layout=prompt.layout,
                 decision=decision,
-                state=state,
+                state=call.state,
                 pictures=pictures,
                 scheme=self._scheme,
             )
         return call.short.arguments
 
-    def _read(self, call: Call, B: int, L: int, past: int) -> Prompt:
-        return read_prompt(
-            ids=call.ids if call.ids is not None else self._ids_of_embeds(call),
-            valid=masks.valid_tokens(call.mask, B, L, past),
-            encoded=call.encoded,
-            tokens=self._tokens,
-            family=self.family,
-            inner=self._inner,
-        )
+    def _read(self, call: Call) -> None:
+        """Lay the pictures out as soon as all of them are encoded, before transformers merge them into the prompt."""
+        words = call.ids if call.ids is not None else call.embeds
+        if not call.complete or words is None:
+            return
+        with call.stopwatch.measure("layout", like=words):
+            call.prompt = read_prompt(
+                ids=call.ids if call.ids is not None else self._ids_of(words),
+                valid=masks.valid_tokens(call.mask, words.shape[0], words.shape[1], call.past),
+                seen=None if call.state is None else call.state.pictures,
+                encoded=call.encoded,
+                tokens=self._tokens,
+                family=self.family,
+                inner=self._inner,
+            )
 
-    def _ids_of_embeds(self, call: Call) -> Tensor:
-        assert call.embeds is not None
+    def _ids_of(self, embeds: Tensor) -> Tensor:
         lookup = self._inner.get_input_embeddings()  # type: ignore[operator]
-        return placeholders_in(call.embeds, lookup, [token for token in self._tokens.values() if token is not None])
+        return placeholders_in(embeds, lookup, [token for token in self._tokens.values() if token is not None])
 
     @torch.compiler.disable
     def _before_rotary(
@@ -239,7 +260,7 @@ class Pruner:
         call = self._call
         if call is None:
             return None
-        short = call.end_language_model()
+        short = call.leave_language_model()
         if output is None or short is None:
             return None
         if output.past_key_values is not None:
@@ -253,6 +274,7 @@ class Pruner:
             prompt,
             decision,
             embeds,
+            given=self._given,
             pipeline=self.pipeline,
             family=self.family.name,
             backend=self.backend,
@@ -263,7 +285,3 @@ class Pruner:
         self.history.append(report)
         if self._on_report is not None:
             self._on_report(report)
-
-
-def _count(layout: Layout, seen: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(before + sum(segment.row == row for segment in layout.segments) for row, before in enumerate(seen))

@@ -18,13 +18,25 @@ from vtprune.types import Layout, Modality, Segment
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """The visual side of a prefill: its layout, and what was encoded for it."""
+    """The visual side of a prefill: its layout, and what was encoded for it.
+
+    `seen` counts the pictures of earlier turns per row.
+    """
 
     layout: Layout
+    seen: tuple[int, ...]
     encodings: Mapping[Modality, Encoding]
     encoded: Mapping[Modality, Encoded]
     family: Family
     inner: nn.Module
+
+    @property
+    def pictures(self) -> tuple[int, ...]:
+        """Pictures of the conversation per row, those of this prompt included."""
+        own = [0] * len(self.layout.valid)
+        for segment in self.layout.segments:
+            own[segment.row] += 1
+        return tuple(before + new for before, new in zip(self.seen, own, strict=True))
 
     def encoder_scores(self, device: torch.device) -> list[Tensor]:
         """One 1-D tensor of scores per segment, separators left out; raises `MissingEvidence` without a probe."""
@@ -44,22 +56,24 @@ def read_prompt(
     *,
     ids: Tensor,
     valid: Tensor | None,
+    seen: Tensor | None,
     encoded: Mapping[Modality, Encoded],
     tokens: Mapping[Modality, int | None],
     family: Family,
     inner: nn.Module,
 ) -> Prompt:
-    """Bring ids (B, L), mask and sizes to the host in one copy, and lay the pictures out.
+    """Bring ids (B, L), mask, sizes and the count `seen` (B,) to the host in one copy, and lay the pictures out.
 
     Raises:
         UnsupportedCall: where placeholders and features do not match.
     """
-    wanted: list[Tensor] = [ids] + ([] if valid is None else [valid])
+    wanted = [tensor for tensor in (ids, valid, seen) if tensor is not None]
     for entry in encoded.values():
         wanted += [t for t in (entry.sizes, entry.pictures_per_prompt) if t is not None]
     arrays = iter(_to_host(wanted))
     host_ids = next(arrays)
     host_valid = np.ones(host_ids.shape, dtype=bool) if valid is None else next(arrays).astype(bool)
+    host_seen = (0,) * len(host_ids) if seen is None else tuple(int(x) for x in next(arrays))
     encodings: dict[Modality, Encoding] = {}
     for kind, entry in encoded.items():
         sizes = () if entry.sizes is None else tuple(tuple(int(x) for x in row) for row in next(arrays))
@@ -68,7 +82,7 @@ def read_prompt(
     layout = build_layout(
         ids=host_ids, valid=host_valid, tokens=tokens, encodings=encodings, family=family, inner=inner
     )
-    return Prompt(layout=layout, encodings=encodings, encoded=encoded, family=family, inner=inner)
+    return Prompt(layout=layout, seen=host_seen, encodings=encodings, encoded=encoded, family=family, inner=inner)
 
 
 def placeholders_in(embeds: Tensor, lookup: nn.Module, tokens: list[int]) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from vtprune.pipeline import Pipeline
 from vtprune.report import PruneReport, SegmentReport, Stopwatch, kv_bytes_per_token
 from vtprune.runtime.decide import Decision
-from vtprune.runtime.evidence import FROM_ENCODER
+from vtprune.runtime.evidence import FROM_ENCODER, Given
 from vtprune.runtime.reading import Prompt
 
 
@@ -18,6 +18,7 @@ def report_of(
     decision: Decision | None,
     embeds: Tensor,
     *,
+    given: Given | None,
     pipeline: Pipeline,
     family: str,
     backend: str,
@@ -25,7 +26,7 @@ def report_of(
     config: Any,
     stopwatch: Stopwatch,
 ) -> PruneReport:
-    """The report of a prefill; without a prompt and a decision, that of one without pictures."""
+    """The report of a prefill; without a prompt and a decision that of one without pictures, padding counted in."""
     B, L = embeds.shape[:2]
     before = after = (L,) * B
     segments: tuple[SegmentReport, ...] = ()
@@ -36,7 +37,9 @@ def report_of(
             SegmentReport(row=segment.row, kind=segment.kind, parts=segment.parts, stages=stages)
             for segment, stages in zip(prompt.layout.segments, decision.stages, strict=True)
         )
-        if pipeline.needs & FROM_ENCODER:
+        if given is not None and pipeline.needs & FROM_ENCODER & given.values.keys():
+            sources = {"given"}
+        elif pipeline.needs & FROM_ENCODER:
             sources = {entry.evidence for entry in prompt.encoded.values() if entry.evidence}
         for entry in prompt.encoded.values():
             stopwatch.absorb(entry.stopwatch)

@@ -69,7 +69,7 @@ def shorten(
     layout: Layout,
     decision: Decision,
     state: CacheState | None,
-    pictures: tuple[int, ...],
+    pictures: Tensor,
     scheme: Scheme,
 ) -> Shortened:
     """Cut embeddings, position ids, mask and deepstack rows together; `state` is that of the cache so far."""

@@ -79,6 +79,4 @@ class MMR:
         relevance = self.lam * scores.masked_fill(~available, 0.0)
         first = relevance.masked_fill(~available, float("-inf"))
         units = kernels.unit_rows(tokens.features)
-        return kernels.greedy_select(
-            units, relevance, first, k, weight=1 - self.lam, taken=taken, available=available
-        )
+        return kernels.greedy_select(units, relevance, first, k, weight=1 - self.lam, taken=taken, available=available)

@@ -1,0 +1,90 @@
+"""The count of cells itself: nothing that failed, was skipped or did not run may pass for held."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from tests.contracts import cases, counting
+from tests.contracts.counting import FAILED, HELD, NOT_RUN, REFUSED, SKIPPED, outcomes, summary, table
+
+CELL = ("random", "llava", "3 batch")
+
+
+@dataclass
+class Report:
+    """As much of a pytest report as the count reads."""
+
+    when: str = "call"
+    outcome: str = "passed"
+    refused: bool = False
+    cell: tuple[str, ...] | None = CELL
+
+    @property
+    def failed(self) -> bool:
+        return self.outcome == "failed"
+
+    @property
+    def skipped(self) -> bool:
+        return self.outcome == "skipped"
+
+    @property
+    def user_properties(self) -> list[tuple[str, Any]]:
+        cell = [] if self.cell is None else [("cell", list(self.cell))]
+        return cell + [("refused", "message")] * self.refused
+
+
+@pytest.mark.parametrize(
+    ("reports", "expected"),
+    [
+        ([Report("setup"), Report(), Report("teardown")], HELD),
+        ([Report(refused=True), Report("teardown", refused=True)], REFUSED),
+        ([Report(refused=True), Report()], HELD),
+        ([Report(), Report(outcome="failed"), Report(refused=True)], FAILED),
+        ([Report("setup", outcome="failed")], FAILED),
+        ([Report(), Report("teardown", outcome="failed")], FAILED),
+        ([Report(), Report(outcome="skipped")], SKIPPED),
+        ([Report("setup")], NOT_RUN),
+    ],
+)
+def test_a_cell_is_as_good_as_its_worst_test(reports: list[Report], expected: str) -> None:
+    assert outcomes([*reports, Report(cell=None, outcome="failed")]) == {CELL: expected}
+
+
+def test_the_summary_accounts_for_the_full_product() -> None:
+    product = counting.every_cell()
+    assert len(product) == len(set(product)) == len(cases.METHODS) * len(cases.FAMILIES) * len(counting.LAWS)
+    counted = dict(zip(product, [HELD] * 5 + [REFUSED] * 4 + [FAILED] * 3 + [SKIPPED] * 2 + [NOT_RUN], strict=False))
+    line = summary(counted, product)
+    assert line.startswith("5 held, 4 refused as documented, 3 failed, 2 skipped; ")
+    assert f"{len(product) - 14} of the full product" in line
+    assert "not in this selection" not in summary(dict.fromkeys(product, HELD), product)
+
+
+def test_the_table_has_a_row_for_every_method_and_family() -> None:
+    product = counting.every_cell()
+    page = table({product[0]: FAILED}, product)
+    rows = [line for line in page.splitlines() if line.startswith("|")]
+    assert len(rows) == 2 + len(cases.METHODS) * len(cases.FAMILIES)
+    assert page.count("**FAILED**") == 1
+    assert page.count("not run") == len(product) - 1
+
+
+def test_every_law_file_names_a_law_that_is_counted(request: pytest.FixtureRequest) -> None:
+    """A law that is misspelt would drop out of the count."""
+    marked = {item.get_closest_marker("law") for item in request.session.items} - {None}
+    assert {marker.args[0] for marker in marked} <= set(counting.LAWS)
+
+
+def test_the_default_selection_has_every_method_and_every_family() -> None:
+    every = [
+        cases.Case(method=method, family=family, kind="image") for method in cases.METHODS for family in cases.FAMILIES
+    ]
+    core = [case for case in every if case.core]
+    for method in cases.METHODS:
+        assert len({case.family for case in core if case.method == method}) >= 3
+    for family in cases.FAMILIES:
+        assert len({case.method for case in core if case.family == family}) >= 4
+    assert len(core) < len(every)

@@ -1,0 +1,328 @@
+"""Host synchronisations: one read of the device in every prefill, none in a decode step.
+
+Whatever makes the host wait for a GPU shows on a CPU too: as an operator whose result decides a shape or becomes a
+number (seen by a dispatch mode, however it was spelt), or as a copy to the host (seen by replacing the methods).
+A wait counts for the file of the innermost frame outside torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.cache_utils import DynamicCache
+
+import vtprune
+from tests import models
+from tests.integration.common import ONE, TEXT, logits, write
+from tests.models import QWEN, VIDEO_FAMILIES
+
+FAMILIES = ("llava", "llava_next", "qwen2_5_vl", "qwen3_vl")
+METHODS = tuple(name for name in vtprune.list_methods() if name != "identity")
+OURS, TORCH, HERE = Path(vtprune.__file__).parent, Path(torch.__file__).parent, Path(__file__)
+DECIDES_A_SHAPE_OR_A_NUMBER = {
+    "_local_scalar_dense",
+    "nonzero",
+    "nonzero_static",
+    "masked_select",
+    "allclose",
+    "equal",
+    "_unique",
+    "_unique2",
+    "unique_dim",
+    "unique_consecutive",
+    "unique_dim_consecutive",
+    "bincount",
+    "histc",
+    "repeat_interleave",
+    "is_nonzero",
+}
+TAKES_A_MASK = {"index", "index_put", "index_put_", "_index_put_impl_"}
+COPIES = ("cpu", "numpy", "tolist", "__array__")
+
+
+class Waits:
+    """Where the host waited for the device: ours, and everybody's, by file and function."""
+
+    def __init__(self) -> None:
+        self.ours: Counter[str] = Counter()
+        self.others: Counter[str] = Counter()
+        self._on_host: list[Tensor] = []
+
+    def note(self, what: str) -> None:
+        frame = innermost(sys._getframe(1))
+        path = Path(frame.f_code.co_filename)
+        where = f"{what} in {path.name}:{frame.f_code.co_name}:{frame.f_lineno}"
+        (self.ours if path.is_relative_to(OURS) else self.others)[where] += 1
+
+    def copied(self, what: str, tensor: Tensor, result: Any) -> None:
+        """A copy of what is on the host already is no wait."""
+        if any(tensor is known for known in self._on_host):
+            return
+        self.note(what)
+        if isinstance(result, Tensor):
+            self._on_host.append(result)
+
+
+def innermost(frame: FrameType | None) -> FrameType:
+    """The innermost frame that is neither torch's nor this file's."""
+    while frame is not None:
+        path = Path(frame.f_code.co_filename)
+        if path != HERE and not path.is_relative_to(TORCH):
+            return frame
+        frame = frame.f_back
+    raise AssertionError("no caller")
+
+
+class Watch(TorchDispatchMode):
+    """Notes the operators that make the host wait."""
+
+    def __init__(self, waits: Waits) -> None:
+        super().__init__()
+        self._waits = waits
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in DECIDES_A_SHAPE_OR_A_NUMBER and not self._told(name, args, kwargs or {}):
+            self._waits.note(name)
+        if name in TAKES_A_MASK and any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1]):
+            self._waits.note(f"{name} with a mask")
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def _told(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """`repeat_interleave` does not wait where it is told how long the result is."""
+        return name == "repeat_interleave" and kwargs.get("output_size") is not None
+
+
+@contextmanager
+def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Waits]:
+    waits = Waits()
+    with monkeypatch.context() as patch:
+        for name in COPIES:
+            patch.setattr(Tensor, name, _noting(waits, name, getattr(Tensor, name)))
+        patch.setattr(Tensor, "to", _noting_moves(waits, Tensor.to))
+        with Watch(waits):
+            yield waits
+
+
+def _noting(waits: Waits, name: str, original: Any) -> Any:
+    def copying(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        waits.copied(name, self, result)
+        return result
+
+    return copying
+
+
+def _noting_moves(waits: Waits, original: Any) -> Any:
+    def moving(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        result = original(self, *args, **kwargs)
+        if args[:1] == ("cpu",) or kwargs.get("device") == "cpu":
+            waits.copied("to cpu", self, result)
+        return result
+
+    return moving
+
+
+def wrapped(name: str, method: str, **options: Any) -> nn.Module:
+    return vtprune.wrap(models.build(name), method, **options)
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x.sum().item(),
+        lambda x: int(x.sum()),
+        lambda x: float(x.sum()),
+        lambda x: bool((x > 0).any()),
+        lambda x: "yes" if x.max() > 0 else "no",
+        lambda x: list(range(x.sum().long())),
+        lambda x: x.tolist(),
+        lambda x: x.cpu(),
+        lambda x: x.to("cpu"),
+        lambda x: x.numpy(),
+        lambda x: x.nonzero(),
+        lambda x: torch.where(x > 0),
+        lambda x: x[x > 0],
+        lambda x: x.masked_select(x > 0),
+        lambda x: x.unique(),
+        lambda x: torch.equal(x, x),
+        lambda x: torch.allclose(x, x),
+        lambda x: x.repeat_interleave(torch.tensor([1, 2, 1])),
+        lambda x: torch.zeros(4)[x.long()[0].item() :],
+        lambda x: x.long().bincount(),
+    ],
+)
+def test_a_wait_is_counted_for_its_caller(wait: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    caller: dict[str, Any] = {"wait": wait}
+    source = compile("def call(x):\n    return wait(x)", str(OURS / "imaginary.py"), "exec")
+    exec(source, caller)
+    x = torch.tensor([1.0, 2.0, 0.0])
+    with watched(monkeypatch) as waits:
+        caller["call"](x)
+    assert sum(waits.ours.values()) == 1, waits.ours
+    assert not waits.others
+
+
+@pytest.mark.parametrize(
+    "free",
+    [
+        lambda x: x[torch.tensor([0, 1])],
+        lambda x: x.sort(),
+        lambda x: torch.where(x > 0, x, 0.0),
+        lambda x: x.masked_fill(x > 0, 0.0),
+        lambda x: x.cumsum(0).gather(0, torch.tensor([1])),
+        lambda x: x.repeat_interleave(2),
+        lambda x: x.to(torch.float16),
+        lambda x: x.split([1, 2]),
+    ],
+)
+def test_what_does_not_wait_is_not_counted(free: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with watched(monkeypatch) as waits:
+        free(torch.tensor([1.0, 2.0, 0.0]))
+    assert not waits.ours
+    assert not waits.others
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("prompts", [ONE, None], ids=["one", "batch"])
+def test_a_prefill_reads_the_device_once(name: str, method: str, prompts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = wrapped(name, method)
+    inputs = models.inputs(model, prompts)
+    logits(model, inputs)
+    with watched(monkeypatch) as waits:
+        logits(model, inputs)
+    assert sum(waits.ours.values()) == 1, waits.ours
+    assert model.vtprune.last.kept < model.vtprune.last.tokens
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "options", [{"per": "part"}, {"per": "prompt"}, {"positions": "keep"}, {"positions": "compact"}]
+)
+def test_no_option_adds_a_read(name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = wrapped(name, "vtprune", **options)
+    inputs = models.inputs(model)
+    with watched(monkeypatch) as waits:
+        logits(model, inputs)
+    assert sum(waits.ours.values()) == 1, waits.ours
+
+
+@pytest.mark.parametrize("name", VIDEO_FAMILIES)
+def test_a_prefill_of_clips_reads_the_device_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = wrapped(name, "vtprune")
+    inputs = models.inputs(model, kind="video")
+    with watched(monkeypatch) as waits:
+        logits(model, inputs)
+    assert sum(waits.ours.values()) == 1, waits.ours
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_pruning_makes_transformers_wait_no_more_often(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What transformers does inside a helper that vtprune calls would count for transformers."""
+    model = models.build(name)
+    inputs = models.inputs(model)
+    logits(model, inputs)
+    with watched(monkeypatch) as plain:
+        logits(model, inputs)
+    vtprune.wrap(model, "fastervlm")
+    with watched(monkeypatch) as pruned:
+        logits(model, inputs)
+    assert sum(pruned.others.values()) <= sum(plain.others.values()), pruned.others - plain.others
+
+
+@pytest.mark.parametrize("method", ["vtprune", "random"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_decode_steps_read_nothing(name: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = wrapped(name, method)
+    inputs = models.inputs(model)
+    cache = DynamicCache()
+    logits(model, inputs, past_key_values=cache)
+    mask = inputs["attention_mask"]
+    with watched(monkeypatch) as waits:
+        for _ in range(3):
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            ids = mask.sum(dim=1, keepdim=True) - 1
+            step = {"attention_mask": mask, "position_ids": ids.expand(3, -1, -1) if name in QWEN else ids}
+            logits(model, {"input_ids": torch.full_like(ids, 20), **step}, past_key_values=cache)
+    assert not waits.ours
+
+
+DECODING: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampling": {"do_sample": True},
+    "beams": {"num_beams": 3},
+    "sampled beams": {"num_beams": 2, "do_sample": True, "num_return_sequences": 2},
+    "static cache": {"cache_implementation": "static"},
+    "static cache, beams": {"cache_implementation": "static", "num_beams": 2},
+    "prompt lookup": {"prompt_lookup_num_tokens": 3},
+}
+
+
+@pytest.mark.parametrize("how", DECODING)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_whole_generate_reads_the_device_once(name: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = wrapped(name, "vtprune")
+    inputs = models.inputs(model, ONE if how == "prompt lookup" else None)
+    with watched(monkeypatch) as waits:
+        write(model, inputs, max_new_tokens=6, min_new_tokens=6, **DECODING[how])
+    assert sum(waits.ours.values()) == 1, waits.ours
+
+
+def test_a_prompt_without_pictures_reads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = wrapped("llava", "vtprune")
+    inputs = models.inputs(model, TEXT)
+    with watched(monkeypatch) as waits:
+        write(model, inputs)
+    assert not waits.ours
+
+
+def test_keeping_everything_reads_at_most_the_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = wrapped("llava", "vtprune", keep=1.0)
+    inputs = models.inputs(model)
+    with watched(monkeypatch) as waits:
+        write(model, inputs)
+    assert sum(waits.ours.values()) <= 1, waits.ours
+
+
+def test_the_report_reads_the_device_when_asked_and_not_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = wrapped("llava", "vtprune", on_report=lambda report: report.method)
+    inputs = models.inputs(model)
+    with watched(monkeypatch) as waits:
+        logits(model, inputs)
+        before = sum(waits.ours.values())
+        assert len(model.vtprune.last.segments[0].keep) == 4
+    assert before == 1
+    assert sum(waits.ours.values()) > before
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_gpu_agrees(name: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's own report of synchronising calls, counted for the file of the innermost frame outside torch."""
+    model = wrapped(name, method).cuda()
+    inputs = {key: value.cuda() for key, value in models.inputs(name).items()}
+    logits(model, inputs)
+    waits = Waits()
+    with monkeypatch.context() as patch:
+        patch.setattr("warnings.showwarning", lambda *_: waits.note("cuda"))
+        patch.setattr("warnings.filters", [("always", None, UserWarning, None, 0)])
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            logits(model, inputs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert sum(waits.ours.values()) == 1, waits.ours
