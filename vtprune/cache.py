@@ -96,11 +96,11 @@ class _PrunedCache:
             self.pruned.select_rows(rows)
 
 
-class PrunedDynamicCache(_PrunedCache, DynamicCache):
+class PrunedDynamicCache(_PrunedCache, DynamicCache):  # type: ignore[misc]
     """A `DynamicCache` after a cut."""
 
 
-class PrunedStaticCache(_PrunedCache, StaticCache):
+class PrunedStaticCache(_PrunedCache, StaticCache):  # type: ignore[misc]
     """A `StaticCache` after a cut."""
 
 

@@ -73,6 +73,7 @@ def compare(
         with pruning(model, pipeline, keep=budget, **options) as pruner:
             written = model.generate(**shared(), max_new_tokens=max_new_tokens, do_sample=False)  # type: ignore[operator]
             report = pruner.last
+            assert report is not None
         answer = written[:, inputs["input_ids"].shape[1] :]
         unpruned = answer if unpruned is None else unpruned
         rows.append(

@@ -128,8 +128,9 @@ class PruneReport:
     """One prefill: what was kept of each picture, the lengths, the bytes and the seconds.
 
     `importance` names the evidence behind attention-guided choices (`cls_attention`, `received_attention`) or is None.
-    `picks` are the names that `SegmentReport.taken` counts. `length_before` and `length_after` are real tokens per
-    row, padding left out (but counted in where there are no pictures, and nothing is read from the device). `kv_bytes_saved` is bytes of KV cache over all rows and layers that are not stored.
+    `picks` are the names that `SegmentReport.taken` counts. `length_before` and `length_after` are tokens per row,
+    padding left out where there are pictures; without any, nothing is read from the device and it is counted in.
+    `kv_bytes_saved` is bytes of KV cache over all rows and layers that are not stored.
     """
 
     method: str

@@ -263,7 +263,7 @@ def test_a_model_that_encodes_where_nobody_listens_is_refused() -> None:
     class Whispering(LlavaModel):
         def forward(self, *args: Any, pixel_values: Tensor, **kwargs: Any) -> Any:
             output = type(self).get_image_features(self, pixel_values=pixel_values, return_dict=True)
-            return super().forward(*args, mm_encoder_outputs={"image": output}, **kwargs)
+            return super().forward(*args, **{**kwargs, "mm_encoder_outputs": {"image": output}})
 
     model = llava()
     inputs = models.inputs(model, ONE)

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 from vtprune.types import Modality, Part
 
+Host = Any
+"""A transformers base model or tower; a type checker would take each of its attributes for "Tensor | Module"."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Encoding:
@@ -63,12 +66,12 @@ class Probe:
         return "cls_attention" if self.has_cls else "received_attention"
 
 
-def no_probe(inner: nn.Module, kind: Modality) -> Probe | None:
+def no_probe(inner: Host, kind: Modality) -> Probe | None:
     """The probe of a family that serves features-only methods."""
     return None
 
 
-def same_scores(inner: nn.Module, scores: Tensor, encoding: Encoding) -> list[Tensor]:
+def same_scores(inner: Host, scores: Tensor, encoding: Encoding) -> list[Tensor]:
     """Score-to-token map of families whose encoder rows are the tokens: (rows, N) -> one 1-D tensor each."""
     return list(scores)
 
@@ -84,7 +87,7 @@ def one_entry(encoding: Encoding) -> int | None:
     return 1
 
 
-def single_parts(inner: nn.Module, encoding: Encoding) -> list[tuple[Part, ...]]:
+def single_parts(inner: Host, encoding: Encoding) -> list[tuple[Part, ...]]:
     """Parts of families where each picture is one grid without separators."""
     return [(Part(start=0, stop=n, kind="image", grid=square_grid(n)),) for n in encoding.lengths]
 
@@ -102,16 +105,16 @@ class Family:
     name: str
     model_types: tuple[str, ...]
     tested: str
-    probe: Callable[[nn.Module, Modality], Probe | None] = no_probe
-    parts: Callable[[nn.Module, Encoding], list[tuple[Part, ...]]] = single_parts
-    scores: Callable[[nn.Module, Tensor, Encoding], list[Tensor]] = same_scores
+    probe: Callable[[Host, Modality], Probe | None] = no_probe
+    parts: Callable[[Host, Encoding], list[tuple[Part, ...]]] = single_parts
+    scores: Callable[[Host, Tensor, Encoding], list[Tensor]] = same_scores
     entries: Callable[[Encoding], int | None] = one_entry
     thumbnail_last: bool = False
     kinds: tuple[Modality, ...] = ("image",)
     notes: str = ""
 
 
-def language_model(inner: nn.Module) -> nn.Module | None:
+def language_model(inner: Host) -> nn.Module | None:
     """The module that receives the merged embeddings, or None where the seam is not there."""
     for name in ("language_model", "text_model"):
         module = getattr(inner, name, None)

@@ -6,9 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
-from torch import nn
 
-from vtprune.adapters.base import Encoding, Family
+from vtprune.adapters.base import Encoding, Family, Host
 from vtprune.errors import UnsupportedCall
 from vtprune.types import Layout, Modality, Part, Segment
 
@@ -29,7 +28,7 @@ def build_layout(
     tokens: Mapping[Modality, int | None],
     encodings: Mapping[Modality, Encoding],
     family: Family,
-    inner: nn.Module,
+    inner: Host,
 ) -> Layout:
     """Match placeholders with encoder entries, row by row.
 

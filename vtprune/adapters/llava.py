@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtprune.adapters.base import Encoding, Family, Probe
+from vtprune.adapters.base import Encoding, Family, Host, Probe
 from vtprune.adapters.packing import (
     Parts,
     checked,
@@ -26,11 +26,11 @@ from vtprune.errors import UnsupportedCall
 from vtprune.types import Modality, Part
 
 
-def _probe(inner: nn.Module, kind: Modality) -> Probe | None:
+def _probe(inner: Host, kind: Modality) -> Probe | None:
     return tower_probe(inner.vision_tower, inner.config.vision_feature_layer)
 
 
-def _llava_parts(inner: nn.Module, encoding: Encoding) -> list[Parts]:
+def _llava_parts(inner: Host, encoding: Encoding) -> list[Parts]:
     patch = getattr(inner.config.vision_config, "patch_size", None)
     if not isinstance(patch, int):
         return square_parts("image", encoding)
@@ -39,11 +39,11 @@ def _llava_parts(inner: nn.Module, encoding: Encoding) -> list[Parts]:
     return checked([(patch_part(n, grid),) for n, grid in zip(encoding.lengths, grids, strict=True)], encoding)
 
 
-def _llava_scores(inner: nn.Module, raw: Tensor, encoding: Encoding) -> list[Tensor]:
+def _llava_scores(inner: Host, raw: Tensor, encoding: Encoding) -> list[Tensor]:
     return list(patch_scores(raw, encoding.lengths[0]))
 
 
-def _crop_counts(inner: nn.Module, encoding: Encoding) -> list[tuple[int, int]]:
+def _crop_counts(inner: Host, encoding: Encoding) -> list[tuple[int, int]]:
     """Crops (rows, columns) of every picture; (0, 0) where only the thumbnail is encoded."""
     from transformers.image_processing_utils import select_best_resolution
 
@@ -56,7 +56,7 @@ def _crop_counts(inner: nn.Module, encoding: Encoding) -> list[tuple[int, int]]:
     ]
 
 
-def _stitched(inner: nn.Module, crops: tuple[int, int], size: tuple[int, ...], limit: int | None) -> tuple[int, int]:
+def _stitched(inner: Host, crops: tuple[int, int], size: tuple[int, ...], limit: int | None) -> tuple[int, int]:
     """Grid of the crops after unpadding, scaled down where it holds more than `limit` crops' worth of tokens."""
     side, _ = vision_grid(inner.config)
     h, w = unpadded((crops[0] * side, crops[1] * side), size)
@@ -64,7 +64,7 @@ def _stitched(inner: nn.Module, crops: tuple[int, int], size: tuple[int, ...], l
     return (int(h // scale), int(w // scale)) if scale > 1.1 else (h, w)
 
 
-def _anyres_parts(inner: nn.Module, encoding: Encoding, limit: int | None = None) -> list[Parts]:
+def _anyres_parts(inner: Host, encoding: Encoding, limit: int | None = None) -> list[Parts]:
     if len(encoding.sizes) != len(encoding.lengths):
         raise UnsupportedCall(
             f"got {len(encoding.sizes)} image_sizes for {len(encoding.lengths)} images: pass those of the processor"
@@ -81,7 +81,7 @@ def _anyres_parts(inner: nn.Module, encoding: Encoding, limit: int | None = None
     return checked(entries, encoding)
 
 
-def _pack(inner: nn.Module, raw: Tensor, encoding: Encoding, options: Mapping[str, Any]) -> list[Tensor]:
+def _pack(inner: Host, raw: Tensor, encoding: Encoding, options: Mapping[str, Any]) -> list[Tensor]:
     """The scores through transformers' own packing, as features of width 1 with NaN for a newline."""
     counts = [1 + rows * columns for rows, columns in _crop_counts(inner, encoding)]
     newline = torch.full((1,), float("nan"), device=raw.device)
@@ -90,7 +90,7 @@ def _pack(inner: nn.Module, raw: Tensor, encoding: Encoding, options: Mapping[st
     return [entry[:, 0] for entry in packed]
 
 
-def _next_parts(inner: nn.Module, encoding: Encoding) -> list[Parts]:
+def _next_parts(inner: Host, encoding: Encoding) -> list[Parts]:
     if encoding.kind == "image":
         return _anyres_parts(inner, encoding)
     stride = inner.config.spatial_pool_stride
@@ -98,7 +98,7 @@ def _next_parts(inner: nn.Module, encoding: Encoding) -> list[Parts]:
     return checked([frame_parts(encoding.pixels[1], (h, w))] * len(encoding.lengths), encoding)
 
 
-def _next_scores(inner: nn.Module, raw: Tensor, encoding: Encoding) -> list[Tensor]:
+def _next_scores(inner: Host, raw: Tensor, encoding: Encoding) -> list[Tensor]:
     if encoding.kind == "image":
         return _pack(inner, raw, encoding, {"vision_feature_select_strategy": "full"})
     if inner.config.spatial_pool_mode == "conv":
@@ -109,7 +109,7 @@ def _next_scores(inner: nn.Module, raw: Tensor, encoding: Encoding) -> list[Tens
     return list(pooled.unflatten(0, (-1, encoding.pixels[1])).flatten(1))
 
 
-def _onevision_parts(inner: nn.Module, encoding: Encoding) -> list[Parts]:
+def _onevision_parts(inner: Host, encoding: Encoding) -> list[Parts]:
     if encoding.kind == "image":
         limit = int(inner.config.vision_aspect_ratio.removeprefix("anyres_max_"))
         return _anyres_parts(inner, encoding, limit)
@@ -117,7 +117,7 @@ def _onevision_parts(inner: nn.Module, encoding: Encoding) -> list[Parts]:
     return checked([frame_parts(encoding.pixels[1], (h, w), newline=True)] * len(encoding.lengths), encoding)
 
 
-def _onevision_scores(inner: nn.Module, raw: Tensor, encoding: Encoding) -> list[Tensor]:
+def _onevision_scores(inner: Host, raw: Tensor, encoding: Encoding) -> list[Tensor]:
     if encoding.kind == "image":
         return _pack(inner, raw, encoding, {"vision_aspect_ratio": inner.config.vision_aspect_ratio})
     pooled = inner.apply_pooling(raw[..., None])[..., 0]

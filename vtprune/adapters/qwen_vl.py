@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from vtprune.adapters.base import Encoding, Family, Probe
+from vtprune.adapters.base import Encoding, Family, Host, Probe
 from vtprune.adapters.packing import Parts, checked, frame_parts
 from vtprune.adapters.towers import qwen_probe
 from vtprune.types import Modality, Part
 
 
-def _probe(inner: nn.Module, kind: Modality) -> Probe:
+def _probe(inner: Host, kind: Modality) -> Probe:
     return qwen_probe(inner.visual)
 
 
-def _token_grids(inner: nn.Module, encoding: Encoding) -> list[tuple[int, int, int]]:
+def _token_grids(inner: Host, encoding: Encoding) -> list[tuple[int, int, int]]:
     """Tokens (t, h, w) of every picture: patches over the merge size."""
     merge = inner.config.vision_config.spatial_merge_size
     return [(t, h // merge, w // merge) for t, h, w in encoding.sizes]
 
 
-def _parts(inner: nn.Module, encoding: Encoding) -> list[Parts]:
+def _parts(inner: Host, encoding: Encoding) -> list[Parts]:
     entries: list[Parts] = []
     for t, h, w in _token_grids(inner, encoding):
         if encoding.kind == "image" and t == 1:
@@ -32,16 +32,16 @@ def _parts(inner: nn.Module, encoding: Encoding) -> list[Parts]:
     return checked(entries, encoding)
 
 
-def _scores(inner: nn.Module, raw: Tensor, encoding: Encoding) -> list[Tensor]:
+def _scores(inner: Host, raw: Tensor, encoding: Encoding) -> list[Tensor]:
     return list(_merged(inner, raw).split(encoding.lengths))
 
 
-def _merged(inner: nn.Module, raw: Tensor) -> Tensor:
+def _merged(inner: Host, raw: Tensor) -> Tensor:
     """Scores of patches (1, N) as scores of tokens (N / merge²,): the patches of a token stand next to each other."""
     return raw.reshape(-1, inner.config.vision_config.spatial_merge_size**2).mean(1)
 
 
-def _windowed_scores(inner: nn.Module, raw: Tensor, encoding: Encoding) -> list[Tensor]:
+def _windowed_scores(inner: Host, raw: Tensor, encoding: Encoding) -> list[Tensor]:
     """Qwen2.5-VL orders its patches by attention windows; only the merged tokens return to raster order."""
     vision = inner.config.vision_config
     window = vision.window_size // vision.spatial_merge_size // vision.patch_size

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vtprune.adapters.base import Probe
+from vtprune.adapters.base import Host, Probe
 
 _HAS_CLS = {
     "clip_vision_model": True,
@@ -16,7 +17,7 @@ _HAS_CLS = {
 }
 
 
-def tower_probe(tower: nn.Module, feature_layer: int | list[int] | tuple[int, ...]) -> Probe | None:
+def tower_probe(tower: Host, feature_layer: int | list[int] | tuple[int, ...]) -> Probe | None:
     """Probe of a CLIP, SigLIP or InternViT tower, or None for any other.
 
     Args:
@@ -30,7 +31,7 @@ def tower_probe(tower: nn.Module, feature_layer: int | list[int] | tuple[int, ..
     layer = _layer_of(tower, feature_layer)
     if layer is None:
         return None
-    attention = getattr(layer, "self_attn", None) or layer.attention
+    attention: Host = layer.self_attn if hasattr(layer, "self_attn") else layer.attention
     return Probe(
         attention=attention,
         has_cls=has_cls,
@@ -40,7 +41,7 @@ def tower_probe(tower: nn.Module, feature_layer: int | list[int] | tuple[int, ..
     )
 
 
-def qwen_probe(tower: nn.Module) -> Probe:
+def qwen_probe(tower: Host) -> Probe:
     """Probe of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL tower: its last block that sees whole pictures."""
     full = [index for index in getattr(tower.config, "fullatt_block_indexes", ()) if index < len(tower.blocks)]
     attention = tower.blocks[max(full, default=-1)].attn
@@ -55,16 +56,16 @@ def qwen_probe(tower: nn.Module) -> Probe:
     )
 
 
-def _layer_of(tower: nn.Module, feature_layer: int | list[int] | tuple[int, ...]) -> nn.Module | None:
+def _layer_of(tower: Host, feature_layer: int | list[int] | tuple[int, ...]) -> Host | None:
     """The layer whose output is the hidden state of that index; None for the embedding."""
-    encoder = getattr(tower, "vision_model", tower).encoder
+    encoder: Host = (tower.vision_model if hasattr(tower, "vision_model") else tower).encoder
     layers = encoder.layers if hasattr(encoder, "layers") else encoder.layer
     index = feature_layer if isinstance(feature_layer, int) else feature_layer[-1]
     index = index + len(layers) if index < 0 else index - 1
     return layers[index] if 0 <= index < len(layers) else None
 
 
-def _joint_norm(attention: nn.Module) -> Any:
+def _joint_norm(attention: Host) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """InternViT normalises queries and keys over all heads together."""
 
     def apply(norm: nn.Module, heads: Tensor) -> Tensor:

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from vtprune.adapters.base import Encoding, Family, Probe
+from vtprune.adapters.base import Encoding, Family, Host, Probe
 from vtprune.adapters.packing import Parts, checked, patch_part, patch_scores, vision_grid
 from vtprune.adapters.towers import tower_probe
-from vtprune.types import Modality
+from vtprune.types import Modality, PartKind
 
 
-def _probe(inner: nn.Module, kind: Modality) -> Probe | None:
+def _probe(inner: Host, kind: Modality) -> Probe | None:
     tower = inner.image_tower if kind == "image" else inner.video_tower
     return tower_probe(tower, inner.config.vision_feature_layer)
 
 
-def _parts(inner: nn.Module, encoding: Encoding) -> list[Parts]:
-    kind = "image" if encoding.kind == "image" else "frame"
+def _parts(inner: Host, encoding: Encoding) -> list[Parts]:
+    kind: PartKind = "image" if encoding.kind == "image" else "frame"
     grid = vision_grid(inner.config)
     return checked([(patch_part(n, grid, kind=kind),) for n in encoding.lengths], encoding)
 
 
-def _scores(inner: nn.Module, raw: Tensor, encoding: Encoding) -> list[Tensor]:
+def _scores(inner: Host, raw: Tensor, encoding: Encoding) -> list[Tensor]:
     return list(patch_scores(raw, encoding.lengths[0]))
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from vtprune.adapters.base import Encoding, Family, Probe, pooled_lengths
 from vtprune.errors import UnsupportedCall
@@ -181,7 +181,8 @@ class EncoderTap:
 
     @contextmanager
     def _recording(self) -> Iterator[list[Tensor]]:
-        self._scores = scores = []
+        scores: list[Tensor] = []
+        self._scores = scores
         try:
             yield scores
         finally:

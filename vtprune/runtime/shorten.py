@@ -108,13 +108,13 @@ def resume(given: Mapping[str, Any], state: CacheState) -> dict[str, Any]:
     B, new = embeds.shape[:2]
     stored = physical_length(given["past_key_values"])
     positions = _incoming_positions(given, state, stored)
-    flat = torch.is_tensor(mask) and mask.ndim == 2
-    state.padded = state.padded or (new > 1 and flat)
+    flat = mask if torch.is_tensor(mask) and mask.ndim == 2 else None
+    state.padded = state.padded or (new > 1 and flat is not None)
     state.stored = stored + new
     arguments = {**given, "position_ids": positions.expand(*positions.shape[:-2], B, new), "attention_mask": None}
     if state.padded:
         known = masks.stored_valid(mask, state.valid, stored, new)
-        fresh = mask[:, -new:].bool() if flat else known.new_ones(B, new)
+        fresh = known.new_ones(B, new) if flat is None else flat[:, -new:].bool()
         arguments["attention_mask"] = torch.cat([known, fresh.to(known.device)], dim=1).long()
     return arguments
 
