@@ -47,6 +47,8 @@ LATE = {
 """Packages that may be absent, and the modules (imported late themselves) that may import them at their top."""
 ASYNCHRONOUS = ("stages", "kernels", "positions", "pipeline")
 SYNCHRONISING = {"item", "tolist", "cpu", "numpy", "nonzero", "masked_select", "unique"}
+ON_THE_PREFILL_PATH = ("stages", "kernels", "positions", "pipeline", "adapters", "cache", "runtime")
+HOST_BORN = {"torch.tensor", "torch.from_numpy", "torch.as_tensor"}
 SERIALISERS = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "marshal", "shelve"}
 FILE_LINES, FUNCTION_LINES = 300, 60
 
@@ -208,6 +210,22 @@ def nothing_waits_for_the_device(source: Source) -> list[str]:
     ]
 
 
+def copies_to_the_device_do_not_wait(source: Source) -> list[str]:
+    """A blocking copy of host data waits for everything the device has still to do, like a read."""
+    found = []
+    for node in ast.walk(source.tree):
+        if source.room not in ON_THE_PREFILL_PATH or not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        told = {word.arg for word in node.keywords}
+        if name in HOST_BORN and "device" in told:
+            found.append(f"line {node.lineno}: {name}(device=...)")
+        maker = node.func.value if name.endswith(".to") else None
+        if isinstance(maker, ast.Call) and ast.unparse(maker.func) in HOST_BORN and "non_blocking" not in told:
+            found.append(f"line {node.lineno}: blocking .to(...)")
+    return found
+
+
 def nothing_is_swallowed(source: Source) -> list[str]:
     """No bare `except`, and none whose body does nothing."""
     found = []
@@ -303,6 +321,10 @@ RULES: dict[Rule, tuple[Source, ...]] = {
         Source("stages/scorers", "x.max().item()"),
         Source("positions", "ids.cpu()"),
         Source("kernels/reference", "for i in x.tolist(): pass"),
+    ),
+    copies_to_the_device_do_not_wait: (
+        Source("runtime/decide", "torch.from_numpy(x).to(device)"),
+        Source("adapters/llava", "y = torch.tensor([1, 2], device=x.device)"),
     ),
     nothing_is_swallowed: (
         Source("viz", "try:\n    f()\nexcept:\n    raise"),

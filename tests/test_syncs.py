@@ -8,6 +8,7 @@ A wait counts for the file of the innermost frame outside torch.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -317,9 +318,9 @@ def test_a_gpu_agrees(name: str, method: str, monkeypatch: pytest.MonkeyPatch) -
     inputs = {key: value.cuda() for key, value in models.inputs(name).items()}
     logits(model, inputs)
     waits = Waits()
-    with monkeypatch.context() as patch:
-        patch.setattr("warnings.showwarning", lambda *_: waits.note("cuda"))
-        patch.setattr("warnings.filters", [("always", None, UserWarning, None, 0)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        monkeypatch.setattr(warnings, "showwarning", lambda *_, **__: waits.note("cuda"))
         torch.cuda.set_sync_debug_mode("warn")
         try:
             logits(model, inputs)

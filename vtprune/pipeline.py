@@ -31,7 +31,10 @@ class Debiaser(Protocol):
 
 
 class Selector(Protocol):
-    """Indices (S, k), distinct, none of them in `taken` (S, m). Scores of -inf must not be picked."""
+    """Indices (S, k), distinct, none of them in `taken` (S, m). Scores of -inf must not be picked.
+
+    That they are distinct is not checked: it would wait for the device.
+    """
 
     def __call__(self, tokens: VisualTokens, scores: Tensor, k: int, taken: Tensor | None) -> Tensor: ...
 

@@ -79,6 +79,16 @@ def test_every_number_from_one_to_all(case: Case) -> None:
         assert [segment.k for segment in report.segments] == [min(k, n)] == [Budget(keep=k).resolve(n)]
 
 
+@cells(methods=PRUNING_METHODS, kinds=("image",))
+def test_halves_round_up(case: Case) -> None:
+    n = _prefill(case, (SMALL,), keep=1.0).tokens
+    for wanted in (3.5, 4.5):
+        share = wanted / n
+        assert share * n == wanted, "exact in binary"
+        report = _prefill(case, (SMALL,), keep=share)
+        assert [segment.k for segment in report.segments] == [wanted + 0.5]
+
+
 @cells(methods=PRUNING_METHODS)
 @pytest.mark.parametrize("per", ["image", "part", "prompt"])
 def test_shares_and_numbers_round_per_unit(case: Case, per: str) -> None:

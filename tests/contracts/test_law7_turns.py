@@ -11,7 +11,18 @@ import torch
 from torch import Tensor
 
 from tests.contracts import oracle
-from tests.contracts.cases import STEPS, TOLERANCE, Answer, Case, answer, assert_close, cells, distance, kept_positions
+from tests.contracts.cases import (
+    STEPS,
+    TOLERANCE,
+    Answer,
+    Case,
+    answer,
+    assert_close,
+    cells,
+    choices,
+    distance,
+    kept_positions,
+)
 from tests.models import Prompt
 
 pytestmark = pytest.mark.law("7 turns")
@@ -179,6 +190,26 @@ def test_pictures_turn_after_turn_in_one_row(case: Case, positions: str) -> None
 @pytest.mark.parametrize("positions", ["keep", "compact"])
 def test_padding_between_the_turns(case: Case, positions: str) -> None:
     check(case, (case.prompts, RAGGED_WORDS), positions)
+
+
+@cells()
+@torch.no_grad()
+def test_the_whole_chat_at_once_keeps_the_same_tokens(case: Case) -> None:
+    """A choice depends on the picture's place in the conversation, not on the turn in which it was cached."""
+    first = case.prompts[0]
+    turns = ((first,), (replace(first, seed=first.seed + 8),))
+    done = talk(case, turns)
+    asked, asked_again = (case.inputs(prompts) for prompts in turns)
+    replied = done[0].reply.tokens
+    words = {"input_ids": replied, "attention_mask": torch.ones_like(replied)}
+    words["mm_token_type_ids"] = torch.zeros_like(replied).int()
+    pixels = {name: torch.cat([asked[name], asked_again[name]]) for name in asked if name not in WHOLE}
+    spoken = {name: torch.cat([asked[name], words[name], asked_again[name]], dim=1) for name in WHOLE if name in asked}
+    with case.pruned() as pruner:
+        case.model(**pixels, **spoken)
+        at_once = pruner.last
+    assert choices(at_once, 0) == [choice for turn in done for choice in choices(turn.reports[0], 0)]
+    assert len(choices(at_once, 0)) == 2
 
 
 @cells()

@@ -96,6 +96,40 @@ def test_a_loop_written_by_hand_without_position_ids(case: Case, positions: str)
         assert_close(torch.stack(logits), expected)
 
 
+CHOICES: dict[str, tuple[Any, list[int]]] = {
+    "reorder": (lambda cache: cache.reorder_cache(torch.tensor([1, 0])), [1, 0]),
+    "select": (lambda cache: cache.batch_select_indices(torch.tensor([1])), [1]),
+    "repeat": (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1]),
+}
+"""What transformers do to the rows of a cache, and which rows are there afterwards."""
+
+
+@cells()
+@pytest.mark.parametrize("choice", CHOICES)
+@torch.no_grad()
+def test_rows_of_the_cache_may_be_chosen_anew(case: Case, choice: str) -> None:
+    """The rows differ in padding and, compacted, in what they vacated: all that has to move with them."""
+    change, rows = CHOICES[choice]
+    words = _next_words(case)
+    chosen = {name: values[..., rows, :] for name, values in words.items()}
+    with case.pruned(positions="compact"):
+        first, second = (answer(case.model, case.batch, steps=1).cache for _ in range(2))
+        expected = case.model(**words, past_key_values=first).logits
+        change(second)
+        got = case.model(**chosen, past_key_values=second).logits
+    assert_close(got, expected[rows])
+
+
+def _next_words(case: Case) -> dict[str, Tensor]:
+    """The call for one more word of both rows; its ids go on from those of the whole prompt."""
+    ids = torch.stack([oracle.merge(case.model, inputs).positions[:, -1:] + 1 for inputs in case.rows], dim=1)
+    return {
+        "input_ids": torch.tensor([[7], [9]]),
+        "attention_mask": torch.nn.functional.pad(case.batch["attention_mask"], (0, 1), value=1),
+        "position_ids": ids if case.mrope else ids[0],
+    }
+
+
 def _allowed(case: Case, logits: Tensor) -> Tensor:
     allowed = logits.clone()
     allowed[case.forbidden] = float("-inf")

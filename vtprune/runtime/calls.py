@@ -71,7 +71,13 @@ class Call:
         return bool(self.encoded) and self.expected <= self.encoded.keys()
 
     def check_no_hidden_pictures(self) -> None:
-        """Raise `UnsupportedCall` for embeddings that may hold pictures nobody can see."""
+        """Raise `UnsupportedCall` where there may be pictures that nobody has seen."""
+        unseen = self.expected - self.encoded.keys()
+        if unseen:
+            raise UnsupportedCall(
+                f"{' and '.join(sorted(unseen))} pixels were given, but not encoded by the get_*_features of this base "
+                "model: there is no telling which tokens are visual, so this model cannot be pruned"
+            )
         if self.prefill and self.ids is None:
             raise UnsupportedCall(
                 "inputs_embeds without pictures: there is no telling where visual tokens lie. Pass input_ids, or "

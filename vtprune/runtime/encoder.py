@@ -93,7 +93,7 @@ class EncoderTap:
             kind for kind in ("image", "video") if hasattr(type(inner), f"get_{kind}_features")
         )
         self._handles: list[RemovableHandle] = []
-        self._forwards: list[tuple[nn.Module, Any]] = []
+        self._forwards: list[tuple[nn.Module, Any, Any]] = []
         self._projections: dict[str, Tensor] = {}
         self._call: dict[str, Any] = {}
         self._scores: list[Tensor] | None = None
@@ -123,10 +123,10 @@ class EncoderTap:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        for attention, forward in self._forwards:
-            attention.__dict__.pop("forward")
-            if forward is not None:
-                attention.__dict__["forward"] = forward
+        for attention, before, eager in self._forwards:
+            if attention.__dict__.get("forward") is eager:
+                attention.__dict__.pop("forward")
+                attention.__dict__.update({} if before is None else {"forward": before})
         self._forwards.clear()
         self.probes.clear()
         for kind in self.kinds:
@@ -196,8 +196,9 @@ class EncoderTap:
         Compiled code of the other blocks would be used for this one too, and pass its hooks by.
         """
         own = probe.attention.__dict__
-        self._forwards.append((probe.attention, own.get("forward")))
-        own["forward"] = torch.compiler.disable(probe.attention.forward)
+        eager = torch.compiler.disable(probe.attention.forward)
+        self._forwards.append((probe.attention, own.get("forward"), eager))
+        own["forward"] = eager
         names = (probe.fused,) if probe.fused else (probe.query, probe.key)
         projections = {name: probe.attention.get_submodule(name) for name in names}
         before = functools.partial(self._before, projections)

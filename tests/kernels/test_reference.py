@@ -1,0 +1,102 @@
+"""The specification of the kernels against loops, at odd sizes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.fidelity import loops
+from vtprune.errors import BackendUnavailable
+from vtprune.kernels import choose_backend
+from vtprune.kernels import reference as kernels
+
+
+def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("B", "H", "N", "d"), [(1, 1, 2, 1), (2, 3, 7, 5), (1, 4, 33, 8)])
+def test_cls_attention_is_the_loop(B: int, H: int, N: int, d: int) -> None:
+    query, key = drawn(B, H, N, d), drawn(B, H, N, d, seed=1)
+    got = kernels.attention_scores(query, key, scale=d**-0.5, rows="cls")
+    expected = [loops.cls_attention(q.numpy(), k.numpy(), d**-0.5) for q, k in zip(query, key, strict=True)]
+    torch.testing.assert_close(got, torch.tensor(expected).float(), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("pictures", [[7], [3, 4], [1, 5, 1]])
+@pytest.mark.parametrize("block", [2, 256])
+def test_received_attention_is_the_loop(pictures: list[int], block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_QUERIES_PER_BLOCK", block)
+    query, key = drawn(1, 2, 7, 4), drawn(1, 2, 7, 4, seed=1)
+    ends = torch.tensor([0, *pictures]).cumsum(0)
+    got = kernels.attention_scores(query, key, scale=0.5, rows="received", segments=ends)
+    expected = loops.received_attention(query[0].numpy(), key[0].numpy(), 0.5, pictures)
+    torch.testing.assert_close(got[0], torch.tensor(expected).float(), atol=1e-6, rtol=1e-5)
+    assert got.sum() == pytest.approx(1.0, abs=1e-5)
+
+
+def test_attention_of_low_precision_inputs_is_accumulated_in_fp32() -> None:
+    query, key = drawn(1, 2, 9, 16).bfloat16(), drawn(1, 2, 9, 16, seed=1).bfloat16()
+    for rows in ("cls", "received"):
+        low = kernels.attention_scores(query, key, scale=0.25, rows=rows)
+        high = kernels.attention_scores(query.float(), key.float(), scale=0.25, rows=rows)
+        assert low.dtype == torch.float32
+        assert torch.equal(low, high)
+
+
+@pytest.mark.parametrize("N", [1, 95, 96, 97, 200])
+def test_mirrored_similarity_is_the_product(N: int) -> None:
+    units = kernels.unit_rows(drawn(2, N, 5))
+    torch.testing.assert_close(kernels.cosine_similarity(units), units @ units.transpose(1, 2), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("reduce", ["min", "sum"])
+@pytest.mark.parametrize("m", [0, 1, 3])
+def test_greedy_by_rows_is_greedy_by_table(reduce: str, m: int) -> None:
+    """Few choices on a CPU compute similarity row by row; a known similarity forces the table."""
+    units, relevance = kernels.unit_rows(drawn(3, 60, 7)), drawn(3, 60, seed=2)
+    taken = torch.stack([torch.randperm(60)[:m] for _ in range(3)]) if m else None
+    available = torch.rand(3, 60, generator=torch.Generator().manual_seed(3)) > 0.3
+    arguments = {"weight": 0.7, "reduce": reduce, "taken": taken, "available": available}
+    first = relevance.masked_fill(~available, float("-inf"))
+    table = kernels.cosine_similarity(units)
+    by_row = kernels.greedy_select(units, relevance, first, 9, **arguments)
+    by_table = kernels.greedy_select(units, relevance, first, 9, similarity=table, **arguments)
+    assert torch.equal(by_row, by_table)
+    assert available.gather(1, by_row).all()
+    if taken is not None:
+        assert not (by_row[:, :, None] == taken[:, None]).any()
+
+
+@pytest.mark.parametrize("left_padded", [True, False])
+def test_kept_indices_are_those_of_the_loop(left_padded: bool) -> None:
+    kept = torch.tensor([[1, 0, 1, 1, 0], [0, 0, 0, 0, 0], [0, 1, 0, 0, 0], [1, 1, 1, 0, 0]]).bool()
+    indices, valid = kernels.kept_indices(kept, 3, left_padded=left_padded)
+    for row, own, ok in zip(kept, indices, valid, strict=True):
+        expected = row.nonzero()[:, 0].tolist()
+        assert own[ok].tolist() == expected
+        where = ok.nonzero()[:, 0].tolist()
+        assert where == list(range(3 - len(expected), 3) if left_padded else range(len(expected)))
+
+
+def test_rows_are_cut_bit_for_bit() -> None:
+    for rows in (drawn(3, 7, 5), drawn(3, 7, 5).bfloat16(), drawn(3, 5, 7).transpose(1, 2), drawn(6, 7, 5)[::2]):
+        indices = torch.tensor([[0, 6, 3], [1, 1, 1], [5, 4, 2]])
+        assert torch.equal(
+            kernels.cut_sequence(rows, indices), torch.stack([r[i] for r, i in zip(rows, indices, strict=True)])
+        )
+        batch = torch.tensor([[2], [0]])
+        assert torch.equal(
+            kernels.take_rows(rows, batch, indices[:2]), torch.stack([rows[2, indices[0]], rows[0, indices[1]]])
+        )
+
+
+def test_top_select_breaks_ties_by_the_lower_index() -> None:
+    scores = torch.tensor([[1.0, 2.0, 2.0, 2.0, 1.0]])
+    assert kernels.top_select(scores, 4).tolist() == [[1, 2, 3, 0]]
+
+
+def test_an_explicit_backend_is_honoured_or_refused() -> None:
+    assert choose_backend("auto") == choose_backend("torch") == "torch"
+    with pytest.raises(BackendUnavailable, match="triton"):
+        choose_backend("triton")
