@@ -45,7 +45,8 @@ def _windowed_scores(inner: Host, raw: Tensor, encoding: Encoding) -> list[Tenso
     """Qwen2.5-VL orders its patches by attention windows; only the merged tokens return to raster order."""
     vision = inner.config.vision_config
     window = vision.window_size // vision.spatial_merge_size // vision.patch_size
-    place = torch.from_numpy(np.argsort(window_order(_token_grids(inner, encoding), window))).to(raw.device)
+    place = torch.from_numpy(np.argsort(window_order(_token_grids(inner, encoding), window)))
+    place = place.to(raw.device, non_blocking=True)
     return list(_merged(inner, raw)[place].split(encoding.lengths))
 
 

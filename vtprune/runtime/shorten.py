@@ -77,7 +77,7 @@ def shorten(
     B, L = embeds.shape[:2]
     past = physical_length(cache)
     cut = _plan(decision, layout)
-    real = torch.from_numpy(layout.valid).to(embeds.device)
+    real = torch.from_numpy(layout.valid).to(embeds.device, non_blocking=True)
     positions = _incoming_positions(given, state, past)
     new, shift = _cut_positions(positions, cut, real, scheme)
     stored = _stored(mask, state, past, L, B, embeds.device)
