@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,15 +17,6 @@ from vtprune.adapters.base import language_model
 from vtprune.errors import VtpruneError
 
 NEW_TOKENS = 4
-PER_LAYER = ("granite4_vision",)
-
-
-@pytest.fixture(scope="module")
-def outcomes() -> Iterator[dict[str, str]]:
-    table: dict[str, str] = {}
-    yield table
-    width = max(map(len, table), default=0)
-    print("\n" + "\n".join(f"{name:{width}}  {outcome}" for name, outcome in sorted(table.items())))
 
 
 @pytest.fixture(params=SPECS)
@@ -50,17 +41,17 @@ def test_runs_unpruned_and_has_the_seam(name: str) -> None:
     assert family_of(model.config).name == "generic"
 
 
-def test_prunes_or_refuses(name: str, outcomes: dict[str, str]) -> None:
+def test_prunes_or_refuses(name: str, record_property: Callable[[str, object], None]) -> None:
     model, batch = build_generic(name)
     before = written(model, batch)
     try:
         vtprune.wrap(model, "random", keep=0.5)
         pruned = written(model, batch)
     except VtpruneError as error:
-        outcomes[name] = f"refused: {type(error).__name__}: {error}"
+        record_property("sweep", (name, f"refused: {type(error).__name__}: {error}"))
         return
     kept, total = model.vtprune.last.kept, model.vtprune.last.tokens
-    outcomes[name] = f"works: {kept} of {total} tokens kept"
+    record_property("sweep", (name, f"works: {kept} of {total} tokens kept"))
     assert 0 < kept < total
     assert pruned.shape == before.shape
     vtprune.unwrap(model)
@@ -99,8 +90,6 @@ def test_pruned_logits_are_those_of_the_shortened_prompt(name: str) -> None:
     """Kept positions: transformers alone, with everything the language model gets cut to the kept tokens."""
     model, batch = build_generic(name)
     prompt = second_prompt(batch)
-    if name in PER_LAYER:
-        pytest.skip("passes visual rows to its layers; cutting those by hand is not written")
     try:
         vtprune.wrap(model, "random", keep=0.5, positions="keep")
         with torch.no_grad():
