@@ -107,12 +107,17 @@ def cells(methods: Sequence[str] = METHODS, kinds: Sequence[Kind] = ("image", "v
 PRUNING_METHODS = tuple(method for method in METHODS if method not in NEUTRAL)
 
 
-@functools.cache
-def model_of(family: str) -> nn.Module:
-    """The tiny model of a family, which never stops early."""
+def fresh_model(family: str) -> nn.Module:
+    """A tiny model of the family, which never stops early; always with the same weights."""
     model = models.build(family, layers=2)
     model.generation_config.eos_token_id = None
     return model
+
+
+@functools.cache
+def model_of(family: str) -> nn.Module:
+    """The model of the family that the tests of a process share."""
+    return fresh_model(family)
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import LogitsProcessorList
 
 import vtprune
-from tests.contracts.cases import PRUNING_METHODS, Answer, Case, answer, cells
+from tests.contracts.cases import PRUNING_METHODS, Answer, Case, answer, cells, fresh_model
 from tests.contracts.state import restored, snapshot
 
 pytestmark = pytest.mark.law("5 undo")
@@ -27,15 +27,17 @@ def _same(got: Answer, expected: Answer) -> None:
 
 
 @cells()
-def test_unwrap_leaves_nothing(case: Case) -> None:
-    with restored(case):
-        before = snapshot(case.model)
-        wrapped = vtprune.wrap(case.model, case.method, keep=case.keep)
-        assert wrapped is case.model
-        assert snapshot(case.model) != before, "the snapshot sees a wrap"
-        answer(case.model, case.batch)
-        assert vtprune.unwrap(case.model) is case.model
-        assert not hasattr(case.model, "vtprune")
+def test_unwrap_leaves_nothing_on_a_model_never_wrapped_before(case: Case) -> None:
+    model = fresh_model(case.family)
+    expected = answer(model, case.batch)
+    before = snapshot(model)
+    assert vtprune.wrap(model, case.method, keep=case.keep) is model
+    assert snapshot(model) != before, "the snapshot sees a wrap"
+    answer(model, case.batch)
+    assert vtprune.unwrap(model) is model
+    assert not hasattr(model, "vtprune")
+    assert snapshot(model) == before
+    _same(answer(model, case.batch), expected)
 
 
 @cells()

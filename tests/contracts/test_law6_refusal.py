@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import vtprune
-from tests.contracts.cases import PRUNING_METHODS, Case, answer, assert_close, cells
+from tests.contracts.cases import FAMILIES, PRUNING_METHODS, Case, answer, assert_close, cells, model_of
 from tests.contracts.state import restored, snapshot
 from tests.models import IMAGE, VIDEO
 from vtprune.errors import BackendUnavailable, InvalidOption, UnsupportedCall, UnsupportedModel
@@ -136,10 +136,10 @@ def test_evidence_that_does_not_fit(case: Case, refuses: Refuses) -> None:
         assert torch.equal(again.logits, first.logits)
 
 
-@cells(methods=("random",), kinds=("image",))
-def test_the_refused_calls_are_fine_without_vtprune(case: Case) -> None:
-    """So it is a wrapped model that has to refuse them."""
-    chunked = answer(case.model, case.rows[0], prefill_chunk_size=6)
-    assert_close(chunked.logits, answer(case.model, case.rows[0]).logits)
-    duplicate = copy.deepcopy(case.model)
-    assert torch.equal(answer(duplicate, case.rows[0]).logits, answer(case.model, case.rows[0]).logits)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_refused_calls_are_fine_without_vtprune(family: str) -> None:
+    """So it is a wrapped model that has to refuse them. No cell of its own: nothing is wrapped."""
+    model, row = model_of(family), Case(method="random", family=family, kind="image").rows[0]
+    expected = answer(model, row).logits
+    assert_close(answer(model, row, prefill_chunk_size=6).logits, expected)
+    assert torch.equal(answer(copy.deepcopy(model), row).logits, expected)
