@@ -37,7 +37,7 @@ def refusal(model: Any, error: type[VtpruneError], method: Any = "random", **opt
 
 @pytest.mark.parametrize(
     "keep",
-    [0, 0.0, -1, -0.25, NAN, INF, -INF, 1.0001, 2.5, True, False, "0.5", None, [0.5], 1j, np.float32(0.5)],
+    [0, 0.0, -1, -0.25, NAN, INF, -INF, 1.0001, 2.5, True, False, "0.5", None, [0.5], 1j],
     ids=repr,
 )
 def test_keep_out_of_range_is_refused(model: nn.Module, keep: Any) -> None:

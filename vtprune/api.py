@@ -92,11 +92,12 @@ def unwrap(model: ModelT) -> ModelT:
 @contextmanager
 def pruning(model: nn.Module, method: str | Pipeline = "vtprune", **options: Any) -> Iterator[Pruner]:
     """`wrap` for the length of a block, undone also when the block raises; takes the options of `wrap`."""
-    wrap(model, method, **options)
+    pruner: Pruner = wrap(model, method, **options).__dict__[HANDLE]
     try:
-        yield model.vtprune  # type: ignore[misc]
+        yield pruner
     finally:
-        unwrap(model)
+        if model.__dict__.get(HANDLE) is pruner:
+            unwrap(model)
 
 
 def _check_options(pipeline: Pipeline, budget: Budget, history: int, on_report: object) -> None:

@@ -21,13 +21,14 @@ class CacheState:
 
     `removed` is logical minus physical length; `valid` (B, P) tells real tokens from padding among the first P stored
     ones and `padded` whether any is padding; `shift` (B, 1) is subtracted from later position ids; `pictures` (B,)
-    counts the segments of the conversation per row. `stored` is the physical length, counted on the host; `owner`
-    names the pruner that made the cut.
+    counts the segments of the conversation per row. `stored` is the physical length, counted on the host, and
+    `cut_length` what it was right after the last cut; `owner` names the pruner that made it.
     """
 
     owner: str
     removed: int
     stored: int
+    cut_length: int
     valid: Tensor
     padded: bool
     shift: Tensor | None
@@ -71,6 +72,16 @@ class _PrunedCache:
             )
         return super().update(*args, **kwargs)  # type: ignore[misc]
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens; those of a prompt that was cut cannot be told apart, and stay."""
+        state = self.pruned
+        if state is not None and self.physical_length() + tokens_to_remove < state.cut_length:
+            raise UnsupportedCall(
+                f"crop({tokens_to_remove}) reaches into a prompt that was pruned: only the text after it can be "
+                "removed. Start the chat again with a fresh cache"
+            )
+        super().crop(tokens_to_remove)  # type: ignore[misc]
+
     def reset(self) -> None:
         """Forget everything, the cuts included."""
         super().reset()  # type: ignore[misc]
@@ -101,7 +112,15 @@ class PrunedDynamicCache(_PrunedCache, DynamicCache):  # type: ignore[misc]
 
 
 class PrunedStaticCache(_PrunedCache, StaticCache):  # type: ignore[misc]
-    """A `StaticCache` after a cut."""
+    """A `StaticCache` after a cut.
+
+    Where a cache is compileable, `generate` builds 4-D masks by logical columns; this one stores physical ones.
+    """
+
+    @property
+    def is_compileable(self) -> bool:
+        """False."""
+        return False
 
 
 _PRUNED: dict[type, type] = {DynamicCache: PrunedDynamicCache, StaticCache: PrunedStaticCache}

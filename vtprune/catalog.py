@@ -45,7 +45,7 @@ def list_methods() -> list[str]:
 
 
 def list_families() -> list[str]:
-    """Families with an adapter of their own; other models with the same seam are served features-only."""
+    """Families of models; `"generic"` serves every other one with the same seam, features only."""
     return list(FAMILIES)
 
 

@@ -59,8 +59,10 @@ def compare(
     Raises:
         The errors of `wrap`.
     """
-    pipelines = [build(method) for method in methods or [name for name in list_methods() if name != "identity"]]
-    arms = [(build("identity"), 1.0), *itertools.product(pipelines, keep)]
+    names = [name for name in list_methods() if name != "identity"] if methods is None else _listed(methods)
+    pipelines = [build(method) for method in names]
+    options = {**options, "history": 1}
+    arms = [(build("identity"), 1.0), *itertools.product(pipelines, _listed(keep))]
     for pipeline, budget in arms:
         with pruning(model, pipeline, keep=budget, **options):
             pass
@@ -90,6 +92,11 @@ def compare(
         if on_row is not None:
             on_row(rows[-1])
     return rows
+
+
+def _listed(given: Any) -> list[Any]:
+    """A list of what was given: one thing, or several."""
+    return list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
 
 
 def _agreement(answer: Tensor, reference: Tensor) -> float:

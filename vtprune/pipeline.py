@@ -49,6 +49,16 @@ class Pick:
     debiasers: tuple[Debiaser, ...] = ()
     share: float = 1.0
 
+    def __post_init__(self) -> None:
+        if isinstance(self.share, bool) or not isinstance(self.share, (int, float)) or not 0 < self.share <= 1:
+            raise InvalidOption(f"share={self.share!r} of pick {self.name!r}: expected a number in (0, 1]")
+        if not callable(self.scorer) or isinstance(self.scorer, type) or not hasattr(self.scorer, "needs"):
+            raise InvalidOption(f"scorer of pick {self.name!r}: expected a callable with a `needs` property")
+        if isinstance(self.scorer.needs, str):
+            raise InvalidOption(f"scorer of pick {self.name!r}: `needs` is a set of names, got {self.scorer.needs!r}")
+        if not callable(self.selector) or isinstance(self.selector, type):
+            raise InvalidOption(f"selector of pick {self.name!r}: expected a callable, got {self.selector!r}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Pipeline:
@@ -59,6 +69,12 @@ class Pipeline:
 
     name: str
     picks: tuple[Pick, ...]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.picks, tuple) or not all(isinstance(pick, Pick) for pick in self.picks):
+            raise InvalidOption(f"picks of pipeline {self.name!r}: expected a tuple of Pick, got {self.picks!r}")
+        if not self.picks:
+            raise InvalidOption(f"pipeline {self.name!r} has no picks: it would keep nothing")
 
     @property
     def needs(self) -> frozenset[str]:
@@ -88,8 +104,7 @@ class Pipeline:
                 continue
             taken = torch.cat(chosen, dim=1) if chosen else None
             picked = self._pick(pick, tokens, count, taken)
-            if picked.shape != (S, count):
-                raise UnsupportedCall(f"{pick.name} returned {tuple(picked.shape)} indices, expected {(S, count)}")
+            _check(f"the selector of pick {pick.name!r}", picked, (S, count), torch.long)
             chosen.append(picked)
             stage.append(torch.full_like(picked, number))
         if not chosen:
@@ -101,7 +116,10 @@ class Pipeline:
     def _pick(self, pick: Pick, tokens: VisualTokens, count: int, taken: Tensor | None) -> Tensor:
         scores = pick.scorer(tokens)
         for debiaser in pick.debiasers:
-            scores = debiaser(tokens, scores)
+            _check(f"the scorer of pick {pick.name!r}", scores, tokens.features.shape[:2])
+            scores = debiaser(tokens, scores.nan_to_num(nan=0.0))
+        _check(f"the scorer or a debiaser of pick {pick.name!r}", scores, tokens.features.shape[:2])
+        scores = scores.nan_to_num(nan=0.0)
         forbidden = tokens.evidence.get("forbid")
         if forbidden is not None:
             scores = scores.masked_fill(forbidden, float("-inf"))
@@ -122,8 +140,17 @@ class Pipeline:
         """
         if data.get("format") != FORMAT:
             raise InvalidOption(f"pipeline format {data.get('format')!r}: this version reads format {FORMAT}")
+        if not {"name", "picks"} <= data.keys():
+            raise InvalidOption(f"a stored pipeline needs 'name' and 'picks', this one has {', '.join(data)}")
         known = {**stages, "Pick": Pick}
         return cls(name=data["name"], picks=tuple(_stage_from_dict(pick, known) for pick in data["picks"]))
+
+
+def _check(who: str, tensor: object, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> None:
+    if not isinstance(tensor, Tensor) or tensor.shape != shape or dtype not in (None, tensor.dtype):
+        wanted = f"a tensor {tuple(shape)}" + (f" of {dtype}" if dtype is not None else "")
+        got = f"{tuple(tensor.shape)} of {tensor.dtype}" if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise UnsupportedCall(f"{who} returned {got}: expected {wanted}")
 
 
 def _stage_to_dict(stage: Any) -> Any:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from vtprune.types import Modality, Part
 
 DROPPED = -2
-PROTECTED = -1
 
 
 class Stopwatch:
@@ -75,14 +74,14 @@ def _cuda_event() -> torch.cuda.Event:
     return event
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class SegmentReport:
     """One picture or clip: `stages` (n,) says which pick took each token (-1 protected, -2 dropped)."""
 
     row: int
     kind: Modality
     parts: tuple[Part, ...]
-    stages: Tensor
+    stages: Tensor = field(repr=False)
 
     @property
     def n(self) -> int:
@@ -123,14 +122,15 @@ class SegmentReport:
         }
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class PruneReport:
     """One prefill: what was kept of each picture, the lengths, the bytes and the seconds.
 
     `importance` names the evidence behind attention-guided choices (`cls_attention`, `received_attention`) or is None.
     `picks` are the names that `SegmentReport.taken` counts. `length_before` and `length_after` are tokens per row,
     padding left out where there are pictures; without any, nothing is read from the device and it is counted in.
-    `kv_bytes_saved` is bytes of KV cache over all rows and layers that are not stored.
+    `kv_bytes_saved` is bytes of keys and values, over all rows and layers, that a growing cache does not store (an
+    upper bound where layers have a sliding window).
     """
 
     method: str
@@ -192,7 +192,7 @@ class PruneReport:
     def summary(self) -> str:
         """One line for people."""
         if not self.segments:
-            return f"{self.method}: no visual tokens in this prompt, nothing pruned"
+            return f"{self.method}: no picture was given, nothing pruned"
         pictures = f"{len(self.segments)} picture{'s' if len(self.segments) > 1 else ''}"
         separators = f" (+{self.separators} separators)" if self.separators else ""
         saved = f"{self.kv_bytes_saved / 2**20:.2f} MiB of KV cache saved"

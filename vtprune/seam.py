@@ -18,7 +18,7 @@ def find_base(model: object) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise UnsupportedModel(f"expected a transformers image-text-to-text model, got {type(model).__name__}")
     _refuse_compiled("this model", model)
-    full = _without_adapters(model)
+    full = without_adapters(model)
     inner = getattr(full, "model", None) if getattr(full, "base_model_prefix", "model") == "model" else None
     inner = inner if isinstance(inner, nn.Module) else full
     missing = missing_seam(inner)
@@ -58,10 +58,10 @@ def is_compiled(module: nn.Module) -> bool:
 
 def shells(model: nn.Module, inner: nn.Module) -> list[nn.Module]:
     """The modules a user may hold: the one given, and what is inside a PEFT model."""
-    return list(dict.fromkeys((model, _without_adapters(model), inner)))
+    return list(dict.fromkeys((model, without_adapters(model), inner)))
 
 
-def _without_adapters(model: nn.Module) -> nn.Module:
+def without_adapters(model: nn.Module) -> nn.Module:
     """The transformers model inside a PEFT model, or the model itself."""
     get_base_model: Callable[[], nn.Module] | None = getattr(model, "get_base_model", None)
     return model if get_base_model is None else get_base_model()

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Integral, Real
 from typing import Literal
 
 import numpy as np
@@ -20,7 +21,6 @@ from vtprune.errors import InvalidOption
 Modality = Literal["image", "video"]
 PartKind = Literal["image", "thumbnail", "crop", "tile", "frame"]
 Per = Literal["image", "part", "prompt"]
-PositionScheme = Literal["compact", "keep"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +151,11 @@ class Budget:
         if not isinstance(self.floor, int) or isinstance(self.floor, bool) or self.floor < 0:
             raise InvalidOption(f"floor={self.floor!r}: expected a whole number of tokens, 0 or more")
         keep = self.keep
+        if isinstance(keep, Integral) and not isinstance(keep, bool):
+            keep = int(keep)
+        elif isinstance(keep, Real) and not isinstance(keep, bool):
+            keep = float(keep)
+        object.__setattr__(self, "keep", keep)
         if isinstance(keep, bool) or not isinstance(keep, (int, float)):
             raise InvalidOption(
                 f"keep={keep!r}: expected a share in (0, 1] as a float, or a number of tokens as an int"

@@ -242,6 +242,7 @@ def probed(case: Case, probe: Probe) -> tuple[Tensor, Any]:
     """Scores (rows, N) as the runtime makes them: hooks on the projections and on the attention call."""
     seen: dict[str, Any] = {}
     results: list[Tensor] = []
+    lengths: list[tuple[int, ...]] = []
 
     def projection(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
@@ -261,15 +262,20 @@ def probed(case: Case, probe: Probe) -> tuple[Tensor, Any]:
             query, key = probe.rotate(query, key, kwargs)
         logits = query @ key.transpose(-1, -2) * probe.scale
         if probe.segments:
-            ends = kwargs[probe.segments][1:]
+            ends = kwargs["cu_seqlens"][1:]
             owner = torch.bucketize(torch.arange(logits.shape[-1]), ends, right=True)
-            logits = logits.masked_fill(owner[:, None] != owner[None], float("-inf"))
-        results.append(reduced(logits.softmax(-1), probe))
+            weights = logits.masked_fill(owner[:, None] != owner[None], float("-inf")).softmax(-1)
+            results.append(weights.mean(1).sum(1) / owner.bincount()[owner])
+            lengths.append(tuple(owner.bincount().tolist()))
+        else:
+            results.append(reduced(logits.softmax(-1), probe))
 
     names = {probe.fused: probe.fused} if probe.fused else {"q": probe.query, "k": probe.key}
     hooks = [(getattr(probe.attention, path), projection(name)) for name, path in names.items()]
     with hooked(*hooks, (probe.attention, attention)):
         pooled = case.encode().pooler_output
+    if probe.segments:
+        assert [probe.segments(case.encoding(pooled))] == lengths
     return torch.cat(results), pooled
 
 
@@ -295,7 +301,7 @@ def eager_scores(case: Case, probe: Probe, monkeypatch: pytest.MonkeyPatch) -> T
     case.encode()
     if probe.segments is None:
         return torch.cat([reduced(weights, probe) for weights in calls])
-    return reduced(torch.stack([torch.block_diag(*(w[0, h] for w in calls)) for h in range(probe.heads)])[None], probe)
+    return torch.cat([reduced(weights, probe) for weights in calls], dim=1)
 
 
 def test_probe_is_the_layer_that_makes_the_features() -> None:

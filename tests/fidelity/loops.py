@@ -22,7 +22,7 @@ def cls_attention(query: np.ndarray, key: np.ndarray, scale: float) -> np.ndarra
 
 
 def received_attention(query: np.ndarray, key: np.ndarray, scale: float, pictures: list[int]) -> np.ndarray:
-    """(H, N, d) -> mean over heads and over all queries of what each key gets; pictures do not see each other."""
+    """(H, N, d) -> mean over heads and over the queries of the same picture of what each key gets."""
     owner = [number for number, length in enumerate(pictures) for _ in range(length)]
     total = np.zeros(key.shape[1])
     for q, k in zip(query, key, strict=True):
@@ -31,7 +31,7 @@ def received_attention(query: np.ndarray, key: np.ndarray, scale: float, picture
             logits = np.array([float(q[i] @ k[j]) * scale for j in own])
             weights = np.exp(logits - logits.max())
             total[own] += weights / weights.sum()
-    return total / (query.shape[0] * query.shape[1])
+    return total / (query.shape[0] * np.array([pictures[number] for number in owner]))
 
 
 def fastervlm(importance: np.ndarray, k: int) -> list[int]:
@@ -58,8 +58,8 @@ def divprune(features: np.ndarray, k: int) -> list[int]:
 
 def mmr(importance: np.ndarray, features: np.ndarray, k: int, lam: float) -> list[int]:
     """Carbonell and Goldstein 1998 on min-max importance: the best balance of importance and novelty, one by one."""
-    span = importance.max() - importance.min() + 1e-6
-    relevance = (importance - importance.min()) / span
+    span = importance.max() - importance.min()
+    relevance = (importance - importance.min()) / span if span > 0 else np.zeros_like(importance)
     chosen: list[int] = []
     while len(chosen) < k:
         best, best_worth = -1, -np.inf

@@ -45,8 +45,8 @@ class Probe:
 
     `attention` is the module; `query` and `key` name its projections, or `fused` the joint one. `normalise` and
     `rotate` are what the family does to q and k (B, H, N, d) before the product; `rotate` receives the keyword
-    arguments of the attention call. `has_cls` says that token 0 is a CLS token. `segments` names the keyword argument
-    with the cumulative lengths where several pictures share one sequence.
+    arguments of the attention call. `has_cls` says that token 0 is a CLS token. Where all pictures of a call share one
+    sequence, `segments` gives the lengths of what attends to itself alone (pictures, frames).
     """
 
     attention: nn.Module
@@ -58,7 +58,7 @@ class Probe:
     scale: float
     normalise: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     rotate: Callable[[Tensor, Tensor, dict[str, Any]], tuple[Tensor, Tensor]] | None = None
-    segments: str | None = None
+    segments: Callable[[Encoding], tuple[int, ...]] | None = None
 
     @property
     def evidence(self) -> str:

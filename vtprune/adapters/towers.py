@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtprune.adapters.base import Host, Probe
+from vtprune.adapters.base import Encoding, Host, Probe
 
 _HAS_CLS = {
     "clip_vision_model": True,
@@ -52,8 +52,13 @@ def qwen_probe(tower: Host) -> Probe:
         heads=attention.num_heads,
         scale=attention.scaling,
         rotate=_rotate,
-        segments="cu_seqlens",
+        segments=_frames,
     )
+
+
+def _frames(encoding: Encoding) -> tuple[int, ...]:
+    """Patches of every frame of every picture: the blocks with full attention see one frame at a time."""
+    return tuple(h * w for t, h, w in encoding.sizes for _ in range(t))
 
 
 def _layer_of(tower: Host, feature_layer: int | list[int] | tuple[int, ...]) -> Host | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -20,7 +21,7 @@ def attention_scores(
     *,
     scale: float,
     rows: Literal["cls", "received"],
-    segments: Tensor | None = None,
+    segments: Sequence[int] | None = None,
 ) -> Tensor:
     """Attention that each patch gets, averaged over heads: from the CLS row, or over all queries.
 
@@ -29,35 +30,43 @@ def attention_scores(
         key: (B, H, N, d).
         scale: factor on the product of query and key.
         rows: `"cls"` reads the row of token 0 and leaves its own column out; `"received"` averages all rows.
-        segments: cumulative lengths (pictures + 1,) where several pictures share the sequence: none sees another.
+        segments: lengths of the pictures or frames that share the sequence (B = 1); none sees another.
 
     Returns:
-        (B, N - 1) for `"cls"`, (B, N) for `"received"`, fp32. At most 256 rows of the attention matrix exist at once.
+        (B, N - 1) for `"cls"`, (B, N) for `"received"`, fp32. Of each attention matrix at most 256 rows exist at once.
     """
+    if segments is not None and len(segments) > 1:
+        return _segment_scores(query, key, scale=scale, rows=rows, segments=segments)
     key = key.float().transpose(-1, -2)
     if rows == "cls":
         row = torch.softmax(query[:, :, :1].float() @ key * scale, dim=-1)
         return row.mean(dim=1)[:, 0, 1:]
-    owner = None if segments is None else _owner_of_position(segments, query.shape[2])
     received = key.new_zeros(query.shape[0], query.shape[2])
     for start in range(0, query.shape[2], _QUERIES_PER_BLOCK):
-        block = slice(start, start + _QUERIES_PER_BLOCK)
-        logits = query[:, :, block].float() @ key * scale
-        if owner is not None:
-            logits = logits.masked_fill(owner[block, None] != owner[None], float("-inf"))
+        logits = query[:, :, start : start + _QUERIES_PER_BLOCK].float() @ key * scale
         received += torch.softmax(logits, dim=-1).mean(dim=1).sum(dim=1)
     return received / query.shape[2]
 
 
-def _owner_of_position(segments: Tensor, length: int) -> Tensor:
-    positions = torch.arange(length, device=segments.device)
-    return torch.bucketize(positions, segments[1:], right=True)
+def _segment_scores(
+    query: Tensor, key: Tensor, *, scale: float, rows: Literal["cls", "received"], segments: Sequence[int]
+) -> Tensor:
+    """Runs of segments of equal length become a batch."""
+    scores, start = [], 0
+    for length, run in itertools.groupby(segments):
+        count = len(list(run))
+        stop = start + count * length
+        stacked = [x[0, :, start:stop].unflatten(1, (count, length)).transpose(0, 1) for x in (query, key)]
+        scores.append(attention_scores(*stacked, scale=scale, rows=rows).flatten())
+        start = stop
+    return torch.cat(scores)[None]
 
 
 def unit_rows(features: Tensor) -> Tensor:
-    """Features (S, N, D) in fp32 with rows of length 1; a zero row stays zero and is similar to nothing."""
+    """Features (S, N, D) in fp32 with rows of length 1; a row of zeros or without end is similar to nothing."""
     features = features.to(torch.float32, copy=True)
-    return features.div_(features.norm(dim=-1, keepdim=True).clamp_min_(1e-12))
+    features.div_(features.norm(dim=-1, keepdim=True).clamp_min_(1e-12))
+    return features.nan_to_num_(nan=0.0)
 
 
 def cosine_similarity(units: Tensor) -> Tensor:

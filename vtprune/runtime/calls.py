@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from vtprune.cache import CacheState, physical_length, state_of
 from vtprune.errors import UnsupportedCall
 from vtprune.report import Stopwatch
-from vtprune.runtime.encoder import PIXELS, Encoded, carried
+from vtprune.runtime.encoded import Encoded, carried
+from vtprune.runtime.encoder import PIXELS
+from vtprune.runtime.masks import first_square
 from vtprune.runtime.reading import Prompt
 from vtprune.runtime.shorten import Shortened
 from vtprune.types import Modality
@@ -44,12 +46,19 @@ class Call:
         """Read the arguments of the base model.
 
         Raises:
-            UnsupportedCall: for features encoded elsewhere, or a cache that a pruner other than `owner` made.
+            UnsupportedCall: for features encoded elsewhere, a cache that a pruner other than `owner` made, or a 4-D
+                mask on a pruned cache.
         """
         ids, embeds, cache = given.get("input_ids"), given.get("inputs_embeds"), given.get("past_key_values")
         words = ids if ids is not None else embeds
         many = words is not None and words.shape[1] > 1
         past = physical_length(cache) if many else 0
+        state = state_of(cache, owner)
+        if many and state is not None and first_square(given.get("attention_mask")) is not None:
+            raise UnsupportedCall(
+                "a 4-D mask on a cache that was pruned: its columns count tokens that are not stored any more. Pass "
+                "the 2-D mask of all tokens, or start with a fresh cache"
+            )
         outputs = given.get("mm_encoder_outputs") or {}
         encoded = {kind: carried(kind, output) for kind, output in outputs.items()}
         return cls(
@@ -62,7 +71,7 @@ class Call:
             ),
             prefill=cache is None or (many and past == 0),
             past=past,
-            state=state_of(cache, owner),
+            state=state,
         )
 
     @property
@@ -88,7 +97,8 @@ class Call:
         """Open the cache for updates."""
         if self.state is not None:
             self.state.entered = True
-        self.stopwatch.start("prefill", like=embeds)
+        if self.prefill or self.prompt is not None:
+            self.stopwatch.start("prefill", like=embeds)
 
     def leave_language_model(self) -> Shortened | None:
         """Close the cache for updates and hand out the shortened call."""

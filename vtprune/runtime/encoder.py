@@ -1,16 +1,13 @@
-"""Listening to the vision encoder: grids and attention scores travel on the object that `get_*_features` returns.
-
-Inside `generate`, pictures are encoded before the loop and grids never reach `forward`; the returned object does.
-"""
+"""Listening to the vision encoder: grids, and attention of the layer that a probe names."""
 
 from __future__ import annotations
 
 import copy
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,13 +15,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.utils.generic import ModelOutput
 
-from vtprune.adapters.base import Encoding, Family, Probe, pooled_lengths
+from vtprune.adapters.base import Family, Probe, pooled_lengths
 from vtprune.errors import UnsupportedCall
-from vtprune.kernels import reference as kernels
 from vtprune.report import Stopwatch
+from vtprune.runtime.encoded import Encoded, PendingScores, carry, score
+from vtprune.seam import without_adapters
 from vtprune.types import Modality
 
-_CARRIED = "vtprune_encoded"
 PIXELS: dict[Modality, tuple[str, ...]] = {
     "image": ("pixel_values", "pixel_values_images"),
     "video": ("pixel_values_videos",),
@@ -35,50 +32,13 @@ _SIZES: dict[Modality, tuple[str, ...]] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Encoded:
-    """What one call of the encoder leaves for the cut. `sizes` and `scores` stay on their device.
+class _Recording(threading.local):
+    """What one thread is encoding: scores so far (None: nothing), and the parts of the attention call under way."""
 
-    `scores` (rows, N) are the raw probe scores, None where no probe was installed; `evidence` names them.
-    """
-
-    kind: Modality
-    lengths: tuple[int, ...]
-    stacked: bool
-    pixels: tuple[int, ...]
-    sizes: Tensor | None
-    pictures_per_prompt: Tensor | None
-    scores: Tensor | None
-    evidence: str | None
-    stopwatch: Stopwatch
-
-    def on_host(self, sizes: tuple[tuple[int, ...], ...], pictures: tuple[int, ...] | None) -> Encoding:
-        """The same as plain numbers, once the sizes are on the host."""
-        return Encoding(
-            kind=self.kind,
-            lengths=self.lengths,
-            stacked=self.stacked,
-            sizes=sizes,
-            pixels=self.pixels,
-            pictures_per_prompt=pictures,
-        )
-
-
-def carried(kind: str, output: Any) -> Encoded | None:
-    """What travels on an encoder output; None where there is no output.
-
-    Raises:
-        UnsupportedCall: for an output that was not made while the model was wrapped.
-    """
-    if output is None or getattr(output, "pooler_output", None) is None:
-        return None
-    encoded = output.get(_CARRIED) if isinstance(output, ModelOutput) else None
-    if encoded is None:
-        raise UnsupportedCall(
-            f"mm_encoder_outputs[{kind!r}] was not made by this model while wrapped (or was sliced by chunked "
-            "prefill): pass the pixels, encode while wrapped, and leave prefill_chunk_size out"
-        )
-    return encoded
+    def __init__(self) -> None:
+        self.scores: list[Tensor | PendingScores] | None = None
+        self.projections: dict[str, Tensor] = {}
+        self.call: dict[str, Any] = {}
 
 
 class EncoderTap:
@@ -94,9 +54,7 @@ class EncoderTap:
         )
         self._handles: list[RemovableHandle] = []
         self._forwards: list[tuple[nn.Module, Any, Any]] = []
-        self._projections: dict[str, Tensor] = {}
-        self._call: dict[str, Any] = {}
-        self._scores: list[Tensor] | None = None
+        self._thread = _Recording()
 
     def install(self, *, probing: bool) -> None:
         """Wrap the feature calls; with `probing` also hook the attention named by the family's probes."""
@@ -138,7 +96,7 @@ class EncoderTap:
 
         @functools.wraps(original)
         def listen(*args: Any, **kwargs: Any) -> Any:
-            if self._scores is not None:
+            if self._thread.scores is not None:
                 return original(*args, **kwargs)
             stopwatch = Stopwatch()
             with stopwatch.measure("encode", like=self._inner), self._recording() as scores:
@@ -147,7 +105,7 @@ class EncoderTap:
                 given = signature.bind_partial(*args, **kwargs).arguments
                 given = {**given, **given.get("kwargs", {})}
                 encoded = self._encoded(kind, given, output.get("pooler_output"), scores, stopwatch)
-                output[_CARRIED] = encoded
+                carry(output, encoded)
                 if self.on_encoded is not None:
                     self.on_encoded(encoded)
             return output
@@ -155,7 +113,12 @@ class EncoderTap:
         return torch.compiler.disable(listen, recursive=False)
 
     def _encoded(
-        self, kind: Modality, given: dict[str, Any], pooled: Any, scores: list[Tensor], stopwatch: Stopwatch
+        self,
+        kind: Modality,
+        given: dict[str, Any],
+        pooled: Any,
+        scores: list[Tensor | PendingScores],
+        stopwatch: Stopwatch,
     ) -> Encoded:
         if pooled is None:
             raise UnsupportedCall(
@@ -174,21 +137,21 @@ class EncoderTap:
             pixels=() if pixels is None else tuple(pixels.shape),
             sizes=None if sizes is None else torch.as_tensor(sizes),
             pictures_per_prompt=None if pictures is None else torch.as_tensor(pictures),
-            scores=torch.cat(scores) if scores else None,
+            scores=_joined(scores),
             evidence=probe.evidence if probe and scores else None,
             stopwatch=stopwatch,
         )
 
     @contextmanager
-    def _recording(self) -> Iterator[list[Tensor]]:
-        scores: list[Tensor] = []
-        self._scores = scores
+    def _recording(self) -> Iterator[list[Tensor | PendingScores]]:
+        scores: list[Tensor | PendingScores] = []
+        self._thread.scores = scores
         try:
             yield scores
         finally:
-            self._scores = None
-            self._projections.clear()
-            self._call.clear()
+            self._thread.scores = None
+            self._thread.projections.clear()
+            self._thread.call.clear()
 
     def _hook(self, probe: Probe) -> None:
         """Hook the projections of one attention, and keep it eager inside a model that is compiled later.
@@ -210,7 +173,7 @@ class EncoderTap:
     def _before(
         self, projections: dict[str, nn.Module], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        if self._scores is None:
+        if self._thread.scores is None:
             return
         for name, hooked in projections.items():
             if module.get_submodule(name) is not hooked:
@@ -218,32 +181,34 @@ class EncoderTap:
                     f"{name} of the vision encoder was replaced after wrap (by an adapter, say), so its attention "
                     "cannot be read: unwrap, change the model, then wrap it again"
                 )
-        self._call = dict(kwargs)
+        self._thread.call = dict(kwargs)
 
     def _projected(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        if self._scores is not None:
-            self._projections[name] = output.detach()
+        if self._thread.scores is not None:
+            self._thread.projections[name] = output.detach()
 
     @torch.no_grad()
     def _attended(self, probe: Probe, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._scores is None:
+        if self._thread.scores is None:
             return
-        query, key = _split_heads(probe, self._projections)
+        query, key = _split_heads(probe, self._thread.projections)
         if probe.normalise is not None:
             query, key = probe.normalise(query, key)
         if probe.rotate is not None:
-            query, key = probe.rotate(query, key, self._call)
-        with torch.autocast(query.device.type, enabled=False):
-            scores = kernels.attention_scores(
-                query,
-                key,
-                scale=probe.scale,
-                rows="cls" if probe.has_cls else "received",
-                segments=None if probe.segments is None else self._call[probe.segments],
-            )
-        self._scores.append(scores)
-        self._projections.clear()
-        self._call.clear()
+            query, key = probe.rotate(query, key, self._thread.call)
+        dtype = next(iter(self._thread.projections.values())).dtype
+        if probe.segments is None:
+            self._thread.scores.append(score(probe, query, key, None))
+        else:
+            self._thread.scores.append(PendingScores(query=query.to(dtype), key=key.to(dtype), probe=probe))
+        self._thread.projections.clear()
+        self._thread.call.clear()
+
+
+def _joined(scores: list[Tensor | PendingScores]) -> Tensor | PendingScores | None:
+    """The scores of a call: all its crops together, or what is pending for the whole of it."""
+    ready = [entry for entry in scores if isinstance(entry, Tensor)]
+    return torch.cat(ready) if ready else next(iter(scores), None)
 
 
 def _split_heads(probe: Probe, projections: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -269,7 +234,7 @@ def encode_once(
 
     Where the model's forward takes no `mm_encoder_outputs`, the inputs are handed back as they are.
     """
-    if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
+    if "mm_encoder_outputs" not in inspect.signature(without_adapters(model).forward).parameters:
         return lambda: dict(inputs)
     tap = EncoderTap(inner, family)
     tap.install(probing=probing)

@@ -29,17 +29,19 @@ class Given:
     values: Mapping[str, tuple[tuple[Tensor | None, ...], ...]]
 
     @classmethod
-    def check(cls, values: Mapping[str, Sequence[Any]], reads: frozenset[str]) -> Given:
-        """Refuse names the method does not read, rows that differ in number, and what is no number."""
+    def check(cls, values: Mapping[str, Sequence[Any]], reads: frozenset[str], outer: Given | None = None) -> Given:
+        """Refuse names the method does not read, rows that differ in number, and what is no number; add to `outer`."""
         for name, rows in values.items():
             if name not in reads and name not in _FORCED:
                 known = ", ".join(sorted(reads | set(_FORCED)))
                 raise InvalidOption(f"using({name}=...): this method does not read {name!r}; it takes {known}")
             if not isinstance(rows, (list, tuple)):
                 raise InvalidOption(f"using({name}=...): expected a list with one entry per prompt row")
-        if len({len(rows) for rows in values.values()}) > 1:
+        parsed = {name: tuple(_pictures(name, row) for row in rows) for name, rows in values.items()}
+        everything = {**({} if outer is None else outer.values), **parsed}
+        if len({len(rows) for rows in everything.values()}) > 1:
             raise InvalidOption("using(...): every list needs one entry per prompt row, these differ in length")
-        return cls(values={name: tuple(_pictures(name, row) for row in rows) for name, rows in values.items()})
+        return cls(values=everything)
 
     def per_segment(self, name: str, layout: Layout) -> list[Tensor | None]:
         """The entry of every segment of `layout`, beams repeated; None where the user gave None."""
@@ -61,7 +63,9 @@ class Given:
     def scores(self, name: str, layout: Layout, device: torch.device) -> list[Tensor]:
         """Scores per token of every segment."""
         found = self.per_segment(name, layout)
-        return [self._spread(name, s, v).to(device) for s, v in zip(layout.segments, found, strict=True)]
+        return [
+            self._spread(name, s, v).to(device, non_blocking=True) for s, v in zip(layout.segments, found, strict=True)
+        ]
 
     @staticmethod
     def _spread(name: str, segment: Segment, value: Tensor | None) -> Tensor:
@@ -69,10 +73,10 @@ class Given:
             return value.float()
         if value is not None and value.shape == (len(segment.parts),):
             return value.float().repeat_interleave(torch.tensor([part.tokens for part in segment.parts]))
-        got = None if value is None else tuple(value.shape)
+        got = "nothing" if value is None else f"{len(value)} scores"
         raise UnsupportedCall(
-            f"using({name}=...): got {got} for a {segment.kind} of {segment.tokens} tokens in {len(segment.parts)} "
-            "parts: expected one score per token or per part"
+            f"using({name}=...): got {got} for the {segment.kind} of prompt row {segment.row}: expected one score for "
+            f"each of its {segment.tokens} tokens, or one for each of its parts ({len(segment.parts)})"
         )
 
     def indices(self, name: str, layout: Layout) -> list[tuple[int, ...]]:
@@ -81,7 +85,7 @@ class Given:
             return [()] * len(layout.segments)
         found = []
         for segment, value in zip(layout.segments, self.per_segment(name, layout), strict=True):
-            chosen = () if value is None else tuple(sorted({int(i) for i in value.flatten()}))
+            chosen = () if value is None else tuple(sorted(set(value.tolist())))
             if chosen and not 0 <= chosen[0] <= chosen[-1] < segment.tokens:
                 raise UnsupportedCall(f"using({name}=...): indices must lie in [0, {segment.tokens}), got {chosen[-1]}")
             found.append(chosen)
@@ -99,12 +103,14 @@ def _numbers(name: str, value: Any) -> Tensor | None:
     if value is None:
         return None
     try:
-        tensor = torch.as_tensor(value)
+        tensor = torch.as_tensor(value).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise InvalidOption(f"using({name}=...): expected numbers for each picture, got {value!r}") from error
     if tensor.ndim != 1 or (name in _FORCED and (tensor.is_floating_point() or tensor.dtype == torch.bool)):
         kind = "a 1-D list of token indices" if name in _FORCED else "a 1-D list of scores"
         raise InvalidOption(f"using({name}=...): expected {kind} for each picture, got {value!r}")
+    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        raise InvalidOption(f"using({name}=...): scores must be finite; tokens are ruled out with forbid")
     return tensor
 
 

@@ -7,17 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtprune.errors import UnsupportedCall
+
 
 def first_square(mask: Any) -> Tensor | None:
-    """The 4-D mask among `mask`, or None where it is 2-D or absent."""
-    found = next((m for m in mask.values() if m is not None), None) if isinstance(mask, dict) else mask
+    """The 4-D mask among `mask`, that of full attention if there is one; None where it is 2-D or absent."""
+    found = mask
+    if isinstance(mask, dict):
+        full = mask.get("full_attention")
+        found = full if full is not None else next((m for m in mask.values() if m is not None), None)
     return found if torch.is_tensor(found) and found.ndim == 4 else None
 
 
 def valid_tokens(mask: Any, B: int, L: int, past: int) -> Tensor | None:
     """(B, L) bool, False at padding among the tokens of this call; None where nothing says so.
 
-    A 4-D mask tells padding by its diagonal and by what the last query may see.
+    A 4-D mask tells padding by its diagonal: a token that may not see itself is none.
     """
     square = first_square(mask)
     if square is None:
@@ -26,14 +31,21 @@ def valid_tokens(mask: Any, B: int, L: int, past: int) -> Tensor | None:
     if seen.shape[-1] < past + L:
         return None
     own = torch.arange(L, device=seen.device)
-    diagonal = seen[:, 0, own, own + past]
-    last = seen[:, 0, -1, past : past + L]
-    return (diagonal & last).expand(B, L)
+    return seen[:, 0, own, own + past].expand(B, L)
 
 
 def cut_square(mask: Tensor, indices: Tensor, valid: Tensor, past: int, L: int) -> Tensor:
-    """A 4-D mask (B|1, 1, L, past + L or more) for the tokens at `indices` (B, K); padding is never seen."""
+    """A 4-D mask (B|1, 1, L, past + L or more) for the tokens at `indices` (B, K); padding is never seen.
+
+    Raises:
+        UnsupportedCall: for a mask of fewer columns; it belongs to a window that has moved past the oldest tokens.
+    """
     B, K = indices.shape
+    if mask.shape[3] < past + L:
+        raise UnsupportedCall(
+            f"new pictures after {past} cached tokens, with a sliding window of {mask.shape[3] - L}: the cached tokens "
+            "have left the window. Start the chat again with a fresh cache"
+        )
     mask = mask.expand(B, *mask.shape[1:])
     blocked = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
     stored = torch.arange(past, device=indices.device).expand(B, past)

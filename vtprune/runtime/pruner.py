@@ -7,6 +7,7 @@ caller's length back) -> cache (remember what decoding must know). Nothing flows
 from __future__ import annotations
 
 import inspect
+import threading
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -25,13 +26,21 @@ from vtprune.report import PruneReport
 from vtprune.runtime import masks
 from vtprune.runtime.calls import Call, bind
 from vtprune.runtime.decide import Decision, decide
-from vtprune.runtime.encoder import Encoded, EncoderTap
+from vtprune.runtime.encoded import Encoded
+from vtprune.runtime.encoder import EncoderTap
 from vtprune.runtime.evidence import FROM_ENCODER, Given
 from vtprune.runtime.reading import Prompt, placeholders_in, read_prompt
 from vtprune.runtime.reporting import report_of
 from vtprune.runtime.shorten import Scheme, resume, shorten
 from vtprune.seam import HANDLE
-from vtprune.types import Budget, Modality
+from vtprune.types import Budget
+
+
+class _Thread(threading.local):
+    """What one thread is doing: the forward under way, and the evidence in force."""
+
+    call: Call | None = None
+    given: Given | None = None
 
 
 class Pruner:
@@ -64,8 +73,7 @@ class Pruner:
         self._on_report = on_report
         self._owner = uuid.uuid4().hex
         self._always_cut = False
-        self._given: Given | None = None
-        self._call: Call | None = None
+        self._thread = _Thread()
         self._handles: list[RemovableHandle] = []
         self._shells: tuple[nn.Module, ...] = ()
         self._lm = language_model(inner)
@@ -88,7 +96,9 @@ class Pruner:
 
     @contextmanager
     def using(self, **evidence: Sequence[Any]) -> Iterator[Pruner]:
-        """Evidence for the calls inside the block, one entry per prompt row (repeated for beams).
+        """Evidence for the calls of this thread inside the block, one entry per prompt row (repeated for beams).
+
+        Blocks may be nested; the inner one adds to the outer one, and wins where both name the same.
 
         An entry is a list of numbers or a tensor for the picture of the row, a list of these for several pictures, or
         None. `protect` and `forbid` hold token indices: tokens to keep and tokens to drop whatever the method says. Any
@@ -99,12 +109,12 @@ class Pruner:
             InvalidOption: for a name the method does not read, lists of different length, or what is no number.
             UnsupportedCall: in the call, where entries do not fit its prompts and pictures.
         """
-        given = Given.check(evidence, self.pipeline.needs)
-        before, self._given = self._given, given
+        before = self._thread.given
+        self._thread.given = Given.check(evidence, self.pipeline.needs, outer=before)
         try:
             yield self
         finally:
-            self._given = before
+            self._thread.given = before
 
     def install(self, shells: Sequence[nn.Module]) -> None:
         """Register every hook and become the handle of every module of `shells`; all or nothing."""
@@ -149,11 +159,6 @@ class Pruner:
         self._handles.clear()
         self._tap.remove()
 
-    @property
-    def evidence_sources(self) -> dict[Modality, str]:
-        """Which encoder attention is recorded for each kind of input."""
-        return {kind: probe.evidence for kind, probe in self._tap.probes.items()}
-
     def refuse_copy(self, *args: object) -> NoReturn:
         """Raise `UnsupportedCall`: a copy of a wrapped model, or of a part of it, would carry hooks of the original."""
         raise UnsupportedCall(
@@ -161,28 +166,32 @@ class Pruner:
             "vtprune.unwrap(model) first, or save it with model.save_pretrained(...)"
         )
 
+    def __repr__(self) -> str:
+        budget = f"keep={self.budget.keep}, per={self.budget.per!r}, positions={self.positions!r}"
+        return f"Pruner(method={self.method!r}, {budget}, family={self.family.name!r}, backend={self.backend!r})"
+
     __deepcopy__ = refuse_copy
     __reduce_ex__ = refuse_copy  # type: ignore[assignment]
 
     @torch.compiler.disable
     def _before_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._call = Call.begin(bind(self._inner_signature, module, args, kwargs), self._owner)
-        self._read(self._call)
+        self._thread.call = Call.begin(bind(self._inner_signature, module, args, kwargs), self._owner)
+        self._read(self._thread.call)
 
     @torch.compiler.disable
     def _encoded_now(self, encoded: Encoded) -> None:
-        if self._call is not None:
-            self._call.encoded[encoded.kind] = encoded
-            self._read(self._call)
+        if self._thread.call is not None:
+            self._thread.call.encoded[encoded.kind] = encoded
+            self._read(self._thread.call)
 
     def _after_base(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        self._call = None
+        self._thread.call = None
 
     @torch.compiler.disable
     def _before_language_model(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        call = self._call
+        call = self._thread.call
         if call is None:
             return None
         given = bind(self._lm_signature, module, args, kwargs)
@@ -205,7 +214,7 @@ class Pruner:
         prompt = call.prompt
         assert prompt is not None
         with call.stopwatch.measure("select", like=embeds):
-            decision = decide(prompt, embeds, pipeline=self.pipeline, budget=self.budget, given=self._given)
+            decision = decide(prompt, embeds, pipeline=self.pipeline, budget=self.budget, given=self._thread.given)
         self._publish(call, prompt, decision, embeds)
         pictures = torch.tensor(prompt.pictures).to(embeds.device, non_blocking=True)
         if decision.row_lengths == prompt.layout.row_lengths and not self._always_cut:
@@ -248,7 +257,8 @@ class Pruner:
     def _before_rotary(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        positions = None if self._call is None or self._call.short is None else self._call.short.rotary_positions
+        call = self._thread.call
+        positions = None if call is None or call.short is None else call.short.rotary_positions
         if positions is None:
             return None
         if "position_ids" in kwargs:
@@ -257,7 +267,7 @@ class Pruner:
 
     @torch.compiler.disable
     def _after_language_model(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        call = self._call
+        call = self._thread.call
         if call is None:
             return None
         short = call.leave_language_model()
@@ -274,7 +284,7 @@ class Pruner:
             prompt,
             decision,
             embeds,
-            given=self._given,
+            given=self._thread.given,
             pipeline=self.pipeline,
             family=self.family.name,
             backend=self.backend,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vtprune.adapters.base import Encoding, Family
 from vtprune.adapters.layout import build_layout
 from vtprune.errors import MissingEvidence
-from vtprune.runtime.encoder import Encoded
+from vtprune.runtime.encoded import Encoded, PendingScores
 from vtprune.types import Layout, Modality, Segment
 
 
@@ -48,7 +48,8 @@ class Prompt:
                     f"the {kind} features of this call were encoded without a probe: encode them while the model is "
                     "wrapped with this method, or pass the pixels"
                 )
-            mapped[kind] = self.family.scores(self.inner, raw, encoding)
+            scores = raw.resolve(encoding) if isinstance(raw, PendingScores) else raw
+            mapped[kind] = self.family.scores(self.inner, scores, encoding)
         return [_of_segment(segment, mapped[segment.kind]).to(device) for segment in self.layout.segments]
 
 

@@ -29,10 +29,12 @@ def report_of(
     """The report of a prefill; without a prompt and a decision that of one without pictures, padding counted in."""
     B, L = embeds.shape[:2]
     before = after = (L,) * B
+    stored = L
     segments: tuple[SegmentReport, ...] = ()
     sources: set[str] = set()
     if prompt is not None and decision is not None:
         before, after = prompt.layout.row_lengths, decision.row_lengths
+        stored = L if before == after else decision.size
         segments = tuple(
             SegmentReport(row=segment.row, kind=segment.kind, parts=segment.parts, stages=stages)
             for segment, stages in zip(prompt.layout.segments, decision.stages, strict=True)
@@ -53,6 +55,6 @@ def report_of(
         segments=segments,
         length_before=before,
         length_after=after,
-        kv_bytes_saved=(sum(before) - sum(after)) * kv_bytes_per_token(config, embeds.itemsize),
+        kv_bytes_saved=B * (L - stored) * kv_bytes_per_token(config, embeds.itemsize),
         stopwatch=stopwatch,
     )

@@ -76,6 +76,11 @@ def shorten(
     embeds, cache, mask = given["inputs_embeds"], given.get("past_key_values"), given.get("attention_mask")
     B, L = embeds.shape[:2]
     past = physical_length(cache)
+    if state is not None and masks.first_square(mask) is not None:
+        raise UnsupportedCall(
+            "new pictures on a cache that was pruned, under a 4-D mask: its columns count tokens that are not stored "
+            "any more. Start the chat again with a fresh cache"
+        )
     cut = _plan(decision, layout)
     real = torch.from_numpy(layout.valid).to(embeds.device, non_blocking=True)
     positions = _incoming_positions(given, state, past)
@@ -84,16 +89,17 @@ def shorten(
     uneven = any(length != decision.size for length in decision.row_lengths)
     padded = uneven or (state.padded if state is not None else past > 0 and torch.is_tensor(mask))
     seen, rotary_positions = _outgoing_positions(new, cut, past, scheme)
-    arguments = dict(given)
+    arguments = {name: _cut_extra(value, cut) for name, value in given.items()}
     arguments["inputs_embeds"] = kernels.cut_sequence(embeds, cut.indices)
     arguments["position_ids"] = seen
     optional = not padded and (cache is not None or rotary_positions is not None or scheme.counts_text(seen))
     arguments["attention_mask"] = _cut_mask(mask, cut, stored=stored, past=past, optional=optional)
-    _cut_deepstack(arguments, cut, layout, decision)
+    _cut_deepstack(arguments, given, cut, layout, decision)
     next_state = CacheState(
         owner=scheme.owner,
         removed=(state.removed if state is not None else 0) + L - decision.size,
         stored=past + decision.size,
+        cut_length=past + decision.size,
         valid=cut.valid if stored is None else torch.cat([stored, cut.valid], dim=1),
         padded=padded,
         shift=_add_shifts(None if state is None else state.shift, shift),
@@ -189,9 +195,19 @@ def _cut_mask(mask: Any, cut: Cut, *, stored: Tensor | None, past: int, optional
     return masks.cut_square(mask, cut.indices, cut.valid, past, L)
 
 
-def _cut_deepstack(arguments: dict[str, Any], cut: Cut, layout: Layout, decision: Decision) -> None:
+def _cut_extra(value: Any, cut: Cut) -> Any:
+    """Any further input (B, L, ...) of the language model, cut along with the embeddings; all else as it is."""
+    if not torch.is_tensor(value) or value.shape[:2] != cut.kept.shape:
+        return value
+    rows = cut.indices.view(*cut.indices.shape, *(1,) * (value.ndim - 2)).expand(-1, -1, *value.shape[2:])
+    return value.gather(1, rows.to(value.device))
+
+
+def _cut_deepstack(
+    arguments: dict[str, Any], given: Mapping[str, Any], cut: Cut, layout: Layout, decision: Decision
+) -> None:
     """Shorten the rows that some models add to hidden states at visual positions (`deepstack_visual_embeds`)."""
-    visual = arguments.get("visual_pos_masks")
+    visual = given.get("visual_pos_masks")
     if visual is None:
         return
     rows = sum(len(segment.positions) for segment in layout.segments)
