@@ -31,20 +31,22 @@ from tests.models import (
 )
 
 PROMPTS = 2
+MARKED = ("mm_token_type_ids",)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spec:
     """Config of a class and the tensors its images come in.
 
-    `types`: it needs `mm_token_type_ids`. `length`: tokens of an image, where `get_image_features` does not tell.
+    `types`: names of the inputs that mark its placeholders. `length`: tokens of an image, where `get_image_features`
+    does not tell.
     """
 
     text: dict[str, Any] | None
     vision: dict[str, Any]
     pixels: Callable[[], dict[str, Tensor]]
     top: dict[str, Any] = field(default_factory=dict)
-    types: bool = False
+    types: tuple[str, ...] = ()
     length: int | None = None
 
     def config(self, name: str) -> Any:
@@ -90,7 +92,7 @@ def _image_length(model: nn.Module, pixels: dict[str, Tensor]) -> int:
     return sum(entry.shape[:-1].numel() for entry in entries) // PROMPTS
 
 
-def _prompts(length: int, *, types: bool) -> dict[str, Tensor]:
+def _prompts(length: int, *, types: tuple[str, ...]) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     rows = []
     for extra in range(PROMPTS):
@@ -99,7 +101,7 @@ def _prompts(length: int, *, types: bool) -> dict[str, Tensor]:
         rows.append([*padding, BOS, *before, VISION_START, *[IMAGE] * length, VISION_END, *after])
     ids = torch.tensor(rows)
     batch = {"input_ids": ids, "attention_mask": (ids != PAD).long()}
-    return batch | ({"mm_token_type_ids": (ids == IMAGE).int()} if types else {})
+    return batch | {name: (ids == IMAGE).int() for name in types}
 
 
 def _noise(*shape: int) -> Tensor:
@@ -153,6 +155,16 @@ def _naflex() -> dict[str, Tensor]:
     }
 
 
+def _placed() -> dict[str, Tensor]:
+    """Patches with the column and row of each."""
+    side = SIDE // QWEN_PATCH
+    at = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="xy"), dim=-1).flatten(0, 1)
+    return {
+        "pixel_values": _noise(PROMPTS, side**2, 3 * QWEN_PATCH**2),
+        "image_position_ids": at.expand(PROMPTS, -1, -1).contiguous(),
+    }
+
+
 def _mrope(section: list[int], **more: Any) -> dict[str, Any]:
     return {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": section, **more}
 
@@ -190,6 +202,20 @@ SPECS: dict[str, Spec] = {
         text=_text("cohere2", **_cohere2), vision=_siglip(), pixels=_stacked, top={"alignment_intermediate_size": 64}
     ),
     "deepseek_vl": Spec(text=_text("llama"), vision=_siglip(), pixels=_stacked),
+    "ernie4_5_vl_moe": Spec(
+        text=_text(
+            "ernie4_5_vl_moe_text",
+            moe_intermediate_size=[32, 32],
+            moe_num_experts=4,
+            moe_k=2,
+            moe_num_shared_experts=1,
+            mlp_layer_types=["dense", "sparse"],
+            rope_parameters=_mrope([3, 3, 2]),
+        ),
+        vision=_vit("ernie4_5_vl_moe_vision", in_channels=3),
+        pixels=functools.partial(_gridded, 1),
+        types=("mm_token_type_ids", "moe_mm_token_type_ids"),
+    ),
     "exaone4_5": Spec(
         text=_text("exaone4", layer_types=["full_attention"] * 2),
         vision=_vit("exaone4_5_vision", num_key_value_heads=2, window_size=16, fullatt_block_indexes=[1]),
@@ -201,17 +227,44 @@ SPECS: dict[str, Spec] = {
         pixels=_stacked,
         top={"mm_tokens_per_image": 16},
     ),
+    "gemma4": Spec(
+        text=_text(
+            "gemma4_text",
+            head_dim=16,
+            global_head_dim=16,
+            hidden_size_per_layer_input=8,
+            vocab_size_per_layer_input=200,
+            num_kv_shared_layers=0,
+            layer_types=["sliding_attention", "full_attention"],
+        ),
+        vision={
+            "model_type": "gemma4_vision",
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "patch_size": QWEN_PATCH,
+            "pooling_kernel_size": 2,
+            "default_output_length": 16,
+            "position_embedding_size": 64,
+        },
+        pixels=_placed,
+        top={"audio_config": None},
+        types=MARKED,
+    ),
     "glm4v": Spec(
-        text=_glm_text("glm4v_text"), vision=_vit("glm4v_vision", image_size=SIDE), pixels=_gridded, types=True
+        text=_glm_text("glm4v_text"), vision=_vit("glm4v_vision", image_size=SIDE), pixels=_gridded, types=MARKED
     ),
     "glm46v": Spec(
-        text=_glm_text("glm4v_text"), vision=_vit("glm4v_vision", image_size=SIDE), pixels=_gridded, types=True
+        text=_glm_text("glm4v_text"), vision=_vit("glm4v_vision", image_size=SIDE), pixels=_gridded, types=MARKED
     ),
     "glm_ocr": Spec(
         text=_glm_text("glm_ocr_text", head_dim=16),
         vision=_vit("glm_ocr_vision", image_size=SIDE),
         pixels=_gridded,
-        types=True,
+        types=MARKED,
     ),
     "got_ocr2": Spec(
         text=_text("qwen2"),
@@ -243,7 +296,7 @@ SPECS: dict[str, Spec] = {
         text=_text("hunyuan_vl_text", head_dim=16, rope_parameters=_mrope([2, 2, 2, 2])),
         vision=_vit("hunyuan_vl_vision", num_attention_heads=2, num_hidden_layers=2, text_hidden_size=64),
         pixels=functools.partial(_gridded, 1),
-        types=True,
+        types=MARKED,
     ),
     "idefics2": Spec(
         text=_text("mistral"),
@@ -296,7 +349,7 @@ SPECS: dict[str, Spec] = {
         text=_text("paddleocr_vl_text", head_dim=16, rope_parameters=_mrope([2, 3, 3])),
         vision=vision_config("paddleocr_vl_vision", patch_size=QWEN_PATCH, spatial_merge_size=MERGE),
         pixels=_unfolded,
-        types=True,
+        types=MARKED,
     ),
     "paligemma": Spec(text=_text("gemma", head_dim=16), vision=_siglip(), pixels=_stacked, top={"projection_dim": 64}),
     "qianfan_ocr": Spec(
@@ -308,7 +361,7 @@ SPECS: dict[str, Spec] = {
         text=_text("qwen3_5_text", **_linear),
         vision=_vit("qwen3_5_vision", num_position_embeddings=64),
         pixels=_gridded,
-        types=True,
+        types=MARKED,
     ),
     "smolvlm": Spec(
         text=_text("llama"), vision=vision_config("smolvlm_vision"), pixels=_nested, top={"scale_factor": 2}

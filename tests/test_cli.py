@@ -1,14 +1,10 @@
-"""The command line, in this process and in others."""
+"""The command line, in this process."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -16,8 +12,6 @@ import vtprune
 from vtprune import _console as console
 from vtprune.cli import main
 from vtprune.tiny import PICTURE, loading
-
-ROOT = Path(__file__).parents[1]
 
 
 def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -34,13 +28,17 @@ def row(output: str, name: str) -> list[str]:
 
 def test_run_without_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run"]) == 0
-    shown = capsys.readouterr().out
+    captured = capsys.readouterr()
+    shown = captured.out
+    assert "Loading weights" not in captured.err
     assert "prompt: what color is the cross ?" in shown
     assert row(shown, "answer") == ["orange", "orange"]
     assert row(shown, "visual tokens") == ["256", "64", "of", "256"]
     assert row(shown, "prompt length") == ["267", "75"]
-    assert row(shown, "KV cache saved") == ["-", "0.75", "MiB"]
-    for part in ("encode", "layout", "select", "cut", "prefill"):
+    assert row(shown, "KV cache saved") == ["0.00", "MiB", "0.75", "MiB"]
+    assert row(shown, "select ms")[0] == row(shown, "cut ms")[0] == "-"
+    assert "best of 5 on" in shown and "no benchmark; prefill is the language model alone" in shown
+    for part in ("encode", "layout", "select", "cut", "prefill", "total"):
         assert float(row(shown, f"{part} ms")[-1]) >= 0
 
 
@@ -77,7 +75,10 @@ def test_a_prompt_that_holds_the_image_token_is_taken_as_it_is(capsys: pytest.Ca
         (["--keep", "nan"], "keep=nan"),
         (["--keep", "lots"], "--keep lots: expected a share such as 0.25"),
         (["--method", "divprun"], "did you mean 'divprune'"),
-        (["--method", "identity"], "use keep=1.0"),
+        (["--keep", "1_0"], "--keep 1_0: expected a share such as 0.25"),
+        (["--keep", "\u0661\u0660"], "expected a share such as 0.25"),
+        (["--keep", "0_1.5"], "expected a share such as 0.25"),
+        (["--method", "identity", "--keep", "0.5"], "use keep=1.0"),
         (["--set", "lam"], "expected NAME=VALUE"),
         (["--set", "lambda=1"], "has no parameter 'lambda'"),
         (["--set", "lam=0.1", "--set", "lam=0.2"], "given twice"),
@@ -85,18 +86,96 @@ def test_a_prompt_that_holds_the_image_token_is_taken_as_it_is(capsys: pytest.Ca
         (["--model", "tiny:lava"], "did you mean 'llava'"),
         (["--model", "./nowhere"], "there is no such directory"),
         (["--max-new-tokens", "0"], "expected 1 or more"),
-        (["--device", "toaster"], "--device toaster: not usable here"),
+        (["--device", "toaster"], "--device toaster: no such device; expected auto, cpu, cuda, cuda:1 or mps"),
+        (["--device", "meta"], "--device meta: not usable here"),
         (["--image", "nowhere.png"], "no picture at nowhere.png"),
         (["--image", "."], "is not a file"),
         (["--overlay", "nowhere/kept.png"], "there is no directory"),
         (["--overlay", "kept.docx"], "must end like a picture"),
+        (["--overlay", "kept.psd"], "does not write it; try .png"),
+        (["--overlay", "kept.mpg"], "does not write it; try .png"),
         (["--report", "."], "it is a directory"),
+        (["--report", "x" * 300], "cannot write xxx"),
+        (["--report", ""], "--report is empty: expected the name of a file"),
+        (["--overlay", ""], "--overlay is empty"),
+        (["--image", " "], "--image is empty"),
+        (["--prompt", ""], "--prompt is empty: expected a question"),
+        (["--prompt", " \t"], "--prompt is empty"),
         (["--prompt", "<image> <image> what ?"], "the processor does not take this"),
     ],
 )
 def test_mistakes_are_told_in_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], says: str) -> None:
     message = failure(capsys, "run", *arguments)
     assert says in message and "\n" not in message
+
+
+def test_outputs_must_not_overwrite_the_picture_or_each_other(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = PICTURE.read_bytes()
+    Path("in.png").write_bytes(data)
+    Path("link.png").symlink_to("in.png")
+    for option in ("--overlay", "--report"):
+        for name in ("in.png", str(tmp_path / "in.png"), "link.png"):
+            assert "the file of --image" in failure(capsys, "run", "--image", "in.png", option, name)
+    assert "the file of --report" in failure(capsys, "run", "--report", "a.png", "--overlay", "./a.png")
+    assert Path("in.png").read_bytes() == data and not Path("a.png").exists()
+
+
+@pytest.mark.parametrize("option", ["--report", "--overlay"])
+def test_outputs_are_tried_before_the_model_is_loaded(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    def refuse(self: Path, mode: str) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(console, "load_model", None)
+    assert "out.png: Permission denied" in failure(capsys, "run", option, str(tmp_path / "out.png"))
+
+
+def test_a_report_that_cannot_be_written_leaves_the_overlay(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: object, path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(vtprune.PruneReport, "write_jsonl", full)
+    kept = tmp_path / "kept.png"
+    assert "No space left" in failure(capsys, "run", "--report", str(tmp_path / "r.jsonl"), "--overlay", str(kept))
+    assert Image.open(kept).size == (384, 384)
+
+
+def test_a_warning_is_one_line_without_source(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--keep", "1", "--max-new-tokens", "1"]) == 0
+    told = capsys.readouterr().err
+    assert "warning: keep=1 keeps a single token per picture" in told
+    assert "UserWarning" not in told and ".py" not in told
+
+
+def test_identity_keeps_everything_by_default(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--method", "identity", "--max-new-tokens", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert row(shown, "visual tokens") == ["256", "256", "of", "256"] and row(shown, "select ms") == ["-", "-"]
+
+
+def test_an_unknown_option_shows_the_usage_of_its_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["run", "--fooo"])
+    told = capsys.readouterr().err
+    assert stop.value.code == 2 and "usage: vtprune run" in told and "unrecognized arguments: --fooo" in told
+
+
+def test_an_interrupt_at_start_up_gives_no_traceback(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vtprune.cli._parser", interrupted)
+    assert main(["run"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_directories_that_hold_no_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -122,12 +201,17 @@ def test_pictures_too_large_are_refused_before_they_are_decoded(
     assert "at most 50 megapixels" in failure(capsys, "run", "--image", str(path))
 
 
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "CMYK"])
-def test_pictures_of_any_mode_are_read_as_rgb(tmp_path: Path, mode: str) -> None:
-    path = tmp_path / "picture.tiff"
-    Image.open(PICTURE).convert(mode).save(path)
-    picture = console.read_picture(path)
-    assert (picture.mode, picture.size) == ("RGB", (128, 128)) and np.asarray(picture).std() > 0
+@pytest.mark.parametrize("columns", [80, 200])
+def test_tables_do_not_break_names(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for command, names in (("methods", vtprune.list_methods()), ("families", vtprune.list_families())):
+        assert main([command]) == 0
+        shown = capsys.readouterr().out
+        assert set(names) <= {line.split(" ")[0] for line in shown.splitlines()}
+        assert max(map(len, shown.splitlines())) <= columns
+        assert "importance" in shown or command == "families"
 
 
 def test_methods_and_families(capsys: pytest.CaptureFixture[str]) -> None:
@@ -185,44 +269,3 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
             main(arguments)
         assert stop.value.code == 0
         assert says in capsys.readouterr().out
-
-
-def python(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
-    return subprocess.run(
-        [sys.executable, *arguments], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300
-    )
-
-
-def test_as_a_module(tmp_path: Path) -> None:
-    done = python(tmp_path, "-m", "vtprune", "run", "--keep", "0.11")
-    assert done.returncode == 0, done.stderr
-    assert row(done.stdout, "visual tokens") == ["256", "28", "of", "256"]
-    assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
-
-
-def test_run_where_torchvision_is_absent(tmp_path: Path) -> None:
-    code = """
-import importlib.util, sys
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "torchvision":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Absent())
-find = importlib.util.find_spec
-importlib.util.find_spec = lambda name, package=None: None if name == "torchvision" else find(name, package)
-from vtprune.cli import main
-code = main(["run"])
-assert not any(name.startswith("torchvision") for name in sys.modules)
-sys.exit(code)
-"""
-    done = python(tmp_path, "-c", code)
-    assert done.returncode == 0, done.stderr
-    assert row(done.stdout, "answer") == ["orange", "orange"]
-
-
-def test_help_and_the_parser_import_nothing_heavy(tmp_path: Path) -> None:
-    code = "import sys; from vtprune.cli import main, _parser; _parser()\n"
-    code += "print([name for name in ('torch', 'transformers', 'numpy', 'PIL', 'rich') if name in sys.modules])"
-    done = python(tmp_path, "-c", code)
-    assert done.stdout.strip() == "[]", done.stderr

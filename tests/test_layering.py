@@ -26,12 +26,18 @@ ROWS = (
     ("runtime",),
     ("api",),
     ("comparing",),
-    ("cli", "_console", "_doctor", "__main__"),
+    ("cli", "_console", "_pictures", "_doctor", "__main__"),
     ("__init__",),
 )
 """Bottom row first. A room may import strictly lower rows; the files of a folder may import each other."""
 WALLS = (("stages", "adapters"),)
-WITHIN_A_ROW = {("__main__", "cli"), ("cli", "_console"), ("cli", "_doctor"), ("_doctor", "_console")}
+WITHIN_A_ROW = {
+    ("__main__", "cli"),
+    ("cli", "_console"),
+    ("cli", "_pictures"),
+    ("cli", "_doctor"),
+    ("_doctor", "_console"),
+}
 """The command line is one room in several flat files, and uses the package through its public door."""
 HOOKING = ("runtime",)
 LATE = {

@@ -25,7 +25,7 @@ def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
 
 
 def test_snippets_print_what_they_claim(in_tmp_path: Path) -> None:
-    assert len(SNIPPETS) == 5
+    assert len(SNIPPETS) == 6
     namespace: dict[str, object] = {}
     for snippet in SNIPPETS:
         shown = io.StringIO()

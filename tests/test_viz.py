@@ -14,7 +14,7 @@ from vtprune.errors import InvalidOption
 from vtprune.types import Part
 from vtprune.viz import overlay
 
-BRIGHT, DARK = 200, 50
+BRIGHT, DARK = 200, 92
 
 
 def report(*parts: tuple[str, tuple[int, int]], keep: list[int]) -> Any:
@@ -84,6 +84,16 @@ def test_small_pictures_grow_and_upscale_is_obeyed() -> None:
     assert overlay(single, grey(10, 10), upscale=3).size == (30, 30)
 
 
+def test_dropped_patches_lose_colour_and_differ_from_kept_dark_ones() -> None:
+    half = report(("image", (1, 2)), keep=[0])
+    black = values(overlay(half, Image.new("RGB", (2, 1)), upscale=1))
+    assert black[0, 0] == 0 and black[0, 1] > 30
+    red = np.asarray(overlay(half, Image.new("RGB", (2, 1), (250, 0, 0)), upscale=1)).astype(int)
+    assert red[0, 0].tolist() == [250, 0, 0] and np.ptp(red[0, 1]) < 20 and red[0, 1].max() < 125
+    plain = values(overlay(half, grey(2, 1), dim=0, upscale=1))
+    assert plain[0, 1] == values(overlay(half, Image.new("RGB", (2, 1)), dim=0, upscale=1))[0, 1]
+
+
 def test_dim_of_one_changes_nothing() -> None:
     picture = Image.effect_noise((16, 16), 50).convert("RGB")
     drawn = overlay(report(("image", (4, 4)), keep=[3]), picture, dim=1.0, upscale=1)
@@ -96,7 +106,7 @@ def test_dim_of_one_changes_nothing() -> None:
         ({"segment": 1}, "segment=1: the report has 1"),
         ({"segment": -1}, "segment=-1"),
         ({"segment": True}, "segment=True"),
-        ({"dim": 1.5}, "brightness in"),
+        ({"dim": 1.5}, "a share in"),
         ({"upscale": 0}, "whole factor"),
     ],
 )

@@ -51,13 +51,14 @@ def list_families() -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class MethodCard:
-    """What `describe` tells; `str(card)` is for people."""
+    """What `describe` tells; `str(card)` is for people. `parameters` holds defaults, `meanings` what each is for."""
 
     name: str
     title: str
     source: str
     summary: str
     parameters: Mapping[str, Any]
+    meanings: Mapping[str, str]
     needs: tuple[str, ...]
     picks: tuple[str, ...]
     deviations: str
@@ -68,11 +69,13 @@ class MethodCard:
         return self.source.removeprefix("arXiv ") if self.source.startswith("arXiv ") else None
 
     def __str__(self) -> str:
-        parameters = ", ".join(f"{name}={value!r}" for name, value in self.parameters.items()) or "none"
+        parameters = "; ".join(
+            f"{name}={value!r}, {self.meanings.get(name, '')}".rstrip(", .") for name, value in self.parameters.items()
+        )
         lines = (
             f"{self.name}: {self.title} ({self.source})",
             self.summary,
-            f"parameters: {parameters}",
+            f"parameters: {parameters or 'none'}",
             f"needs: {', '.join(self.needs) or 'features only'}",
             f"picks: {' then '.join(self.picks)}",
             f"deviations: {self.deviations}",
@@ -81,9 +84,13 @@ class MethodCard:
 
 
 def describe(name: str) -> MethodCard:
-    """What a method does, its source, parameters, needs, and where it departs from its authors' code."""
+    """What a method does, its source, parameters, needs, and where it departs from its authors' code.
+
+    Raises:
+        InvalidOption: for an unknown method, with the nearest name.
+    """
     builder = METHODS[_known(name, METHODS, "method")]
-    summary, fields = _read_docstring(inspect.getdoc(builder) or "")
+    summary, fields, meanings = _read_docstring(inspect.getdoc(builder) or "")
     pipeline = builder()
     defaults = {key: parameter.default for key, parameter in inspect.signature(builder).parameters.items()}
     return MethodCard(
@@ -92,23 +99,33 @@ def describe(name: str) -> MethodCard:
         source=fields["Source"],
         summary=summary,
         parameters=defaults,
+        meanings=meanings,
         needs=tuple(sorted(pipeline.needs)),
         picks=tuple(pick.name for pick in pipeline.picks),
         deviations=fields["Deviations"],
     )
 
 
-def _read_docstring(text: str) -> tuple[str, dict[str, str]]:
+def _read_docstring(text: str) -> tuple[str, dict[str, str], dict[str, str]]:
+    """Summary, the fields Title, Source and Deviations, and the entries under `Args:`."""
     summary, *paragraphs = text.split("\n\n")
     fields: dict[str, str] = {}
-    for line in "\n".join(p for p in paragraphs if not p.startswith("Args:")).splitlines():
+    meanings: dict[str, str] = {}
+    for paragraph in paragraphs:
+        lines = inspect.cleandoc(paragraph.removeprefix("Args:\n")).splitlines()
+        _read_entries(lines, meanings if paragraph.startswith("Args:") else fields)
+    return " ".join(summary.split()), fields, meanings
+
+
+def _read_entries(lines: list[str], entries: dict[str, str]) -> None:
+    """`key: value` lines; an indented line goes on with the value before it."""
+    for line in lines:
         key, colon, value = line.partition(":")
-        if colon and key in ("Title", "Source", "Deviations"):
-            fields[key] = value.strip()
-        elif fields:
-            last = next(reversed(fields))
-            fields[last] = f"{fields[last]} {line.strip()}"
-    return " ".join(summary.split()), fields
+        if colon and not line.startswith(" "):
+            entries[key] = value.strip()
+        elif entries:
+            last = next(reversed(entries))
+            entries[last] = f"{entries[last]} {line.strip()}"
 
 
 def _known(name: object, known: Iterable[str], what: str) -> str:

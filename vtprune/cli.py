@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import ast
+import os
+import re
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +30,7 @@ _EXAMPLES = """examples:
   vtprune doctor ./my-llava                            can this model be pruned, and with which methods?
 """
 _RUN_EXAMPLES = """The model answers twice, with all visual tokens and with those the method keeps.
-Times are of one run and no benchmark. A share is written as a float (--keep 0.25), a number
+Times are the best of a few prefills and no benchmark. A share is written as a float (--keep 0.25), a number
 of tokens as a whole number (--keep 64). Parameters of a method (see `vtprune describe NAME`)
 are set by --set, once for each:
 
@@ -37,19 +40,33 @@ are set by --set, once for each:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for a mistake of the user, 130 when interrupted."""
+    try:
+        return _main(arguments)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return 130
+
+
+def _main(arguments: Sequence[str] | None) -> int:
+    parsed, unknown = _parser().parse_known_args(arguments)
+    if unknown:
+        parsed.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     from rich.console import Console
 
-    parsed = _parser().parse_args(arguments)
-    trouble = Console(stderr=True, soft_wrap=True, highlight=False)
+    parsed.trouble = trouble = Console(stderr=True, soft_wrap=True, highlight=False)
+
+    def warn(message: Warning | str, *where: object) -> None:
+        trouble.print("[bold yellow]warning:[/bold yellow]", end=" ")
+        trouble.print(" ".join(str(message).split()), markup=False)
+
     try:
-        parsed.command(parsed, Console(highlight=False))
+        with warnings.catch_warnings():
+            warnings.showwarning = warn  # type: ignore[assignment]
+            parsed.command(parsed, Console(highlight=False))
     except VtpruneError as error:
         trouble.print("[bold red]error:[/bold red]", end=" ")
         trouble.print(str(error), markup=False)
         return 2
-    except KeyboardInterrupt:
-        trouble.print("interrupted")
-        return 130
     return 0
 
 
@@ -75,98 +92,142 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="check this machine, and whether a model can be pruned")
     doctor.add_argument("model", nargs="?", help="tiny:NAME, a directory or a hub id; weights are not loaded")
     doctor.set_defaults(command=_doctor)
+    for command in commands.choices.values():
+        command.set_defaults(parser=command)
     return parser
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=_TINY, help="tiny:NAME, a directory or a hub id (default: %(default)s)")
-    parser.add_argument("--image", type=Path, help="a picture (default: the bundled one)")
+    parser.add_argument("--image", help="a picture (default: the bundled one)")
     parser.add_argument("--prompt", help="the question (default: one that fits the bundled picture)")
     parser.add_argument("--method", default="vtprune", help="a name from `vtprune methods` (default: %(default)s)")
-    parser.add_argument(
-        "--keep", default="0.25", help="share (0.25) or number (64) of visual tokens (default: %(default)s)"
-    )
+    parser.add_argument("--keep", help="share (0.25) or number (64) of visual tokens (default: 0.25, for identity 1.0)")
     parser.add_argument("--per", choices=("image", "part", "prompt"), default="image", help="what --keep applies to")
     parser.add_argument(
         "--positions", choices=("auto", "compact", "keep"), default="auto", help="what becomes of the ids"
     )
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the method")
     parser.add_argument("--max-new-tokens", type=int, help="longest answer (default: 4 for the tiny model, else 64)")
-    parser.add_argument("--report", type=Path, metavar="OUT.jsonl", help="append the report of the pruned run")
-    parser.add_argument("--overlay", type=Path, metavar="OUT.png", help="save the picture with dropped patches dimmed")
+    parser.add_argument("--report", metavar="OUT.jsonl", help="append the report of the pruned run")
+    parser.add_argument("--overlay", metavar="OUT.png", help="save the picture with dropped patches dimmed")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: %(default)s)")
     parser.set_defaults(command=_run)
 
 
 def _run(options: argparse.Namespace, console: Console) -> None:
-    from rich.console import Console
-
     from vtprune import _console as helpers
+    from vtprune import _pictures as pictures
+    from vtprune.tiny import PICTURE, QUESTION
 
-    keep, parameters = _keep(options.keep), _parameters(options.set)
-    if options.max_new_tokens is not None and options.max_new_tokens < 1:
-        raise InvalidOption(f"--max-new-tokens {options.max_new_tokens}: expected 1 or more")
-    _check_outputs(options)
-    with Console(stderr=True).status("importing torch and transformers") as status:
+    keep, parameters = _keep(options), _parameters(options.set)
+    _check(options)
+    picture = pictures.read_picture(options.image or PICTURE)
+    tiny = options.model.startswith("tiny:")
+    prompt = options.prompt or (QUESTION if tiny or options.image is None else "What is in this picture?")
+    with options.trouble.status("importing torch and transformers") as status:
         from vtprune.catalog import build
-        from vtprune.tiny import PICTURE, QUESTION
         from vtprune.types import Budget
 
-        helpers.quiet_transformers()
         build(options.method, parameters)
         Budget(keep=keep, per=options.per)
-        picture = helpers.read_picture(options.image or PICTURE)
-        tiny = options.model.startswith("tiny:")
-        prompt = options.prompt or (QUESTION if tiny or options.image is None else "What is in this picture?")
-        length = options.max_new_tokens or (4 if tiny else 64)
+        device = helpers.choose_device(options.device)
+        helpers.quiet_transformers()
         status.update(f"loading {options.model}")
-        model, processor = helpers.load_model(options.model, helpers.choose_device(options.device))
+        model, processor = helpers.load_model(options.model, device)
         inputs = helpers.build_inputs(processor, picture, prompt, model)
         status.update("answering from all tokens")
-        ask = helpers.Asker(model, processor, inputs, length)
-        before, full = ask("identity", keep=1.0)
+        ask = helpers.Asker(model, processor, inputs, options.max_new_tokens or (4 if tiny else 64))
+        before = ask("identity", keep=1.0)
         status.update(f"answering from the tokens that {options.method} keeps")
-        wanted = {"keep": keep, "per": options.per, "positions": options.positions}
-        after, report = ask(options.method, **wanted, **parameters)
+        after = ask(options.method, keep=keep, per=options.per, positions=options.positions, **parameters)
     console.print(f"prompt: {prompt}", markup=False, soft_wrap=True)
-    console.print(helpers.run_table((before, full), (after, report)))
-    console.print(report.summary(), markup=False, soft_wrap=True)
-    _write_outputs(options, report, picture, console)
+    console.print(helpers.run_table(before, after))
+    times = f"times: best of {ask.repeats} on {device}, no benchmark; prefill is the language model alone"
+    console.print(times, markup=False, soft_wrap=True)
+    console.print(after[1].summary(), markup=False, soft_wrap=True)
+    _write_outputs(options, after[1], lambda: pictures.as_seen(picture, processor, after[1]), console)
 
 
-def _check_outputs(options: argparse.Namespace) -> None:
-    """Refuse outputs that cannot be written before the model is loaded."""
-    for path in (options.report, options.overlay):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise InvalidOption(f"cannot write {path}: there is no directory {path.parent}")
-        if path is not None and path.is_dir():
-            raise InvalidOption(f"cannot write {path}: it is a directory")
+def _check(options: argparse.Namespace) -> None:
+    """Refuse, before anything heavy is imported, what can be refused by then; file names become paths."""
+    from vtprune.tiny.loading import tiny_folder
+
+    if options.max_new_tokens is not None and options.max_new_tokens < 1:
+        raise InvalidOption(f"--max-new-tokens {options.max_new_tokens}: expected 1 or more")
+    if options.prompt is not None and not options.prompt.strip():
+        raise InvalidOption("--prompt is empty: expected a question")
+    if options.model.startswith("tiny:"):
+        tiny_folder(options.model.removeprefix("tiny:"))
+    files: dict[Path, str] = {}
+    for name in ("image", "report", "overlay"):
+        text = getattr(options, name)
+        if text is None:
+            continue
+        if not text.strip():
+            raise InvalidOption(f"--{name} is empty: expected the name of a file")
+        setattr(options, name, Path(text))
+        same = files.setdefault(Path(os.path.realpath(text)), name)
+        if same != name:
+            raise InvalidOption(f"--{name} {text}: this is the file of --{same}, expected another one")
     if options.overlay is not None:
-        from PIL import Image
+        from vtprune._pictures import check_format
 
-        known = Image.registered_extensions()
-        if options.overlay.suffix.lower() not in known:
-            raise InvalidOption(f"cannot write {options.overlay}: the name must end like a picture, for example .png")
+        check_format(options.overlay)
+    for path in (options.report, options.overlay):
+        if path is not None:
+            _check_writable(path)
 
 
-def _write_outputs(options: argparse.Namespace, report: Any, picture: Any, console: Console) -> None:
+def _check_writable(path: Path) -> None:
+    """Refuse an output that cannot be written; what is there stays as it is."""
+    try:
+        if path.is_dir():
+            raise InvalidOption(f"cannot write {path}: it is a directory")
+        if not path.absolute().parent.is_dir():
+            raise InvalidOption(f"cannot write {path}: there is no directory {path.parent}")
+        there = path.exists()
+        if there and not path.is_file():
+            return  # a pipe or a terminal: to open it may block
+        with path.open("ab"):
+            pass
+        if not there:
+            path.unlink()
+    except OSError as error:
+        raise InvalidOption(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _write_outputs(options: argparse.Namespace, report: Any, seen: Callable[[], Any], console: Console) -> None:
+    """Each output is tried, whatever becomes of the other one."""
     from vtprune.viz import overlay
 
-    try:
-        if options.report is not None:
-            report.write_jsonl(options.report)
-            console.print(f"report appended to {options.report}", markup=False, soft_wrap=True)
-        if options.overlay is not None:
-            overlay(report, picture).save(options.overlay)
-            console.print(f"overlay saved to {options.overlay}", markup=False, soft_wrap=True)
-    except OSError as error:
-        raise InvalidOption(f"cannot write {error.filename or 'the output'}: {error.strerror or error}") from error
+    writers = {
+        "report appended to": (options.report, report.write_jsonl),
+        "overlay saved to": (options.overlay, lambda path: overlay(report, seen()).save(path)),
+    }
+    troubles: list[str] = []
+    for done, (path, write) in writers.items():
+        if path is None:
+            continue
+        try:
+            write(path)
+            console.print(f"{done} {path}", markup=False, soft_wrap=True)
+        except OSError as error:
+            troubles.append(f"cannot write {path}: {error.strerror or error}")
+        except InvalidOption as error:
+            troubles.append(str(error))
+    if troubles:
+        raise InvalidOption("; ".join(troubles))
 
 
-def _keep(text: str) -> float | int:
-    whole = text.lstrip("+-").isdecimal()
+def _keep(options: argparse.Namespace) -> float | int:
+    text = options.keep
+    if text is None:
+        return 1.0 if options.method == "identity" else 0.25
     try:
-        return int(text) if whole else float(text)
+        if not text.isascii() or "_" in text:
+            raise ValueError
+        return int(text) if re.fullmatch(r"[+-]?\d+", text) else float(text)
     except ValueError:
         raise InvalidOption(f"--keep {text}: expected a share such as 0.25 or a number of tokens such as 64") from None
 
@@ -207,7 +268,7 @@ def _print_table(
     if options.markdown:
         console.print(helpers.as_markdown(columns, rows), markup=False, soft_wrap=True)
     else:
-        console.print(helpers.as_table(columns, rows))
+        console.print(helpers.as_table(columns, rows, console.width))
 
 
 def _describe(options: argparse.Namespace, console: Console) -> None:

@@ -15,6 +15,7 @@ from vtprune.types import Part
 _GAP = 4
 _PER_ROW = 8
 _SMALL = 384
+_LIFT = 56
 
 
 class _Segment(Protocol):
@@ -37,7 +38,7 @@ def overlay(
     dim: float = 0.25,
     upscale: int | None = None,
 ) -> Image.Image:
-    """The picture with kept patches as they are and dropped ones dimmed.
+    """The picture with kept patches as they are and dropped ones in dim greys, which differ from kept dark ones.
 
     A segment of several parts is drawn as panels side by side: thumbnail, crops (on the whole picture), frames. Tiles
     are put together in the arrangement that suits the shape of the picture best.
@@ -47,7 +48,7 @@ def overlay(
         image: the picture of that segment, framed as the encoder saw it (a processor that crops sees less); for a clip
             its frames, a whole multiple of the frames the model encodes.
         segment: which picture or clip of the report.
-        dim: brightness of dropped patches, 0 (black) to 1 (as they are).
+        dim: how much is left of dropped patches, 0 (one dark grey) to 1 (as they are).
         upscale: whole factor by which pixels are repeated; by default small pictures grow to about 384 pixels.
 
     Raises:
@@ -55,7 +56,7 @@ def overlay(
     """
     chosen = _segment_of(report, segment)
     if isinstance(dim, bool) or not 0 <= dim <= 1:
-        raise InvalidOption(f"dim={dim!r}: expected a brightness in [0, 1]")
+        raise InvalidOption(f"dim={dim!r}: expected a share in [0, 1]")
     if upscale is not None and (isinstance(upscale, bool) or not isinstance(upscale, int) or upscale < 1):
         raise InvalidOption(f"upscale={upscale!r}: expected a whole factor, 1 or more")
     masks = _part_masks(chosen)
@@ -128,8 +129,15 @@ def _panel(picture: Image.Image, mask: np.ndarray, dim: float, upscale: int) -> 
     rows = (np.arange(height) * mask.shape[0]) // height
     columns = (np.arange(width) * mask.shape[1]) // width
     kept = mask[rows[:, None], columns[None, :], None]
-    dimmed = np.where(kept, pixels, (pixels * dim).astype(np.uint8))
-    return Image.fromarray(dimmed.repeat(upscale, axis=0).repeat(upscale, axis=1))
+    drawn = np.where(kept, pixels, _dimmed(pixels, dim))
+    return Image.fromarray(drawn.repeat(upscale, axis=0).repeat(upscale, axis=1))
+
+
+def _dimmed(pixels: np.ndarray, dim: float) -> np.ndarray:
+    """Less colour, less contrast, and lifted off black: kept patches may be black."""
+    grey = pixels.mean(axis=2, keepdims=True)
+    faded = (1 - dim) * grey + dim * pixels
+    return (dim * faded + (1 - dim) * _LIFT + 0.5).astype(np.uint8)
 
 
 def _side_by_side(panels: list[Image.Image]) -> Image.Image:

@@ -17,6 +17,10 @@ from vtprune.adapters.base import language_model
 from vtprune.errors import VtpruneError
 
 NEW_TOKENS = 4
+REFUSED = {"granite4_vision", "llama4"}
+"""Classes that hide which tokens are visual; every other one is pruned."""
+EXTRA = [("ernie4_5_vl_moe", "moe_mm_token_type_ids"), ("gemma4", "per_layer_inputs")]
+"""Further inputs (B, L, ...) of the language model."""
 
 
 @pytest.fixture(params=SPECS)
@@ -27,6 +31,27 @@ def name(request: pytest.FixtureRequest) -> str:
 @torch.no_grad()
 def written(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return model.generate(**batch, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS)
+
+
+def test_the_refused_classes_are_swept() -> None:
+    assert set(SPECS) >= REFUSED
+
+
+@pytest.mark.parametrize(("name", "extra"), EXTRA)
+def test_further_inputs_per_token_reach_the_language_model_cut_along(name: str, extra: str) -> None:
+    model, batch = build_generic(name)
+    seen: list[tuple[int, ...]] = []
+    lm = language_model(model.model)
+
+    def note(module: nn.Module, args: Any, call: dict[str, Any]) -> None:
+        seen.append(tuple(call[extra].shape[:2]))
+
+    with vtprune.pruning(model, "random", keep=0.5) as pruner:
+        handle = lm.register_forward_pre_hook(note, with_kwargs=True)
+        with torch.no_grad():
+            model(**batch)
+        handle.remove()
+        assert seen == [(len(batch["input_ids"]), max(pruner.last.length_after))]
 
 
 def test_runs_unpruned_and_has_the_seam(name: str) -> None:
@@ -49,7 +74,9 @@ def test_prunes_or_refuses(name: str, record_property: Callable[[str, object], N
         pruned = written(model, batch)
     except VtpruneError as error:
         record_property("sweep", (name, f"refused: {type(error).__name__}: {error}"))
+        assert name in REFUSED
         return
+    assert name not in REFUSED
     kept, total = model.vtprune.last.kept, model.vtprune.last.tokens
     record_property("sweep", (name, f"works: {kept} of {total} tokens kept"))
     assert 0 < kept < total
@@ -65,6 +92,7 @@ def test_keeping_all_changes_nothing(name: str) -> None:
         vtprune.wrap(model, "random", keep=1.0)
         kept_all = written(model, batch)
     except VtpruneError:
+        assert name in REFUSED
         return
     assert torch.equal(before, kept_all)
 
@@ -76,6 +104,7 @@ def test_a_prompt_is_pruned_alike_alone_and_in_a_batch(name: str) -> None:
         vtprune.wrap(model, "random", keep=0.5)
         pruned = apart(model, batch)
     except VtpruneError:
+        assert name in REFUSED
         return
     assert pruned < max(1e-4, 4 * unpruned)
 
@@ -95,6 +124,7 @@ def test_pruned_logits_are_those_of_the_shortened_prompt(name: str) -> None:
         with torch.no_grad():
             pruned = model(**prompt).logits[0, -1]
     except VtpruneError:
+        assert name in REFUSED
         return
     visual = (prompt["input_ids"][0] == IMAGE).nonzero()[:, 0]
     kept, first = prompt["input_ids"][0] != IMAGE, 0
@@ -111,11 +141,10 @@ def shortened(model: nn.Module, prompt: dict[str, Tensor], kept: Tensor) -> Tens
 
     def cut(module: nn.Module, args: Any, call: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         embeds, positions = call["inputs_embeds"], call.get("position_ids")
+        along = {k: v[:, kept] for k, v in call.items() if torch.is_tensor(v) and v.shape[:2] == embeds.shape[:2]}
         positions = torch.arange(embeds.shape[1])[None] if positions is None else positions
-        call["inputs_embeds"] = embeds[:, kept]
-        call["position_ids"] = positions[..., kept]
-        call["attention_mask"] = cut_mask(call.get("attention_mask"))
-        return args, call
+        mask = cut_mask(call.get("attention_mask"))
+        return args, {**call, **along, "position_ids": positions[..., kept], "attention_mask": mask}
 
     def cut_mask(mask: Any) -> Any:
         if isinstance(mask, dict):

@@ -16,6 +16,7 @@ from tests.contracts.cases import Answer, answer, assert_close
 from tests.integration.common import llava
 from tests.models import Prompt
 
+Prompts = tuple[Prompt, ...]
 STEPS = 5
 WINDOW = 10
 ONE_PICTURE, TWO_PICTURES = (32, 32), ((32, 32), (32, 32))
@@ -49,18 +50,29 @@ def static_cache(model: nn.Module, length: int = 200) -> StaticCache:
 
 
 @pytest.mark.parametrize("positions", ["keep", "compact"])
-@pytest.mark.parametrize("window", [WINDOW, 4096])
-def test_under_a_sliding_window_a_static_cache_writes_what_a_dynamic_one_does(window: int, positions: str) -> None:
+@pytest.mark.parametrize("prompts", [FIRST[:1], FIRST], ids=["one row", "padded batch"])
+@pytest.mark.parametrize("window", [None, 4096, WINDOW])
+def test_a_static_cache_gives_the_logits_of_a_dynamic_one(window: int | None, prompts: Prompts, positions: str) -> None:
     model = windowed(window)
-    inputs = models.inputs(model, FIRST)
+    inputs = models.inputs(model, prompts)
     with vtprune.pruning(model, "random", keep=0.5, positions=positions) as pruner:
         dynamic, expected = answer(model, inputs, steps=STEPS), pruner.last
         static, report = answer(model, inputs, steps=STEPS, cache_implementation="static"), pruner.last
-    assert not inputs["attention_mask"].all()
     assert static.tokens.tolist() == dynamic.tokens.tolist()
     assert_close(static.logits, dynamic.logits)
     assert (report.length_before, report.length_after) == (expected.length_before, expected.length_after)
     assert report.length_before != report.length_after
+
+
+@pytest.mark.parametrize("prompts", [FIRST[:1], FIRST], ids=["one row", "padded batch"])
+@pytest.mark.parametrize("window", [None, WINDOW])
+def test_room_that_a_static_cache_has_left_does_not_matter(window: int | None, prompts: Prompts) -> None:
+    """What is not written yet must not be attended to."""
+    model = windowed(window)
+    inputs = models.inputs(model, prompts)
+    with vtprune.pruning(model, "random", keep=0.5):
+        tight, roomy = (answer(model, inputs, past_key_values=static_cache(model, n)).logits for n in (60, 300))
+    assert_close(roomy, tight)
 
 
 def test_the_window_is_narrow_enough_to_matter() -> None:
@@ -71,7 +83,7 @@ def test_the_window_is_narrow_enough_to_matter() -> None:
         assert (answer(narrow, inputs, steps=STEPS).logits - answer(wide, inputs, steps=STEPS).logits).abs().max() > 0.1
 
 
-def chat(model: nn.Module, second: tuple[Prompt, ...], *, static: bool, positions: str) -> tuple[Answer, Answer]:
+def chat(model: nn.Module, second: Prompts, *, static: bool, positions: str) -> tuple[Answer, Answer]:
     """Two turns under one wrap, padding left of each."""
     asked, again = models.inputs(model, FIRST), models.inputs(model, second)
     with vtprune.pruning(model, "random", keep=0.4, positions=positions):
@@ -105,8 +117,9 @@ def test_the_second_turn_of_a_padded_chat_does_not_depend_on_batch_mates(second:
     model = windowed(None)
     together = chat(model, SECOND[second], static=True, positions="keep")[1]
     for row in range(len(FIRST)):
+        mine = slice(row, row + 1)
+        asked, again = models.inputs(model, FIRST[mine]), models.inputs(model, SECOND[second][mine])
         with vtprune.pruning(model, "random", keep=0.4, positions="keep"):
-            asked, again = models.inputs(model, FIRST[row : row + 1]), models.inputs(model, SECOND[second][row : row + 1])
             first = answer(model, asked, steps=STEPS)
             turn = {"input_ids": torch.cat([first.sequences, again["input_ids"]], dim=1)}
             turn |= {"pixel_values": again["pixel_values"]} if "pixel_values" in again else {}
