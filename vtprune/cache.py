@@ -22,7 +22,7 @@ class CacheState:
     `removed` is logical minus physical length; `valid` (B, P) tells real tokens from padding among the first P stored
     ones and `padded` whether any is padding; `shift` (B, 1) is subtracted from later position ids; `pictures` (B,)
     counts the segments of the conversation per row. `stored` is the physical length, counted on the host, and
-    `cut_length` what it was right after the last cut; `owner` names the pruner that made it.
+    `cut_length` what it was up to the last picture that was cut; `owner` names the pruner that made it.
     """
 
     owner: str
@@ -73,14 +73,17 @@ class _PrunedCache:
         return super().update(*args, **kwargs)  # type: ignore[misc]
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last tokens; those of a prompt that was cut cannot be told apart, and stay."""
+        """Remove the last tokens, but none up to the last picture that was cut: there is no telling what is left."""
         state = self.pruned
-        if state is not None and self.physical_length() + tokens_to_remove < state.cut_length:
+        left = self.physical_length() + tokens_to_remove
+        if state is not None and left < state.cut_length:
             raise UnsupportedCall(
-                f"crop({tokens_to_remove}) reaches into a prompt that was pruned: only the text after it can be "
+                f"crop({tokens_to_remove}) reaches into a picture that was pruned: only the text after it can be "
                 "removed. Start the chat again with a fresh cache"
             )
         super().crop(tokens_to_remove)  # type: ignore[misc]
+        if state is not None:
+            state.valid = state.valid[:, :left]
 
     def reset(self) -> None:
         """Forget everything, the cuts included."""
@@ -114,13 +117,14 @@ class PrunedDynamicCache(_PrunedCache, DynamicCache):  # type: ignore[misc]
 class PrunedStaticCache(_PrunedCache, StaticCache):  # type: ignore[misc]
     """A `StaticCache` after a cut.
 
-    Where a cache is compileable, `generate` builds 4-D masks by logical columns; this one stores physical ones.
+    Where a cache is compileable, `generate` builds 4-D masks, by logical columns; this one stores physical ones. The
+    language model must know it all the same, or it leaves out the mask that hides the room not filled yet.
     """
 
     @property
     def is_compileable(self) -> bool:
-        """False."""
-        return False
+        """True inside the language model only."""
+        return super().is_compileable and (self.pruned is None or self.pruned.entered)
 
 
 _PRUNED: dict[type, type] = {DynamicCache: PrunedDynamicCache, StaticCache: PrunedStaticCache}

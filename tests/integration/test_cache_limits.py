@@ -64,9 +64,10 @@ def test_text_after_the_cut_can_be_taken_back(family: str, prompts: Any, positio
         assert unwanted.shape[1] == WORDS.shape[1]
 
 
-@pytest.mark.parametrize("too_many", [1, 8])
+@pytest.mark.parametrize("too_many", [6, 8])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_crop_below_the_cut_is_refused_and_changes_nothing(family: str, too_many: int) -> None:
+def test_a_crop_that_reaches_a_pruned_picture_is_refused_and_changes_nothing(family: str, too_many: int) -> None:
+    """Five tokens of text follow the picture; whether those may go is left open here."""
     model = model_of(family)
     inputs = models.inputs(model, ONE)
     with vtprune.pruning(model, "random", keep=0.25):

@@ -51,7 +51,7 @@ def static_cache(model: nn.Module, length: int = 200) -> StaticCache:
 
 @pytest.mark.parametrize("positions", ["keep", "compact"])
 @pytest.mark.parametrize("prompts", [FIRST[:1], FIRST], ids=["one row", "padded batch"])
-@pytest.mark.parametrize("window", [None, 4096, WINDOW])
+@pytest.mark.parametrize("window", [None, 4096])
 def test_a_static_cache_gives_the_logits_of_a_dynamic_one(window: int | None, prompts: Prompts, positions: str) -> None:
     model = windowed(window)
     inputs = models.inputs(model, prompts)
@@ -65,7 +65,19 @@ def test_a_static_cache_gives_the_logits_of_a_dynamic_one(window: int | None, pr
 
 
 @pytest.mark.parametrize("prompts", [FIRST[:1], FIRST], ids=["one row", "padded batch"])
-@pytest.mark.parametrize("window", [None, WINDOW])
+def test_a_static_cache_under_a_window_shorter_than_the_prompt_is_refused(prompts: Prompts) -> None:
+    """Its mask counts the window over tokens that are dropped; the dynamic cache counts those that stay."""
+    model = windowed(WINDOW)
+    inputs = models.inputs(model, prompts)
+    with vtprune.pruning(model, "random", keep=0.5):
+        before = answer(model, inputs, steps=STEPS)
+        with pytest.raises(vtprune.VtpruneError, match="sliding window"):
+            answer(model, inputs, steps=STEPS, cache_implementation="static")
+        assert answer(model, inputs, steps=STEPS).tokens.tolist() == before.tokens.tolist()
+
+
+@pytest.mark.parametrize("prompts", [FIRST[:1], FIRST], ids=["one row", "padded batch"])
+@pytest.mark.parametrize("window", [None, 4096])
 def test_room_that_a_static_cache_has_left_does_not_matter(window: int | None, prompts: Prompts) -> None:
     """What is not written yet must not be attended to."""
     model = windowed(window)

@@ -130,6 +130,14 @@ def rope_axes(config: Any) -> int:
     return len(rope.get("mrope_section") or ())
 
 
+def sliding_window(config: Any) -> int | None:
+    """Tokens that sliding attention of the language model reaches back, None where no layer slides."""
+    text = config.get_text_config()
+    window = getattr(text, "sliding_window", None)
+    kinds = getattr(text, "layer_types", None)
+    return None if kinds is not None and not any("sliding" in kind for kind in kinds) else window
+
+
 def placeholder_id(config: Any, kind: Modality) -> int | None:
     """The token id that stands for a visual token of this kind, None where the config names none."""
     for name in (f"{kind}_token_id", f"{kind}_token_index"):

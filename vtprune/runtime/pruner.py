@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from vtprune.adapters.base import Family, language_model, placeholder_id, rope_axes
+from vtprune.adapters.base import Family, language_model, placeholder_id, rope_axes, sliding_window
 from vtprune.cache import check_prunable, mark_pruned
 from vtprune.errors import UnsupportedCall
 from vtprune.pipeline import Pipeline
-from vtprune.report import PruneReport
+from vtprune.report import PruneReport, kv_bytes_per_token
 from vtprune.runtime import masks
 from vtprune.runtime.calls import Call, bind
 from vtprune.runtime.decide import Decision, decide
@@ -81,6 +81,7 @@ class Pruner:
         self._tap = EncoderTap(inner, family)
         self._tokens = {kind: placeholder_id(inner.config, kind) for kind in self._tap.kinds}
         self._tap.on_encoded = self._encoded_now
+        self._kv_bytes_per_element = kv_bytes_per_token(inner.config.get_text_config(), 1)  # type: ignore[union-attr, operator]
         self._inner_signature = inspect.signature(type(inner).forward)
         self._lm_signature = inspect.signature(type(self._lm).forward)
 
@@ -137,6 +138,7 @@ class Pruner:
             compact=self.positions == "compact",
             axes=rope_axes(self._inner.config),
             rotary=isinstance(rotary, nn.Module),
+            window=sliding_window(self._inner.config),
         )
         self._handles += [
             self._inner.register_forward_pre_hook(self._before_base, with_kwargs=True),
@@ -289,7 +291,7 @@ class Pruner:
             family=self.family.name,
             backend=self.backend,
             positions=self.positions,
-            config=self._inner.config.get_text_config(),  # type: ignore[union-attr, operator]
+            kv_bytes_per_element=self._kv_bytes_per_element,
             stopwatch=call.stopwatch,
         )
         self.history.append(report)

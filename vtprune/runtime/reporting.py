@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from vtprune.pipeline import Pipeline
-from vtprune.report import PruneReport, SegmentReport, Stopwatch, kv_bytes_per_token
+from vtprune.report import PruneReport, SegmentReport, Stopwatch
 from vtprune.runtime.decide import Decision
 from vtprune.runtime.evidence import FROM_ENCODER, Given
 from vtprune.runtime.reading import Prompt
@@ -23,7 +21,7 @@ def report_of(
     family: str,
     backend: str,
     positions: str,
-    config: Any,
+    kv_bytes_per_element: int,
     stopwatch: Stopwatch,
 ) -> PruneReport:
     """The report of a prefill; without a prompt and a decision that of one without pictures, padding counted in."""
@@ -55,6 +53,6 @@ def report_of(
         segments=segments,
         length_before=before,
         length_after=after,
-        kv_bytes_saved=B * (L - stored) * kv_bytes_per_token(config, embeds.itemsize),
+        kv_bytes_saved=B * (L - stored) * kv_bytes_per_element * embeds.itemsize,
         stopwatch=stopwatch,
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import StaticCache
 
 from vtprune import positions as position_ids
 from vtprune.cache import CacheState, physical_length
@@ -23,13 +24,14 @@ class Scheme:
     """How a model counts.
 
     `compact` closes gaps, `axes` is the number of rows of its position ids (0: a single one), `rotary` says that its
-    rotary embedding is hooked; `owner` names the pruner.
+    rotary embedding is hooked, `window` how far back its sliding attention reaches; `owner` names the pruner.
     """
 
     owner: str
     compact: bool
     axes: int
     rotary: bool
+    window: int | None = None
 
     def counts_text(self, positions: Tensor) -> bool:
         """Whether row 0 of `positions` counts text tokens, for masks only."""
@@ -76,11 +78,8 @@ def shorten(
     embeds, cache, mask = given["inputs_embeds"], given.get("past_key_values"), given.get("attention_mask")
     B, L = embeds.shape[:2]
     past = physical_length(cache)
-    if state is not None and masks.first_square(mask) is not None:
-        raise UnsupportedCall(
-            "new pictures on a cache that was pruned, under a 4-D mask: its columns count tokens that are not stored "
-            "any more. Start the chat again with a fresh cache"
-        )
+    if masks.first_square(mask) is not None:
+        _check_square(cache, state, L, scheme)
     cut = _plan(decision, layout)
     real = torch.from_numpy(layout.valid).to(embeds.device, non_blocking=True)
     positions = _incoming_positions(given, state, past)
@@ -99,13 +98,27 @@ def shorten(
         owner=scheme.owner,
         removed=(state.removed if state is not None else 0) + L - decision.size,
         stored=past + decision.size,
-        cut_length=past + decision.size,
+        cut_length=past + decision.size - (_text_after(layout) if cut.left_padded else 0),
         valid=cut.valid if stored is None else torch.cat([stored, cut.valid], dim=1),
         padded=padded,
         shift=_add_shifts(None if state is None else state.shift, shift),
         pictures=pictures,
     )
     return Shortened(arguments=arguments, cut=cut, rotary_positions=rotary_positions, state=next_state)
+
+
+def _check_square(cache: Any, state: CacheState | None, L: int, scheme: Scheme) -> None:
+    """Raise `UnsupportedCall` where a 4-D mask cannot be cut: it counts tokens that decoding will not see."""
+    if state is not None:
+        raise UnsupportedCall(
+            "new pictures on a cache that was pruned, under a 4-D mask: its columns count tokens that are not stored "
+            "any more. Start the chat again with a fresh cache"
+        )
+    if isinstance(cache, StaticCache) and scheme.window is not None and scheme.window < L:
+        raise UnsupportedCall(
+            f"a prompt of {L} tokens in a static cache, with a sliding window of {scheme.window}: the mask counts the "
+            "window over tokens that are pruned. Use the dynamic cache"
+        )
 
 
 def resume(given: Mapping[str, Any], state: CacheState) -> dict[str, Any]:
@@ -193,6 +206,12 @@ def _cut_mask(mask: Any, cut: Cut, *, stored: Tensor | None, past: int, optional
             for name, square in mask.items()
         }
     return masks.cut_square(mask, cut.indices, cut.valid, past, L)
+
+
+def _text_after(layout: Layout) -> int:
+    """Tokens after the last picture, in the row that has the fewest."""
+    ends = [segment.runs[-1][1] for segment in layout.segments]
+    return layout.length - max(ends, default=0)
 
 
 def _cut_extra(value: Any, cut: Cut) -> Any:
