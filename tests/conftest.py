@@ -1,17 +1,24 @@
-"""Hooks of the whole test run: the count of the laws at its end."""
+"""Hooks of the whole test run: the table of the sweep and the count of the laws at its end."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 
-from tests.contracts.counting import (
-    pytest_addoption,
-    pytest_collection_modifyitems,
-    pytest_configure,
-    pytest_terminal_summary,
-)
+from tests.adapters.sweep import print_table
+from tests.contracts import counting
+from tests.contracts.counting import pytest_addoption, pytest_collection_modifyitems, pytest_configure
 
 __all__ = ["pytest_addoption", "pytest_collection_modifyitems", "pytest_configure", "pytest_terminal_summary"]
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Both tables; here and not beside their tests, since workers of xdist do the collecting."""
+    print_table(terminalreporter)
+    counting.pytest_terminal_summary(terminalreporter, config)
+
 
 # The models are tiny: threads of one operation would only fight those of the other workers.
 torch.set_num_threads(1)

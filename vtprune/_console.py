@@ -95,7 +95,7 @@ def _is_local(source: str) -> bool:
     try:
         # One request without retries: a missing network would otherwise be told after minutes.
         huggingface_hub.model_info(source, timeout=10)
-    except Exception as error:
+    except Exception as error:  # the client's own errors have no common base, and differ between its versions
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise VtpruneError(
             f"cannot load {source!r}: no such directory, not in the hub's cache here, and the hub says: {reason}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 
-def pytest_terminal_summary(terminalreporter: Any) -> None:
+def print_table(terminalreporter: Any) -> None:
     """Print what `test_prunes_or_refuses` found for every class; under xdist too."""
     table: dict[str, str] = {}
     for reports in terminalreporter.stats.values():
