@@ -20,13 +20,14 @@ ROWS = (
     ("errors",),
     ("types",),
     ("kernels", "_torchvision"),
-    ("stages", "pipeline", "positions", "report", "viz"),
+    ("stages", "pipeline", "positions", "report", "viz", "_prompts"),
     ("cache", "methods", "adapters", "tiny"),
     ("catalog", "seam"),
     ("runtime",),
     ("api",),
     ("comparing",),
-    ("cli", "_console", "_pictures", "_doctor", "__main__"),
+    ("eval",),
+    ("cli", "_console", "_pictures", "_doctor", "_evaluate", "_arguments", "_train", "__main__"),
     ("__init__",),
 )
 """Bottom row first. A room may import strictly lower rows; the files of a folder may import each other."""
@@ -36,7 +37,13 @@ WITHIN_A_ROW = {
     ("cli", "_console"),
     ("cli", "_pictures"),
     ("cli", "_doctor"),
+    ("cli", "_evaluate"),
+    ("cli", "_arguments"),
+    ("cli", "_train"),
     ("_doctor", "_console"),
+    ("_train", "_console"),
+    ("_evaluate", "_console"),
+    ("_evaluate", "_arguments"),
 }
 """The command line is one room in several flat files, and uses the package through its public door."""
 HOOKING = ("runtime",)
@@ -49,6 +56,7 @@ LATE = {
     "timm": (),
     "torchvision": ("_torchvision",),
     "ray": (),
+    "matplotlib": (),
 }
 """Packages that may be absent, and the modules (imported late themselves) that may import them at their top."""
 ASYNCHRONOUS = ("stages", "kernels", "positions", "pipeline")

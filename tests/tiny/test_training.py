@@ -1,0 +1,242 @@
+"""The training: packed questions are single ones, stages learn, runs go on where they were stopped."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Generator
+
+from vtprune.errors import InvalidOption
+from vtprune.tiny.drawing import Stream
+from vtprune.tiny.scenes import TRAIN, ask, draw_scene
+from vtprune.tiny.training import run
+from vtprune.tiny.training.batches import QUESTIONS, Source
+from vtprune.tiny.training.concepts import UNSURE, label_cells
+from vtprune.tiny.training.dropping import choose_cells
+from vtprune.tiny.training.export import export_llava
+from vtprune.tiny.training.loop import Plan, read_notes, run_stage
+from vtprune.tiny.training.optimizer import Optimizer
+from vtprune.tiny.training.packing import IGNORE, PREFIX, block_mask, pack_questions
+from vtprune.tiny.training.stages import Join, Read, See
+from vtprune.tiny.training.student import LlavaStudent
+from vtprune.tiny.training.workers import Worker
+from vtprune.tiny.words import END, IMAGE, WORD_IDS, encode
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def student() -> LlavaStudent:
+    torch.manual_seed(0)
+    return LlavaStudent().eval()
+
+
+def test_a_packed_question_gets_the_logits_of_a_prompt_of_its_own(student):
+    scene = draw_scene(5)
+    questions = ask(scene, Stream(5))[:4]
+    pixels = torch.from_numpy(scene.pixels).permute(2, 0, 1)[None]
+    index = torch.arange(256)[None]
+    with torch.no_grad():
+        sight = student.look(pixels)
+        blocks = pack_questions([questions], CPU)
+        packed = student.words(student.read(student.projector(sight.cells), index, blocks, compact=False))[0]
+        mean, std = (
+            torch.tensor([0.48145466, 0.4578275, 0.40821073]),
+            torch.tensor([0.26862954, 0.26130258, 0.27577711]),
+        )
+        given = (pixels / 255 - mean[:, None, None]) / std[:, None, None]
+        for number, question in enumerate(questions, start=1):
+            ids = [*PREFIX, *[IMAGE] * 256, *encode(question.text), *encode("assistant :")]
+            single = student.vlm(input_ids=torch.tensor([ids]), pixel_values=given).logits[0, -1]
+            asked = (blocks.block[0] == number) & (blocks.answer[0] == WORD_IDS[question.answer])
+            torch.testing.assert_close(packed[asked][0], single, atol=2e-4, rtol=1e-4)
+
+
+def test_blocks_see_the_picture_and_themselves_only():
+    mask = block_mask(torch.tensor([[1, 1, 2, 2, 0]]), before=3)[0, 0]
+    assert mask[4].tolist() == [True] * 5 + [False] * 3
+    assert mask[6].tolist() == [True] * 3 + [False] * 2 + [True] * 2 + [False]
+
+
+def test_targets_are_the_answer_then_the_end_and_early_the_answer_twice():
+    (question,) = [q for q in ask(draw_scene(0), Stream(0)) if q.kind == "count"][:1]
+    blocks = pack_questions([[question]], CPU)
+    ids, answer, early = blocks.ids[0].tolist(), blocks.answer[0].tolist(), blocks.early[0].tolist()
+    colon = ids.index(WORD_IDS[":"])
+    word = WORD_IDS[question.answer]
+    assert answer[colon : colon + 2] == [word, END]
+    assert early[colon - 2 : colon] == [word, word]
+    assert sum(target != IGNORE for target in answer) == sum(target != IGNORE for target in early) == 2
+
+
+def test_labels_say_what_is_drawn():
+    scene = next(draw_scene(seed) for seed in range(20) if len(draw_scene(seed).things) == 4)
+    cells = label_cells([scene], 8)
+    share = torch.from_numpy(scene.coverage(8)).float()
+    for i, thing in enumerate(scene.things):
+        cell = thing.y // 8 * 16 + thing.x // 8
+        assert cells.centre[0, cell] == 1
+        assert (cells.owner[0] == i).sum() >= 1
+    assert cells.centre.sum() == len(scene.things)
+    assert ((cells.what[0] == UNSURE) == ((share.sum(0).flatten() > 0) & (share.amax(0).flatten() < 0.15))).all()
+
+
+@pytest.mark.parametrize("count", [1, 14, 255, 256])
+def test_chosen_cells_are_ascending_and_as_many_as_asked_for(count):
+    share = (torch.rand(8, 256, generator=Generator().manual_seed(1)) < 0.1).float()
+    index = choose_cells(share, count, Generator().manual_seed(2))
+    assert index.shape == (8, count)
+    assert (index.diff(dim=1) > 0).all()
+
+
+def test_dropout_is_a_mixture_of_denser_and_sparser_choices():
+    share = torch.zeros(400, 256)
+    share[:, 100:126] = 1
+    kept = choose_cells(share, 64, Generator().manual_seed(0))
+    dense = ((kept >= 100) & (kept < 126)).sum(dim=1)
+    assert (dense > 22).float().mean() > 0.1
+    assert (dense < 2).float().mean() > 0.05
+
+
+def test_a_question_about_a_hidden_thing_has_no_say(student):
+    batch = Source(seed=0, stage=1, patch=8).batch(0, range(4), 4)
+    assert batch.answerable(torch.full((4, 3), -1)).sum() == sum(not q.about for row in batch.questions for q in row)
+    everything = batch.cells.owner
+    for i, row in enumerate(batch.questions):
+        seen = set(everything[i].tolist())
+        for k, question in enumerate(row):
+            assert batch.answerable(everything)[i, k] == (set(question.about) <= seen)
+
+
+def test_rows_of_workers_make_up_the_batch_and_seeds_stay_in_the_training_range():
+    source = Source(seed=3, stage=2, patch=8, crowded=True)
+    whole = source.batch(7, range(6), 6)
+    halves = [source.batch(7, Worker(rank, 2).rows(6), 6) for rank in range(2)]
+    pixels = torch.cat([half.pixels() for half in halves])
+    assert torch.equal(whole.pixels(), pixels)
+    assert all(len(row) <= QUESTIONS for row in whole.questions)
+    assert len(TRAIN) > ((3 * 8 + 2) << 31) + 1000 * 64
+
+
+@pytest.mark.parametrize("stage", [See(), Read(), Join()], ids=lambda stage: stage.name)
+def test_a_stage_gets_better_at_one_batch_and_trains_only_its_parts(stage):
+    torch.manual_seed(0)
+    student = LlavaStudent()
+    batch = Source(seed=0, stage=0, patch=8).batch(0, range(4), 4)
+    modules = student.parts(stage.parts)
+    inside = {id(weight) for module in modules for weight in module.parameters()}
+    before = {name: weight.clone() for name, weight in student.named_parameters()}
+    optimizer = Optimizer(modules, steps=100, matrix_rate=0.01, rate=1e-3)
+    losses = []
+    for step in range(6):
+        loss, metrics = stage.loss(student, batch, Generator().manual_seed(0))
+        loss.backward()
+        losses.append(loss.item())
+        optimizer.step(step + 40)
+        assert all(value == value for value in metrics.values())
+    assert losses[-1] < 0.8 * losses[0]
+    for name, weight in student.named_parameters():
+        if id(weight) not in inside:
+            assert torch.equal(weight, before[name]), name
+
+
+def run_read(folder: Path, steps: int, upto: int) -> LlavaStudent:
+    """Train the reading stage of a plan of `steps` steps, stopped after `upto`."""
+    torch.manual_seed(0)
+    student = LlavaStudent()
+    plan = Plan(stage=Read(), number=1, steps=steps, size=2)
+    worker = Worker(0, 1)
+    if upto < steps:
+        interrupted = run_interrupted(plan, student, worker, folder, upto)
+        assert interrupted
+    else:
+        run_stage(plan, student, worker, folder, 0, "cpu")
+    return student
+
+
+class Stopped(Exception):
+    pass
+
+
+def run_interrupted(plan, student, worker, folder, upto) -> bool:
+    class Stopping(Read):
+        calls = 0
+
+        def loss(self, *args):
+            if Stopping.calls == upto:
+                raise Stopped
+            Stopping.calls += 1
+            return super().loss(*args)
+
+    with pytest.raises(Stopped):
+        run_stage(replace(plan, stage=Stopping()), student, worker, folder, 0, "cpu")
+    return True
+
+
+def test_a_run_that_was_stopped_ends_like_one_that_was_not(tmp_path, monkeypatch):
+    monkeypatch.setattr("vtprune.tiny.training.loop.SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr("vtprune.tiny.training.loop.NOTE_EVERY", 2)
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "parts").mkdir()
+    whole = run_read(tmp_path / "whole", steps=6, upto=6)
+    run_read(tmp_path / "parts", steps=6, upto=3)
+    again = run_read(tmp_path / "parts", steps=6, upto=6)
+    for (name, mine), theirs in zip(whole.language.state_dict().items(), again.language.state_dict().values()):
+        assert torch.equal(mine, theirs), name
+    assert [note.step for note in read_notes(tmp_path / "parts" / "read.jsonl")] == [2, 4, 6]
+
+
+def test_notes_of_steps_that_come_again_are_taken_back(tmp_path, monkeypatch):
+    monkeypatch.setattr("vtprune.tiny.training.loop.NOTE_EVERY", 1)
+    run_read(tmp_path, steps=4, upto=3)
+    assert len(read_notes(tmp_path / "read.jsonl")) == 3
+    run_read(tmp_path, steps=4, upto=4)
+    assert [note.step for note in read_notes(tmp_path / "read.jsonl")] == [1, 2, 3, 4]
+
+
+def test_a_whole_run_of_two_workers_leaves_a_model_that_transformers_loads(tmp_path, monkeypatch):
+    """The recipe with one step a stage; two processes, since that is the default."""
+    from transformers import AutoProcessor, AutoTokenizer, CLIPModel, LlavaForConditionalGeneration
+
+    assert run.RECIPES["llava"].plans[0].steps > 100
+    model = run.train("llava", tmp_path, workers=2, steps=1)
+    loaded = LlavaForConditionalGeneration.from_pretrained(model, dtype=torch.float32)
+    assert loaded.config.text_config.num_hidden_layers >= 8
+    processor = AutoProcessor.from_pretrained(model)
+    scene = draw_scene(2)
+    from PIL import Image
+
+    inputs = processor(
+        images=Image.fromarray(scene.pixels), text="user : <image> where is the ring ? assistant :", return_tensors="pt"
+    )
+    assert (inputs["input_ids"] == IMAGE).sum() == 256
+    loaded.generate(**inputs)
+    clip = CLIPModel.from_pretrained(model / "clip", dtype=torch.float32)
+    mine = dict(loaded.model.vision_tower.named_parameters())
+    theirs = dict(clip.vision_model.named_parameters())
+    assert len(mine) == len(theirs)
+    for name, weight in theirs.items():
+        torch.testing.assert_close(
+            mine[name.removeprefix("vision_model.")] if name in mine else mine["vision_model." + name], weight
+        )
+    words = AutoTokenizer.from_pretrained(model / "clip")("where is the ring ?")["input_ids"]
+    assert words[-1] == END
+    assert {path.stem for path in tmp_path.glob("*.jsonl")} == {plan.stage.name for plan in run.RECIPES["llava"].plans}
+
+
+def test_the_folder_of_another_run_is_refused(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"name": "llava", "seed": 1, "workers": 2, "steps": "all"}))
+    with pytest.raises(InvalidOption, match="another run"):
+        run.train("llava", tmp_path, seed=0)
+
+
+def test_exported_weights_are_small_and_half_precision(tmp_path, student):
+    from safetensors.torch import load_file
+
+    torch.manual_seed(0)
+    export_llava(LlavaStudent(), tmp_path)
+    for path in (tmp_path / "model.safetensors", tmp_path / "clip" / "model.safetensors"):
+        assert path.stat().st_size < 10_000_000
+        assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float16}

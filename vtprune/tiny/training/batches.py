@@ -1,0 +1,80 @@
+"""Training pictures: fresh ones at every step, from the seed, the stage and the number of the step alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vtprune.tiny.drawing import Stream
+from vtprune.tiny.scenes import TRAIN, Question, Scene, Span, ask, draw_scene
+from vtprune.tiny.training.concepts import Cells, label_cells
+
+QUESTIONS = 8
+_ODDS = {"color": 4, "shape": 3, "where": 4, "exist": 3, "left": 6, "number": 1, "count": 4}
+"""How often a kind is drawn from what can be asked of a scene: rare and hard ones more often."""
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """B scenes, the labels of their cells, and up to `QUESTIONS` questions each."""
+
+    scenes: list[Scene]
+    cells: Cells
+    questions: list[list[Question]]
+
+    def pixels(self) -> Tensor:
+        """Bytes, (B, 3, size, size), where the labels are."""
+        stacked = torch.from_numpy(np.stack([scene.pixels for scene in self.scenes]))
+        return stacked.to(self.cells.what.device).permute(0, 3, 1, 2)
+
+    def answerable(self, owner: Tensor) -> Tensor:
+        """Which questions cells of these owners can answer, (B, K), on the host: all they are about is in sight."""
+        answerable = torch.zeros(len(self.questions), max(map(len, self.questions)), dtype=torch.bool)
+        for i, (seen, row) in enumerate(zip(owner.tolist(), self.questions, strict=True)):
+            for k, question in enumerate(row):
+                answerable[i, k] = set(question.about) <= set(seen)
+        return answerable
+
+
+@dataclass(frozen=True)
+class Source:
+    """The pictures of one stage of one run; `crowded`: every second scene is full of shapes and signs."""
+
+    seed: int
+    stage: int
+    patch: int
+    crowded: bool = False
+    device: str = "cpu"
+
+    def batch(self, step: int, rows: range, size: int) -> Batch:
+        """Those rows of the batch of `size` pictures that belongs to a step."""
+        start = ((self.seed * 8 + self.stage) << 31) + step * size
+        scenes, questions = [], []
+        for row in rows:
+            seed = (start + row) % len(TRAIN)
+            shapes, signs = self._contents(row)
+            scene = draw_scene(seed, shapes=shapes, signs=signs)
+            scenes.append(scene)
+            questions.append(choose_questions(scene, Stream(~seed)))
+        return Batch(scenes, label_cells(scenes, self.patch).to(self.device), questions)
+
+    def _contents(self, row: int) -> tuple[Span, Span]:
+        """How many shapes and signs a row may hold."""
+        if self.crowded and row % 2:
+            return (3, 8), (2, 5)
+        return (0, 8) if row % 3 == 0 else (2, 5), (0, 1)
+
+
+def choose_questions(scene: Scene, stream: Stream) -> list[Question]:
+    """At most `QUESTIONS` different ones, by the odds of their kinds."""
+    asked = {question.text: question for _ in range(3) for question in ask(scene, stream)}
+    order = sorted(asked.values(), key=lambda question: _draw(stream, _ODDS[question.kind]), reverse=True)
+    return order[:QUESTIONS]
+
+
+def _draw(stream: Stream, odds: int) -> float:
+    """A key whose largest values come in proportion to the odds (weighted sampling without replacement)."""
+    return float((stream.integer(1, 1 << 30) / (1 << 30)) ** (1 / odds))

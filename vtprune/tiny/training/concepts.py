@@ -1,0 +1,79 @@
+"""What each visual token shows, as numbers: targets of the tower, and what ideal tokens are made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vtprune.tiny.scenes import COLORS, SHAPES, Scene
+
+WHATS = 1 + len(SHAPES) + 10
+"""Nothing, a shape, or a digit."""
+HUES = 1 + len(COLORS)
+UNSURE = -100
+"""Label of a cell that a thing touches, but too little to be told."""
+_CLEAR = 0.15
+
+
+@dataclass(frozen=True, eq=False)
+class Cells:
+    """Labels of B x N cells, row by row.
+
+    `what`, `hue`: class, or `UNSURE`. `owner`: index of the thing shown, or -1. `centre`: 1 in the cell that holds the
+    centre of a thing. `share`: painted share of the cell.
+    """
+
+    what: Tensor
+    hue: Tensor
+    owner: Tensor
+    centre: Tensor
+    share: Tensor
+
+    def at(self, index: Tensor) -> Cells:
+        """The cells with those indices; B x K."""
+        return Cells(*(field.gather(1, index) for field in self._fields()))
+
+    def to(self, device: str) -> Cells:
+        """The same on a device."""
+        return Cells(*(field.to(device) for field in self._fields()))
+
+    def _fields(self) -> tuple[Tensor, ...]:
+        return self.what, self.hue, self.owner, self.centre, self.share
+
+
+def label_cells(scenes: list[Scene], patch: int) -> Cells:
+    """Labels of every `patch` x `patch` field of the scenes."""
+    rows = [_label(scene, patch) for scene in scenes]
+    return Cells(*(torch.stack(column) for column in zip(*rows, strict=True)))
+
+
+def _label(scene: Scene, patch: int) -> tuple[Tensor, ...]:
+    side = len(scene.owner) // patch
+    share = torch.from_numpy(scene.coverage(patch)).float().flatten(1)
+    best, owner = share.max(dim=0) if len(share) else (torch.zeros(side * side), torch.zeros(side * side).long())
+    whats = torch.tensor([_what(scene, i) for i in range(len(scene.things))] or [0])[owner]
+    hues = torch.tensor([_hue(scene, i) for i in range(len(scene.things))] or [0])[owner]
+    clear, touched = best >= _CLEAR, best > 0
+    centre = torch.zeros(side * side)
+    for thing in scene.things:
+        centre[thing.y // patch * side + thing.x // patch] = 1
+    unsure = torch.where(touched, UNSURE, 0)
+    return (
+        torch.where(clear, whats, unsure),
+        torch.where(clear, hues, unsure),
+        torch.where(clear, owner, -1),
+        centre,
+        share.sum(dim=0),
+    )
+
+
+def _what(scene: Scene, index: int) -> int:
+    thing = scene.things[index]
+    return 1 + SHAPES.index(thing.shape) if thing.shape else 1 + len(SHAPES) + (thing.digit or 0)
+
+
+def _hue(scene: Scene, index: int) -> int:
+    color = scene.things[index].color
+    return 1 + tuple(COLORS).index(color) if color else 0

@@ -1,0 +1,32 @@
+"""Token dropout: which visual tokens a training step keeps.
+
+A mixture, so that no one kind of choice is favoured: uniform, block-wise, towards things and away from things.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Generator, Tensor
+from torch.nn.functional import interpolate
+
+WAYS = ("uniform", "blocks", "things", "ground")
+ODDS = (0.45, 0.2, 0.25, 0.1)
+
+
+def choose_cells(share: Tensor, count: int, generator: Generator) -> Tensor:
+    """Ascending indices of `count` of N cells, (B, count); every row draws a way. `share`: (B, N), painted share."""
+    rows, cells = share.shape
+    way = torch.multinomial(torch.tensor(ODDS), rows, replacement=True, generator=generator)[:, None]
+    even = torch.rand(rows, cells, generator=generator)
+    bias = torch.where(way == 2, 1.0, -1.0) * (way >= 2)
+    strength = 0.3 + 1.7 * torch.rand(rows, 1, generator=generator)
+    score = torch.where(way == 1, _blobs(rows, cells, generator) + 0.1 * even, even)
+    score = score + bias * strength * (share.cpu() > 0)
+    return score.topk(count, dim=1).indices.sort(dim=1).values.to(share.device)
+
+
+def _blobs(rows: int, cells: int, generator: Generator) -> Tensor:
+    """Smooth noise on a square grid: its peaks are patches of neighbours."""
+    side = int(cells**0.5)
+    coarse = torch.rand(rows, 1, 5, 5, generator=generator)
+    return interpolate(coarse, size=(side, side), mode="bilinear").flatten(1)

@@ -1,0 +1,139 @@
+"""Train a tiny model from a seed: processes that share the stages out, and a folder they can go on from."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch.multiprocessing.spawn import spawn
+
+from vtprune.errors import InvalidOption
+from vtprune.tiny.training.caption import Caption
+from vtprune.tiny.training.export import export_llava
+from vtprune.tiny.training.loop import Plan, load_parts, run_stage, state_path
+from vtprune.tiny.training.stages import Join, Meet, Read, See
+from vtprune.tiny.training.student import LlavaStudent
+from vtprune.tiny.training.workers import Worker
+
+Lanes = tuple[tuple[Plan, ...], ...]
+"""One after the other; plans of one lane run side by side, each in its own process, a plan by itself in all of them."""
+
+POLL_S = 1.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one tiny model is trained."""
+
+    student: Callable[[], LlavaStudent]
+    lanes: Lanes
+    export: Callable[[LlavaStudent, Path], None]
+
+    def shortened(self, steps: int | None) -> Recipe:
+        """The same with at most so many steps a stage."""
+        if steps is None:
+            return self
+        lanes = tuple(tuple(replace(plan, steps=min(plan.steps, steps)) for plan in lane) for lane in self.lanes)
+        return replace(self, lanes=lanes)
+
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        """All plans in the order they begin."""
+        return tuple(plan for lane in self.lanes for plan in lane)
+
+
+RECIPES = {
+    "llava": Recipe(
+        student=LlavaStudent,
+        lanes=(
+            (
+                Plan(stage=See(), number=0, steps=800, size=32),
+                Plan(stage=Read(), number=1, steps=1000),
+            ),
+            (Plan(stage=Meet(), number=2, steps=60),),
+            (Plan(stage=Join(), number=3, steps=900, matrix_rate=0.01, rate=1e-3),),
+            (Plan(stage=Caption(), number=4, steps=300),),
+        ),
+        export=export_llava,
+    ),
+}
+MODEL_FOLDER = "model"
+
+
+def train(
+    name: str,
+    folder: Path,
+    *,
+    seed: int = 0,
+    workers: int = 2,
+    device: str = "cpu",
+    steps: int | None = None,
+    on_poll: Callable[[], None] = lambda: None,
+) -> Path:
+    """Run all stages of a recipe; a folder that holds the beginnings of the same run is gone on from.
+
+    Args:
+        name: a key of `RECIPES`.
+        folder: where states, learning curves and, in `model`, the trained model go.
+        seed: of weights and pictures.
+        workers: processes; two can train tower and language model side by side.
+        device: one that all workers use.
+        steps: at most so many a stage; for a trial.
+        on_poll: called about once a second while they work.
+
+    Returns:
+        The folder of the trained model.
+
+    Raises:
+        InvalidOption: the folder holds another run.
+        BackendUnavailable: torch is too old to train with.
+    """
+    _claim(folder, {"name": name, "seed": seed, "workers": workers, "steps": steps or "all"})
+    arguments = (workers, name, folder, seed, device, steps)
+    context = spawn(run_worker, args=arguments, nprocs=workers, join=False)
+    assert context is not None
+    while not context.join(timeout=POLL_S):
+        on_poll()
+    on_poll()
+    return folder / MODEL_FOLDER
+
+
+def _claim(folder: Path, settings: dict[str, str | int]) -> None:
+    """Mark the folder as that of this run, or refuse one of another."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "meeting").unlink(missing_ok=True)
+    mark = folder / "run.json"
+    if not mark.exists():
+        mark.write_text(json.dumps(settings))
+    elif json.loads(mark.read_text()) != settings:
+        raise InvalidOption(
+            f"{folder} holds another run ({mark.read_text()}): expected {settings}; take another folder"
+        )
+
+
+def run_worker(
+    rank: int, world: int, name: str, folder: Path, seed: int, device: str, steps: int | None = None
+) -> None:
+    """What one process does."""
+    warnings.filterwarnings("ignore", category=UserWarning)
+    torch.set_num_threads(max(1, torch.get_num_threads() // world))
+    worker, recipe = Worker(rank, world), RECIPES[name].shortened(steps)
+    worker.join(folder / "meeting")
+    torch.manual_seed(seed)
+    student = recipe.student().to(device)
+    for lane in recipe.lanes:
+        for place, plan in enumerate(lane):
+            if len(lane) == 1:
+                run_stage(plan, student, worker, folder, seed, device)
+            elif place % world == rank:
+                run_stage(plan, student, worker.alone(), folder, seed, device)
+        worker.wait()
+        for plan in lane:
+            load_parts(state_path(folder, plan.stage), student.parts(plan.stage.parts))
+    if rank == 0:
+        recipe.export(student, folder / MODEL_FOLDER)
+    worker.wait()
