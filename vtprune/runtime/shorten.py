@@ -18,6 +18,8 @@ from vtprune.runtime import masks
 from vtprune.runtime.decide import Decision
 from vtprune.types import Layout
 
+_CUT_APART = frozenset({"inputs_embeds", "position_ids", "attention_mask", "visual_pos_masks"})
+
 
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
@@ -88,7 +90,7 @@ def shorten(
     uneven = any(length != decision.size for length in decision.row_lengths)
     padded = uneven or (state.padded if state is not None else past > 0 and torch.is_tensor(mask))
     seen, rotary_positions = _outgoing_positions(new, cut, past, scheme)
-    arguments = {name: _cut_extra(value, cut) for name, value in given.items()}
+    arguments = {name: value if name in _CUT_APART else _cut_extra(value, cut) for name, value in given.items()}
     arguments["inputs_embeds"] = kernels.cut_sequence(embeds, cut.indices)
     arguments["position_ids"] = seen
     optional = not padded and (cache is not None or rotary_positions is not None or scheme.counts_text(seen))
