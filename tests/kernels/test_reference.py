@@ -48,12 +48,15 @@ def test_attention_of_low_precision_inputs_is_accumulated_in_fp32() -> None:
 def test_kept_indices_are_those_of_the_loop(left_padded: bool, on_host: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "holds", lambda tensor: on_host)
     kept = torch.tensor([[1, 0, 1, 1, 0], [0, 0, 0, 0, 0], [0, 1, 0, 0, 0], [1, 1, 1, 0, 0]]).bool()
-    indices, valid = kernels.kept_indices(kept, 3, left_padded=left_padded)
-    for row, own, ok in zip(kept, indices, valid, strict=True):
+    indices, valid, slots = kernels.kept_indices(kept, 3, left_padded=left_padded)
+    for row, own, ok, slot in zip(kept, indices, valid, slots, strict=True):
         expected = row.nonzero()[:, 0].tolist()
         assert own[ok].tolist() == expected
         where = ok.nonzero()[:, 0].tolist()
         assert where == list(range(3 - len(expected), 3) if left_padded else range(len(expected)))
+        assert slot[row].tolist() == where
+        start = where[0] - 1 if where else 2 * left_padded
+        assert slot.tolist() == [max(start + int(row[: i + 1].sum()), 0) for i in range(len(row))]
 
 
 def test_rows_are_cut_bit_for_bit() -> None:

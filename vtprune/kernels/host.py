@@ -86,15 +86,18 @@ def greedy_select(
     return steps.T
 
 
-def kept_indices(kept: Tensor, size: int, *, left_padded: bool) -> tuple[Tensor, Tensor]:
+def kept_indices(kept: Tensor, size: int, *, left_padded: bool) -> tuple[Tensor, Tensor, Tensor]:
     """What `reference.kept_indices` says."""
-    B = kept.shape[0]
-    indices, valid = torch.zeros(B, size, dtype=torch.long), torch.zeros(B, size, dtype=torch.bool)
-    for row, own, real in zip(_values(kept), _values(indices), _values(valid), strict=True):
+    B, L = kept.shape
+    indices, slots = torch.zeros(B, size, dtype=torch.long), torch.empty(B, L, dtype=torch.long)
+    valid = torch.zeros(B, size, dtype=torch.bool)
+    rows = (_values(tensor) for tensor in (kept, indices, valid, slots))
+    for row, own, real, slot in zip(*rows, strict=True):
         found = np.flatnonzero(row)
-        at = slice(size - len(found), size) if left_padded else slice(0, len(found))
-        own[at], real[at] = found, True
-    return indices, valid
+        start = size - len(found) if left_padded else 0
+        own[start : start + len(found)], real[start : start + len(found)] = found, True
+        np.maximum(row.cumsum() + (start - 1), 0, out=slot)
+    return indices, valid, slots
 
 
 def vacated_below(ids: Tensor, was: Tensor, stays: Tensor) -> tuple[Tensor, Tensor]:

@@ -142,7 +142,7 @@ def greedy_select(
     return torch.stack(chosen, dim=1)
 
 
-def kept_indices(kept: Tensor, size: int, *, left_padded: bool = True) -> tuple[Tensor, Tensor]:
+def kept_indices(kept: Tensor, size: int, *, left_padded: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     """Ascending indices of the True entries of every row, padded to `size`, without a host synchronisation.
 
     Args:
@@ -151,21 +151,21 @@ def kept_indices(kept: Tensor, size: int, *, left_padded: bool = True) -> tuple[
         left_padded: put the padding on the left.
 
     Returns:
-        `(indices (B, size), valid (B, size))`; padding points at an entry that was not kept, or at 0.
+        `(indices (B, size), valid (B, size), slots (B, L))`; padding points at an entry that was not kept, or at 0.
+        `slots` says where in `indices` each entry stands, or the last True one before it.
     """
     if host.holds(kept):
         return host.kept_indices(kept, size, left_padded=left_padded)
     B, L = kept.shape
-    slot = kept.cumsum(dim=1) - 1
-    if left_padded:
-        slot = slot + (size - kept.sum(dim=1, keepdim=True))
-    slot = slot.masked_fill(~kept, size)
-    source = torch.arange(L, device=kept.device).expand(B, L)
-    indices = slot.new_zeros(B, size + 1).scatter_(1, slot, source)[:, :size]
-    ramp = torch.arange(size, device=kept.device).expand(B, size)
     count = kept.sum(dim=1, keepdim=True)
+    slots = kept.cumsum(dim=1) - 1
+    if left_padded:
+        slots = slots + (size - count)
+    source = torch.arange(L, device=kept.device).expand(B, L)
+    indices = slots.new_zeros(B, size + 1).scatter_(1, slots.masked_fill(~kept, size), source)[:, :size]
+    ramp = torch.arange(size, device=kept.device).expand(B, size)
     valid = ramp >= size - count if left_padded else ramp < count
-    return indices, valid
+    return indices, valid, slots.clamp_(min=0)
 
 
 def vacated_below(ids: Tensor, was: Tensor, stays: Tensor) -> tuple[Tensor, Tensor]:

@@ -42,19 +42,20 @@ class Scheme:
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
-    """Where the rows of the short sequence come from: `indices`, `valid` (B, K); `kept` (B, L) is the decision."""
+    """Where the rows of the short sequence come from: `indices`, `valid` (B, K); `kept` (B, L) is the decision.
+
+    `slots` (B, L) says where in the short sequence each token stands, or the last kept one before it.
+    """
 
     indices: Tensor
     valid: Tensor
+    slots: Tensor
     kept: Tensor
     left_padded: bool
 
     def restore(self, hidden: Tensor) -> Tensor:
         """Hidden states (B, K, D) at the caller's length (B, L, D): each dropped token repeats the kept one before."""
-        source = self.kept.cumsum(dim=1) - 1
-        if self.left_padded:
-            source = source + (self.indices.shape[1] - self.kept.sum(dim=1, keepdim=True))
-        return kernels.cut_sequence(hidden, source.clamp(min=0))
+        return kernels.cut_sequence(hidden, self.slots)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,8 +144,8 @@ def resume(given: Mapping[str, Any], state: CacheState) -> dict[str, Any]:
 def _plan(decision: Decision, layout: Layout) -> Cut:
     """Row indices of a decision; padding goes to the side where the prompt has it, left by default."""
     left = bool(layout.valid[:, -1].all())
-    indices, valid = kernels.kept_indices(decision.kept, decision.size, left_padded=left)
-    return Cut(indices=indices, valid=valid, kept=decision.kept, left_padded=left)
+    indices, valid, slots = kernels.kept_indices(decision.kept, decision.size, left_padded=left)
+    return Cut(indices=indices, valid=valid, slots=slots, kept=decision.kept, left_padded=left)
 
 
 def _incoming_positions(given: Mapping[str, Any], state: CacheState | None, past: int) -> Tensor:
@@ -237,8 +238,8 @@ def _cut_deepstack(
     if any(layer.shape[0] != rows for layer in embeds):
         raise UnsupportedCall(f"deepstack rows {[layer.shape[0] for layer in embeds]}: expected {rows} for each layer")
     visual = visual.to(cut.kept.device)
-    flat, _ = kernels.kept_indices(visual.reshape(1, -1), rows)
-    order, _ = kernels.kept_indices(cut.kept.reshape(-1)[flat], rows - dropped)
+    flat, *_ = kernels.kept_indices(visual.reshape(1, -1), rows)
+    order, *_ = kernels.kept_indices(cut.kept.reshape(-1)[flat], rows - dropped)
     arguments["deepstack_visual_embeds"] = [layer.index_select(0, order[0].to(layer.device)) for layer in embeds]
     arguments["visual_pos_masks"] = visual.gather(1, cut.indices) & cut.valid
 
