@@ -3,7 +3,11 @@
     python benchmarks/prefill.py --csv benchmarks/results/prefill.csv
 
 The model has random weights and the shape of LLaVA-1.5 with hidden size 512 and 8 layers: 576 visual of 636 tokens.
-Arms are interleaved round by round. On a CPU the figure is process CPU time, on a GPU the time between CUDA events.
+On a CPU the figure is process CPU time, on a GPU the time between CUDA events. Arms are interleaved: in each round
+every arm stands once, next to a run of the arm it is held against, pairs in random order and the two of a pair too.
+A ratio is the median over the pairs, with a bootstrap interval of 95 %: what drifts from round to round cancels.
+On Linux the allocator is told to keep what is freed, in all arms: how much of it the heap gives back and faults in
+again depends on what ran long before, and makes single runs differ by several percent.
 Pictures are encoded once beforehand: the arms differ only behind the encoder, except for the `encoder` arms.
 """
 
@@ -11,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import ctypes
 import gc
 import platform
 import random
@@ -32,12 +37,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 import vtprune
 
 IMAGE = 5
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 TEXT_BEFORE, TEXT_AFTER = 20, 40
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One arm of one run."""
+    """One arm of one run, with quartiles of its times and ratios; `sure` is the interval of the median ratio."""
 
     arm: str
     method: str
@@ -51,6 +57,9 @@ class Row:
     ratio: float
     ratio_low: float
     ratio_high: float
+    sure_low: float
+    sure_high: float
+    allocator: str
     rounds: int
     threads: int
     hidden: int
@@ -109,7 +118,7 @@ def clock_ms(device: str, run: Callable[[], Any]) -> float:
     return (time.process_time() - begin) * 1e3
 
 
-class Arms:
+class Calls:
     """The calls to be timed, by name; each sets itself up outside of the clock."""
 
     def __init__(self, model: nn.Module, inputs: dict[str, Tensor]) -> None:
@@ -141,73 +150,108 @@ class Arms:
         )
 
 
-def measure(arms: Arms, methods: list[str], keeps: list[float], rounds: int, device: str) -> dict[str, list[float]]:
-    """Milliseconds of every arm in every round, arms in a new random order each round."""
-    order: list[tuple[str, Callable[[], float]]] = []
-    visual = int((arms.inputs["input_ids"] == IMAGE).sum())
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """A call to be timed, and the name of the one it is held against (its own where there is none)."""
 
-    def plain(run: Callable[[], Any]) -> Callable[[], float]:
-        return lambda: clock_ms(device, run)
+    name: str
+    method: str
+    keep: float
+    against: str
+    timed: Callable[[], float]
 
-    def wrapped(method: str, keep: float, run: Callable[[], Any]) -> Callable[[], float]:
+
+def all_arms(calls: Calls, methods: list[str], keeps: list[float], device: str) -> dict[str, Arm]:
+    """Every arm by its name."""
+    visual = int((calls.inputs["input_ids"] == IMAGE).sum())
+    found: dict[str, Arm] = {}
+
+    def plain(name: str, keep: float, run: Callable[[], Any]) -> None:
+        key = name if keep == 1.0 else f"{name} {keep}"
+        found[key] = Arm(name=name, method="", keep=keep, against=key, timed=lambda: clock_ms(device, run))
+
+    def wrapped(name: str, method: str, keep: float, run: Callable[[], Any], against: str) -> None:
         def timed() -> float:
-            with vtprune.pruning(arms.model, method, keep=keep):
+            with vtprune.pruning(calls.model, method, keep=keep):
                 return clock_ms(device, run)
 
-        return timed
+        found[f"{name} {method} {keep}"] = Arm(name=name, method=method, keep=keep, against=against, timed=timed)
 
-    order.append(("unwrapped", plain(arms.forward)))
-    order.append(("unwrapped+encoder", plain(arms.with_encoder)))
-    for method in methods:
-        order.append((f"wrapped {method} 1.0", wrapped(method, 1.0, arms.forward)))
-        order.append((f"wrapped+encoder {method} 1.0", wrapped(method, 1.0, arms.with_encoder)))
-        for keep in keeps:
-            order.append((f"wrapped {method} {keep}", wrapped(method, keep, arms.forward)))
-            order.append((f"wrapped+encoder {method} {keep}", wrapped(method, keep, arms.with_encoder)))
+    plain("unwrapped", 1.0, calls.forward)
+    plain("unwrapped+encoder", 1.0, calls.with_encoder)
     for keep in keeps:
-        order.append((f"oracle {keep}", plain(arms.short_prompt(int(keep * visual + 0.5)))))
-    times: dict[str, list[float]] = {name: [] for name, _ in order}
+        plain("oracle", keep, calls.short_prompt(int(keep * visual + 0.5)))
+    for method in methods:
+        for keep in (1.0, *keeps):
+            against = "unwrapped" if keep == 1.0 else f"oracle {keep}"
+            wrapped("wrapped", method, keep, calls.forward, against)
+            wrapped("wrapped+encoder", method, keep, calls.with_encoder, "unwrapped+encoder")
+    return found
+
+
+def measure(arms: dict[str, Arm], rounds: int) -> dict[str, list[tuple[float, float]]]:
+    """Milliseconds of every arm in every round, each with those of the arm it is held against, run next to it."""
+    pairs = [arm for key, arm in arms.items() if arm.against != key]
+    times: dict[str, list[tuple[float, float]]] = {key: [] for key in arms}
     shuffle = random.Random(0)
     for number in track(range(rounds + 2), description="rounds"):
-        shuffle.shuffle(order)
-        for name, run in order:
-            milliseconds = run()
+        shuffle.shuffle(pairs)
+        for arm in pairs:
+            other = arms[arm.against]
+            own_first = shuffle.random() < 0.5
+            first, second = (arm, other) if own_first else (other, arm)
+            milliseconds = first.timed(), second.timed()
+            own, beside = milliseconds if own_first else milliseconds[::-1]
             if number >= 2:
-                times[name].append(milliseconds)
+                times[f"{arm.name} {arm.method} {arm.keep}"].append((own, beside))
+                times[arm.against].append((beside, beside))
     return times
 
 
-def rows_of(times: dict[str, list[float]], methods: list[str], keeps: list[float], common: dict[str, Any]) -> list[Row]:
+def interval(values: list[float], level: float = 0.95, draws: int = 4000) -> tuple[float, float]:
+    """Bootstrap interval of the median."""
+    draw = random.Random(0)
+    medians = sorted(statistics.median(draw.choices(values, k=len(values))) for _ in range(draws))
+    skip = round(draws * (1 - level) / 2)
+    return medians[skip], medians[-1 - skip]
+
+
+def rows_of(times: dict[str, list[tuple[float, float]]], arms: dict[str, Arm], common: dict[str, Any]) -> list[Row]:
     """Medians with quartiles, and the ratio to the arm each is held against, pair by pair."""
     rows = []
     visual, text = common["visual"], TEXT_BEFORE + TEXT_AFTER
-    for name, values in times.items():
-        parts = name.split()
-        keep = 1.0 if parts[0].startswith("unwrapped") else float(parts[-1])
-        encoder = "+encoder" in parts[0]
-        against = name
-        if parts[0].startswith("wrapped"):
-            against = ("unwrapped+encoder" if encoder else "unwrapped") if keep == 1.0 or encoder else f"oracle {keep}"
-        ratios = [mine / other for mine, other in zip(values, times[against], strict=True)]
-        low, median, high = statistics.quantiles(values, n=4)
+    for key, arm in arms.items():
+        ratios = [own / beside for own, beside in times[key]]
+        low, median, high = statistics.quantiles([own for own, _ in times[key]], n=4)
         ratio_low, ratio, ratio_high = statistics.quantiles(ratios, n=4)
+        sure_low, sure_high = interval(ratios)
         rows.append(
             Row(
-                arm=parts[0],
-                method=parts[1] if len(parts) == 3 else "",
-                keep=keep,
-                tokens=text + int(keep * visual + 0.5),
+                arm=arm.name,
+                method=arm.method,
+                keep=arm.keep,
+                tokens=text + int(arm.keep * visual + 0.5),
                 median_ms=round(median, 3),
                 low_ms=round(low, 3),
                 high_ms=round(high, 3),
-                over=against,
+                over=arm.against,
                 ratio=round(ratio, 4),
                 ratio_low=round(ratio_low, 4),
                 ratio_high=round(ratio_high, 4),
+                sure_low=round(sure_low, 4),
+                sure_high=round(sure_high, 4),
                 **common,
             )
         )
     return sorted(rows, key=lambda row: (row.arm, row.method, -row.keep))
+
+
+def keep_freed_memory() -> bool:
+    """Tell glibc not to give freed memory back to the system; False where there is no glibc."""
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    libc = ctypes.CDLL(None)
+    return bool(libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1) and libc.mallopt(M_MMAP_THRESHOLD, 2**25))
 
 
 def commit() -> str:
@@ -228,15 +272,12 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, help="append the rows to this file")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    allocator = "keeps what is freed" if keep_freed_memory() else "as it comes"
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = build_model(options.hidden, options.layers, device)
-    arms = Arms(model, build_inputs(576, device))
-    arms.encode("vtprune")
-    gc.collect()
-    with torch.no_grad():
-        times = measure(arms, options.methods, options.keep, options.rounds, device)
     common = {
         "clock": "cuda events" if device == "cuda" else "process CPU time",
+        "allocator": allocator,
         "rounds": options.rounds,
         "threads": options.threads,
         "hidden": options.hidden,
@@ -247,11 +288,18 @@ def main() -> None:
         "transformers": transformers.__version__,
         "commit": commit(),
     }
-    rows = rows_of(times, options.methods, options.keep, common)
+    calls = Calls(model, build_inputs(576, device))
+    calls.encode("vtprune")
+    gc.collect()
+    arms = all_arms(calls, options.methods, options.keep, device)
+    with torch.no_grad():
+        times = measure(arms, options.rounds)
+    rows = rows_of(times, arms, common)
     for row in rows:
         name = f"{row.arm} {row.method}".strip()
         spread = f"{row.low_ms:8.2f} .. {row.high_ms:8.2f}"
-        print(f"{name:28s} keep {row.keep:<5} {row.median_ms:8.2f} ms ({spread})  {row.ratio:6.3f} x {row.over}")
+        ratio = f"{row.ratio:6.3f} [{row.sure_low:.3f}, {row.sure_high:.3f}]"
+        print(f"{name:28s} keep {row.keep:<5} {row.median_ms:8.2f} ms ({spread})  {ratio} x {row.over}")
     if options.csv:
         new = not options.csv.exists()
         with options.csv.open("a", newline="") as file:

@@ -60,6 +60,8 @@ LATE = {
 }
 """Packages that may be absent, and the modules (imported late themselves) that may import them at their top."""
 ASYNCHRONOUS = ("stages", "kernels", "positions", "pipeline")
+FOR_HOST_TENSORS = ("kernels/host",)
+"""Modules that get tensors in host memory only (`host.holds`): reading those waits for nothing."""
 SYNCHRONISING = {"item", "tolist", "cpu", "numpy", "nonzero", "masked_select", "unique"}
 ON_THE_PREFILL_PATH = ("stages", "kernels", "positions", "pipeline", "adapters", "cache", "runtime")
 HOST_BORN = {"torch.tensor", "torch.from_numpy", "torch.as_tensor"}
@@ -215,7 +217,7 @@ def nothing_is_executed_or_printed(source: Source) -> list[str]:
 
 
 def nothing_waits_for_the_device(source: Source) -> list[str]:
-    if source.room not in ASYNCHRONOUS:
+    if source.room not in ASYNCHRONOUS or source.path in FOR_HOST_TENSORS:
         return []
     return [
         f"line {node.lineno}: .{node.func.attr}()"

@@ -3,6 +3,7 @@
 Whatever makes the host wait for a GPU shows on a CPU too: as an operator whose result decides a shape or becomes a
 number (seen by a dispatch mode, however it was spelt), or as a copy to the host (seen by replacing the methods).
 A wait counts for the file of the innermost frame outside torch.
+The forms that kernels have for host memory are switched off: what is watched is what a GPU runs.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import vtprune
 from tests import models
 from tests.integration.common import ONE, TEXT, logits, write
 from tests.models import QWEN, VIDEO_FAMILIES
+from vtprune.kernels import host
 
 FAMILIES = ("llava", "llava_next", "qwen2_5_vl", "qwen3_vl")
 METHODS = tuple(name for name in vtprune.list_methods() if name != "identity")
@@ -112,6 +114,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Waits]:
         for name in COPIES:
             patch.setattr(Tensor, name, _noting(waits, name, getattr(Tensor, name)))
         patch.setattr(Tensor, "to", _noting_moves(waits, Tensor.to))
+        patch.setattr(host, "holds", lambda tensor: False)
         with Watch(waits):
             yield waits
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+
+from vtprune.kernels import reference as kernels
 
 
 def compact(positions: Tensor, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
@@ -26,14 +27,6 @@ def compact(positions: Tensor, before: Tensor, after: Tensor) -> tuple[Tensor, T
     ids = rows.permute(1, 0, 2).reshape(B, R * L)
     was = before.repeat(1, R)
     stays = after.repeat(1, R)
-    padding_id = torch.iinfo(ids.dtype).max
-    ordered, order = ids.masked_fill(~was, padding_id).sort(dim=1)
-    first = torch.ones_like(ordered, dtype=torch.bool)
-    first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-    group = first.cumsum(dim=1) - 1
-    occupied = torch.zeros_like(ordered).scatter_reduce_(1, group, stays.gather(1, order).to(ids.dtype), "amax")
-    vacated = first & (occupied.gather(1, group) == 0) & (ordered != padding_id)
-    below = vacated.cumsum(dim=1) - vacated.to(ids.dtype)
-    shift = torch.zeros_like(ids).scatter_(1, order, below)
-    moved = (ids - shift.masked_fill(~was, 0)).view(B, R, L).permute(1, 0, 2)
-    return (moved if positions.ndim == 3 else moved[0]), vacated.sum(dim=1, keepdim=True)
+    shift, vacated = kernels.vacated_below(ids, was, stays)
+    moved = (ids - shift).view(B, R, L).permute(1, 0, 2)
+    return (moved if positions.ndim == 3 else moved[0]), vacated

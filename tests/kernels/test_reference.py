@@ -7,7 +7,7 @@ import torch
 
 from tests.fidelity import loops
 from vtprune.errors import BackendUnavailable
-from vtprune.kernels import choose_backend
+from vtprune.kernels import choose_backend, host
 from vtprune.kernels import reference as kernels
 
 
@@ -43,39 +43,20 @@ def test_attention_of_low_precision_inputs_is_accumulated_in_fp32() -> None:
         assert torch.equal(low, high)
 
 
-@pytest.mark.parametrize("N", [1, 95, 96, 97, 200])
-def test_mirrored_similarity_is_the_product(N: int) -> None:
-    units = kernels.unit_rows(drawn(2, N, 5))
-    torch.testing.assert_close(kernels.cosine_similarity(units), units @ units.transpose(1, 2), atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize("reduce", ["min", "sum"])
-@pytest.mark.parametrize("m", [0, 1, 3])
-def test_greedy_by_rows_is_greedy_by_table(reduce: str, m: int) -> None:
-    """Few choices on a CPU compute similarity row by row; a known similarity forces the table."""
-    units, relevance = kernels.unit_rows(drawn(3, 60, 7)), drawn(3, 60, seed=2)
-    taken = torch.stack([torch.randperm(60)[:m] for _ in range(3)]) if m else None
-    available = torch.rand(3, 60, generator=torch.Generator().manual_seed(3)) > 0.3
-    arguments = {"weight": 0.7, "reduce": reduce, "taken": taken, "available": available}
-    first = relevance.masked_fill(~available, float("-inf"))
-    table = kernels.cosine_similarity(units)
-    by_row = kernels.greedy_select(units, relevance, first, 9, **arguments)
-    by_table = kernels.greedy_select(units, relevance, first, 9, similarity=table, **arguments)
-    assert torch.equal(by_row, by_table)
-    assert available.gather(1, by_row).all()
-    if taken is not None:
-        assert not (by_row[:, :, None] == taken[:, None]).any()
-
-
+@pytest.mark.parametrize("on_host", [True, False])
 @pytest.mark.parametrize("left_padded", [True, False])
-def test_kept_indices_are_those_of_the_loop(left_padded: bool) -> None:
+def test_kept_indices_are_those_of_the_loop(left_padded: bool, on_host: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "holds", lambda tensor: on_host)
     kept = torch.tensor([[1, 0, 1, 1, 0], [0, 0, 0, 0, 0], [0, 1, 0, 0, 0], [1, 1, 1, 0, 0]]).bool()
-    indices, valid = kernels.kept_indices(kept, 3, left_padded=left_padded)
-    for row, own, ok in zip(kept, indices, valid, strict=True):
+    indices, valid, slots = kernels.kept_indices(kept, 3, left_padded=left_padded)
+    for row, own, ok, slot in zip(kept, indices, valid, slots, strict=True):
         expected = row.nonzero()[:, 0].tolist()
         assert own[ok].tolist() == expected
         where = ok.nonzero()[:, 0].tolist()
         assert where == list(range(3 - len(expected), 3) if left_padded else range(len(expected)))
+        assert slot[row].tolist() == where
+        start = where[0] - 1 if where else 2 * left_padded
+        assert slot.tolist() == [max(start + int(row[: i + 1].sum()), 0) for i in range(len(row))]
 
 
 def test_rows_are_cut_bit_for_bit() -> None:

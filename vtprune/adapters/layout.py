@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import numpy as np
 
@@ -46,29 +47,29 @@ def build_layout(
     segments: list[Segment] = []
     beams = 1
     for kind, encoding in encodings.items():
-        placeholder = ids == tokens[kind]
+        placeholders = [np.flatnonzero(row) for row in ids == tokens[kind]]
         parts = family.parts(inner, encoding)
-        beams = _beams(placeholder, encoding)
-        for entries in _match_rows(placeholder, encoding, beams):
+        beams = _beams(placeholders, encoding)
+        for entries in _match_rows(placeholders, encoding, beams):
             segments += _row_segments(entries, encoding, parts, family)
     segments.sort(key=lambda segment: (segment.row, segment.runs[0][0]))
     return Layout(segments=tuple(segments), valid=valid, beams=beams)
 
 
-def _beams(placeholder: np.ndarray, encoding: Encoding) -> int:
+def _beams(placeholders: list[np.ndarray], encoding: Encoding) -> int:
     """How many rows of the prompt share one encoded picture."""
-    total, encoded = int(placeholder.sum()), sum(encoding.lengths)
+    total, encoded = sum(map(len, placeholders)), sum(encoding.lengths)
     beams = total // encoded if encoded else 0
-    if beams == 0 or beams * encoded != total or placeholder.shape[0] % beams:
+    if beams == 0 or beams * encoded != total or len(placeholders) % beams:
         raise _mismatch(encoding, total)
     return beams
 
 
-def _match_rows(placeholder: np.ndarray, encoding: Encoding, beams: int) -> Iterator[_Entries]:
-    total = int(placeholder.sum())
+def _match_rows(placeholders: list[np.ndarray], encoding: Encoding, beams: int) -> Iterator[_Entries]:
+    total = sum(map(len, placeholders))
     first = 0
-    for base in range(0, placeholder.shape[0], beams):
-        count = int(placeholder[base].sum())
+    for base in range(0, len(placeholders), beams):
+        count = len(placeholders[base])
         last, filled = first, 0
         while filled < count and last < len(encoding.lengths):
             filled += encoding.lengths[last]
@@ -76,10 +77,9 @@ def _match_rows(placeholder: np.ndarray, encoding: Encoding, beams: int) -> Iter
         if filled != count:
             raise _mismatch(encoding, total, row=base)
         for row in range(base, base + beams):
-            positions = np.flatnonzero(placeholder[row])
-            if len(positions) != count:
+            if len(placeholders[row]) != count:
                 raise _mismatch(encoding, total, row=row)
-            yield _Entries(row=row, numbers=tuple(range(first, last)), positions=positions)
+            yield _Entries(row=row, numbers=tuple(range(first, last)), positions=placeholders[row])
         first = last
 
 
@@ -95,7 +95,7 @@ def _mismatch(encoding: Encoding, total: int, row: int | None = None) -> Unsuppo
 def _row_segments(
     entries: _Entries, encoding: Encoding, parts: list[tuple[Part, ...]], family: Family
 ) -> Iterator[Segment]:
-    bounds = np.cumsum([0, *(encoding.lengths[number] for number in entries.numbers)])
+    bounds = list(accumulate((encoding.lengths[number] for number in entries.numbers), initial=0))
     for first, last in _groups(entries, bounds, family.entries(encoding)):
         positions = entries.positions[bounds[first] : bounds[last]]
         numbers = entries.numbers[first:last]
@@ -108,7 +108,7 @@ def _row_segments(
         )
 
 
-def _groups(entries: _Entries, bounds: np.ndarray, per_segment: int | None) -> Iterator[tuple[int, int]]:
+def _groups(entries: _Entries, bounds: list[int], per_segment: int | None) -> Iterator[tuple[int, int]]:
     """Ranges of entries that make one picture: a fixed number, or all that fill one run of placeholders."""
     count = len(entries.numbers)
     if per_segment is not None:
@@ -124,8 +124,9 @@ def _groups(entries: _Entries, bounds: np.ndarray, per_segment: int | None) -> I
 
 
 def _runs(positions: np.ndarray) -> tuple[tuple[int, int], ...]:
-    pieces = np.split(positions, np.flatnonzero(np.diff(positions) != 1) + 1)
-    return tuple((int(piece[0]), int(piece[-1]) + 1) for piece in pieces)
+    breaks = np.flatnonzero(np.diff(positions) != 1).tolist()
+    firsts, lasts = [0, *(last + 1 for last in breaks)], [*breaks, len(positions) - 1]
+    return tuple((int(positions[a]), int(positions[b]) + 1) for a, b in zip(firsts, lasts, strict=True))
 
 
 def _join(entries: list[tuple[Part, ...]], *, thumbnail_last: bool) -> tuple[Part, ...]:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from vtprune.kernels import host
+
 _QUERIES_PER_BLOCK = 256
-_MIRRORED_BLOCK = 96
-_STEPS_PER_PRODUCT = 6
 
 
 def attention_scores(
@@ -64,25 +64,15 @@ def _segment_scores(
 
 def unit_rows(features: Tensor) -> Tensor:
     """Features (S, N, D) in fp32 with rows of length 1; a row of zeros or without end is similar to nothing."""
-    features = features.to(torch.float32, copy=True)
-    features.div_(features.norm(dim=-1, keepdim=True).clamp_min_(1e-12))
-    return features.nan_to_num_(nan=0.0)
+    wide = features.float()
+    length = wide.norm(dim=-1, keepdim=True).clamp_min_(1e-12)
+    units = wide / length if wide is features else wide.div_(length)
+    return units.nan_to_num_(nan=0.0)
 
 
 def cosine_similarity(units: Tensor) -> Tensor:
-    """Cosine similarity (S, N, N) of `unit_rows` (S, N, D).
-
-    On a CPU, where the product is what selection costs, the blocks below the diagonal are mirrored, not multiplied.
-    """
-    S, N, _ = units.shape
-    if units.device.type != "cpu" or N <= _MIRRORED_BLOCK:
-        return units @ units.transpose(1, 2)
-    similarity = units.new_empty(S, N, N)
-    for start in range(0, N, _MIRRORED_BLOCK):
-        rows = slice(start, start + _MIRRORED_BLOCK)
-        similarity[:, rows, start:] = units[:, rows] @ units[:, start:].transpose(1, 2)
-        similarity[:, start:, rows] = similarity[:, rows, start:].transpose(1, 2)
-    return similarity
+    """Cosine similarity (S, N, N) of `unit_rows` (S, N, D)."""
+    return host.cosine_similarity(units) if host.holds(units) else units @ units.transpose(1, 2)
 
 
 def top_select(scores: Tensor, k: int) -> Tensor:
@@ -121,52 +111,38 @@ def greedy_select(
     Returns:
         (S, k) indices in the order of choice.
     """
-    seen_from = _worth_seen_from(units, relevance, k, weight=weight, similarity=similarity)
+    if host.holds(units):
+        return host.greedy_select(
+            units,
+            relevance,
+            first,
+            k,
+            weight=weight,
+            reduce=reduce,
+            similarity=similarity,
+            taken=taken,
+            available=available,
+        )
+    S, N, _ = units.shape
+    table = cosine_similarity(units) if similarity is None else similarity
+    table.mul_(-weight).add_(relevance[:, None, :]).diagonal(dim1=1, dim2=2).fill_(float("-inf"))
+    start = torch.arange(S, device=units.device) * N
+
+    def seen_from(best: Tensor) -> Tensor:
+        return table.view(S * N, N).index_select(0, best + start)
+
     merge = torch.minimum if reduce == "min" else torch.add
-    started = taken is not None
-    worth = functools.reduce(merge, map(seen_from, taken.unbind(1))) if taken is not None else first.float().clone()
+    chosen = [first.argmax(dim=1)] if taken is None else []
+    worth = functools.reduce(merge, map(seen_from, chosen if taken is None else taken.unbind(1)))
     if available is not None:
         worth = worth.masked_fill(~available, float("-inf"))
-    chosen: list[Tensor] = []
-    for _ in range(k):
-        best = worth.argmax(dim=1)
-        row = seen_from(best)
-        if started:
-            merge(worth, row, out=worth)
-        else:
-            worth, started = row if available is None else row.masked_fill(~available, float("-inf")), True
-        chosen.append(best)
+    for _ in range(k - len(chosen)):
+        chosen.append(worth.argmax(dim=1))
+        worth = merge(worth, seen_from(chosen[-1]))
     return torch.stack(chosen, dim=1)
 
 
-def _worth_seen_from(
-    units: Tensor, relevance: Tensor, k: int, *, weight: float, similarity: Tensor | None
-) -> Callable[[Tensor], Tensor]:
-    """A function from chosen indices (S,) to the worth (S, N) of every candidate, -inf at the chosen one itself.
-
-    Rows of a table where one is known or pays; computed one by one, without an N x N matrix, where few are chosen on
-    a CPU.
-    """
-    S, N, _ = units.shape
-    start = torch.arange(S, device=units.device) * N
-
-    def rows_of(table: Tensor, best: Tensor) -> Tensor:
-        return table.view(S * N, -1).index_select(0, best if S == 1 else best + start)
-
-    if similarity is None and units.device.type == "cpu" and k * _STEPS_PER_PRODUCT < N:
-        offset = relevance[..., None]
-
-        def computed(best: Tensor) -> Tensor:
-            row = torch.baddbmm(offset, units, rows_of(units, best)[:, None].transpose(1, 2), alpha=-weight)
-            return row[..., 0].scatter_(1, best[:, None], float("-inf"))
-
-        return computed
-    table = cosine_similarity(units) if similarity is None else similarity
-    table.mul_(-weight).add_(relevance[:, None, :]).diagonal(dim1=1, dim2=2).fill_(float("-inf"))
-    return functools.partial(rows_of, table)
-
-
-def kept_indices(kept: Tensor, size: int, *, left_padded: bool = True) -> tuple[Tensor, Tensor]:
+def kept_indices(kept: Tensor, size: int, *, left_padded: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     """Ascending indices of the True entries of every row, padded to `size`, without a host synchronisation.
 
     Args:
@@ -175,19 +151,46 @@ def kept_indices(kept: Tensor, size: int, *, left_padded: bool = True) -> tuple[
         left_padded: put the padding on the left.
 
     Returns:
-        `(indices (B, size), valid (B, size))`; padding points at an entry that was not kept, or at 0.
+        `(indices (B, size), valid (B, size), slots (B, L))`; padding points at an entry that was not kept, or at 0.
+        `slots` says where in `indices` each entry stands, or the last True one before it.
     """
+    if host.holds(kept):
+        return host.kept_indices(kept, size, left_padded=left_padded)
     B, L = kept.shape
-    slot = kept.cumsum(dim=1) - 1
-    if left_padded:
-        slot = slot + (size - kept.sum(dim=1, keepdim=True))
-    slot = slot.masked_fill(~kept, size)
-    source = torch.arange(L, device=kept.device).expand(B, L)
-    indices = slot.new_zeros(B, size + 1).scatter_(1, slot, source)[:, :size]
-    ramp = torch.arange(size, device=kept.device).expand(B, size)
     count = kept.sum(dim=1, keepdim=True)
+    slots = kept.cumsum(dim=1) - 1
+    if left_padded:
+        slots = slots + (size - count)
+    source = torch.arange(L, device=kept.device).expand(B, L)
+    indices = slots.new_zeros(B, size + 1).scatter_(1, slots.masked_fill(~kept, size), source)[:, :size]
+    ramp = torch.arange(size, device=kept.device).expand(B, size)
     valid = ramp >= size - count if left_padded else ramp < count
-    return indices, valid
+    return indices, valid, slots.clamp_(min=0)
+
+
+def vacated_below(ids: Tensor, was: Tensor, stays: Tensor) -> tuple[Tensor, Tensor]:
+    """How far every id (B, M) moves down when the ids are closed up that some token had and none has any more.
+
+    Args:
+        ids: (B, M) position ids.
+        was: (B, M) bool, tokens that had them.
+        stays: (B, M) bool, those of them that still do.
+
+    Returns:
+        `(number of vacated ids below each that stays (B, M), 0 where nothing was; number of all vacated ids (B, 1))`.
+    """
+    if host.holds(ids):
+        return host.vacated_below(ids, was, stays)
+    nothing = torch.iinfo(ids.dtype).max
+    ordered, order = ids.masked_fill(~was, nothing).sort(dim=1)
+    first = torch.ones_like(ordered, dtype=torch.bool)
+    first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    group = first.cumsum(dim=1) - 1
+    occupied = torch.zeros_like(ordered).scatter_reduce_(1, group, stays.gather(1, order).to(ids.dtype), "amax")
+    vacated = first & (occupied.gather(1, group) == 0) & (ordered != nothing)
+    below = vacated.cumsum(dim=1) - vacated.to(ids.dtype)
+    moves = torch.zeros_like(ids).scatter_(1, order, below).masked_fill(~was, 0)
+    return moves, vacated.sum(dim=1, keepdim=True)
 
 
 def cut_sequence(rows: Tensor, indices: Tensor) -> Tensor:

@@ -98,8 +98,12 @@ def placeholders_in(embeds: Tensor, lookup: nn.Module, tokens: list[int]) -> Ten
 def _to_host(tensors: list[Tensor]) -> list[np.ndarray]:
     device = tensors[0].device
     flat = torch.cat([tensor.reshape(-1).to(device, torch.int64) for tensor in tensors]).cpu().numpy()
-    ends = np.cumsum([tensor.numel() for tensor in tensors])
-    return [part.reshape(t.shape) for part, t in zip(np.split(flat, ends[:-1]), tensors, strict=True)]
+    arrays, start = [], 0
+    for tensor in tensors:
+        stop = start + tensor.numel()
+        arrays.append(flat[start:stop].reshape(tensor.shape))
+        start = stop
+    return arrays
 
 
 def _of_segment(segment: Segment, mapped: list[Tensor]) -> Tensor:

@@ -18,6 +18,8 @@ from vtprune.runtime import masks
 from vtprune.runtime.decide import Decision
 from vtprune.types import Layout
 
+_CUT_APART = frozenset({"inputs_embeds", "position_ids", "attention_mask", "visual_pos_masks"})
+
 
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
@@ -40,19 +42,20 @@ class Scheme:
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
-    """Where the rows of the short sequence come from: `indices`, `valid` (B, K); `kept` (B, L) is the decision."""
+    """Where the rows of the short sequence come from: `indices`, `valid` (B, K); `kept` (B, L) is the decision.
+
+    `slots` (B, L) says where in the short sequence each token stands, or the last kept one before it.
+    """
 
     indices: Tensor
     valid: Tensor
+    slots: Tensor
     kept: Tensor
     left_padded: bool
 
     def restore(self, hidden: Tensor) -> Tensor:
         """Hidden states (B, K, D) at the caller's length (B, L, D): each dropped token repeats the kept one before."""
-        source = self.kept.cumsum(dim=1) - 1
-        if self.left_padded:
-            source = source + (self.indices.shape[1] - self.kept.sum(dim=1, keepdim=True))
-        return kernels.cut_sequence(hidden, source.clamp(min=0))
+        return kernels.cut_sequence(hidden, self.slots)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +91,7 @@ def shorten(
     uneven = any(length != decision.size for length in decision.row_lengths)
     padded = uneven or (state.padded if state is not None else past > 0 and torch.is_tensor(mask))
     seen, rotary_positions = _outgoing_positions(new, cut, past, scheme)
-    arguments = {name: _cut_extra(value, cut) for name, value in given.items()}
+    arguments = {name: value if name in _CUT_APART else _cut_extra(value, cut) for name, value in given.items()}
     arguments["inputs_embeds"] = kernels.cut_sequence(embeds, cut.indices)
     arguments["position_ids"] = seen
     optional = not padded and (cache is not None or rotary_positions is not None or scheme.counts_text(seen))
@@ -141,8 +144,8 @@ def resume(given: Mapping[str, Any], state: CacheState) -> dict[str, Any]:
 def _plan(decision: Decision, layout: Layout) -> Cut:
     """Row indices of a decision; padding goes to the side where the prompt has it, left by default."""
     left = bool(layout.valid[:, -1].all())
-    indices, valid = kernels.kept_indices(decision.kept, decision.size, left_padded=left)
-    return Cut(indices=indices, valid=valid, kept=decision.kept, left_padded=left)
+    indices, valid, slots = kernels.kept_indices(decision.kept, decision.size, left_padded=left)
+    return Cut(indices=indices, valid=valid, slots=slots, kept=decision.kept, left_padded=left)
 
 
 def _incoming_positions(given: Mapping[str, Any], state: CacheState | None, past: int) -> Tensor:
@@ -235,8 +238,8 @@ def _cut_deepstack(
     if any(layer.shape[0] != rows for layer in embeds):
         raise UnsupportedCall(f"deepstack rows {[layer.shape[0] for layer in embeds]}: expected {rows} for each layer")
     visual = visual.to(cut.kept.device)
-    flat, _ = kernels.kept_indices(visual.reshape(1, -1), rows)
-    order, _ = kernels.kept_indices(cut.kept.reshape(-1)[flat], rows - dropped)
+    flat, *_ = kernels.kept_indices(visual.reshape(1, -1), rows)
+    order, *_ = kernels.kept_indices(cut.kept.reshape(-1)[flat], rows - dropped)
     arguments["deepstack_visual_embeds"] = [layer.index_select(0, order[0].to(layer.device)) for layer in embeds]
     arguments["visual_pos_masks"] = visual.gather(1, cut.indices) & cut.valid
 

@@ -1,0 +1,87 @@
+"""The forms for host memory against the reference, which runs on any device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.kernels.test_reference import drawn
+from vtprune.kernels import host
+from vtprune.kernels import reference as kernels
+
+
+def by_reference(call: Any, *args: Any, **kwargs: Any) -> Any:
+    """What the reference itself returns; inputs are left as they are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(host, "holds", lambda tensor: False)
+        return call(*args, **{name: x.clone() if torch.is_tensor(x) else x for name, x in kwargs.items()})
+
+
+def greedy(S: int, N: int, m: int, seed: int = 0) -> tuple[tuple[torch.Tensor, ...], dict[str, Any]]:
+    """Arguments of a greedy selection with `m` tokens taken before and some that must not be chosen."""
+    units, relevance = kernels.unit_rows(drawn(S, N, 7, seed=seed)), drawn(S, N, seed=seed + 1)
+    available = drawn(S, N, seed=seed + 2) > -0.5
+    taken = torch.stack([torch.randperm(N, generator=torch.Generator().manual_seed(seed))[:m]] * S) if m else None
+    first = relevance.masked_fill(~available, float("-inf"))
+    return (units, relevance, first), {"weight": 0.7, "taken": taken, "available": available}
+
+
+@pytest.mark.parametrize("S", [1, 3])
+@pytest.mark.parametrize("N", [1, 2, 95, 96, 97, 200, 289, 577])
+def test_mirrored_similarity_is_the_product(N: int, S: int) -> None:
+    units = kernels.unit_rows(drawn(S, N, 5))
+    torch.testing.assert_close(kernels.cosine_similarity(units), units @ units.transpose(1, 2), atol=1e-6, rtol=0)
+
+
+def test_similarity_of_a_picture_does_not_depend_on_its_stack() -> None:
+    units = kernels.unit_rows(drawn(3, 150, 9))
+    assert torch.equal(kernels.cosine_similarity(units)[1], kernels.cosine_similarity(units[1:2])[0])
+
+
+@pytest.mark.parametrize("reduce", ["min", "sum"])
+@pytest.mark.parametrize("m", [0, 1, 3])
+@pytest.mark.parametrize("k", [1, 9, 30, 60])
+@pytest.mark.parametrize("known", [True, False])
+def test_greedy_choice_is_that_of_the_reference(k: int, m: int, reduce: str, known: bool) -> None:
+    tensors, options = greedy(3, 200, m)
+    options |= {"reduce": reduce, "similarity": kernels.cosine_similarity(tensors[0]) if known else None}
+    expected = by_reference(kernels.greedy_select, *tensors, k, **options)
+    chosen = kernels.greedy_select(*tensors, k, **options)
+    assert torch.equal(chosen, expected)
+    assert options["available"].gather(1, chosen).all()
+    if m:
+        assert not (chosen[:, :, None] == options["taken"][:, None]).any()
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 48])
+def test_guesses_of_what_is_asked_next_change_nothing(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relevance that promises the opposite of what is chosen: guesses fail, and everything is computed in the end."""
+    monkeypatch.setattr(host, "_ROWS_AT_ONCE", at_once)
+    units = kernels.unit_rows(drawn(2, 120, 4))
+    relevance = units[:, :1].matmul(units.transpose(1, 2))[:, 0]
+    options = {"weight": 2.0}
+    chosen = kernels.greedy_select(units, relevance, relevance, 40, **options)
+    assert torch.equal(chosen, by_reference(kernels.greedy_select, units, relevance, relevance, 40, **options))
+
+
+def test_equal_tokens_are_chosen_by_the_lower_index() -> None:
+    units = kernels.unit_rows(torch.ones(1, 100, 3))
+    nothing = torch.zeros(1, 100)
+    assert kernels.greedy_select(units, nothing, nothing, 20, weight=1.0).tolist() == [list(range(20))]
+    assert kernels.greedy_select(units, nothing, nothing, 50, weight=1.0).tolist() == [list(range(50))]
+
+
+@pytest.mark.parametrize("M", [1, 7, 60])
+def test_vacated_ids_are_those_of_the_reference(M: int) -> None:
+    generator = torch.Generator().manual_seed(M)
+    ids = torch.randint(0, 40, (3, M), generator=generator)
+    was = torch.rand(3, M, generator=generator) > 0.2
+    was[2] = False
+    stays = was & (torch.rand(3, M, generator=generator) > 0.5)
+    below, count = kernels.vacated_below(ids, was, stays)
+    expected, total = by_reference(kernels.vacated_below, ids, was, stays)
+    assert torch.equal(below[stays], expected[stays])
+    assert not below[~was].any()
+    assert torch.equal(count, total)
