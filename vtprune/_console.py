@@ -121,16 +121,10 @@ class explained:
 
 def build_inputs(processor: Any, picture: Image.Image, prompt: str, model: Any) -> Any:
     """What the processor makes of one picture and one question, by the chat template where there is one."""
-    token = getattr(processor, "image_token", None) or "<image>"
+    from vtprune._prompts import prompt_text
+
     with explained("the processor does not take this prompt and picture"):
-        if token in prompt:
-            text = prompt
-        elif getattr(processor, "chat_template", None):
-            content = [{"type": "image"}, {"type": "text", "text": prompt}]
-            chat = [{"role": "user", "content": content}]
-            text = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-        else:
-            text = f"{token}\n{prompt}"
+        text = prompt_text(processor, prompt)
         return processor(images=picture, text=text, return_tensors="pt").to(model.device, model.dtype)
 
 

@@ -1,17 +1,18 @@
-"""The command line: `vtprune run`, `methods`, `describe`, `families`, `doctor`. Heavy imports wait for a command."""
+"""The command line: `vtprune run` and the other commands. Heavy imports wait for a command."""
 
 from __future__ import annotations
 
 import argparse
 import ast
 import os
-import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vtprune import _evaluate, _train
+from vtprune._arguments import check_writable, share_or_number
 from vtprune.errors import InvalidOption, VtpruneError
 
 if TYPE_CHECKING:
@@ -27,7 +28,9 @@ _EXAMPLES = """examples:
   vtprune methods                                      what --method takes
   vtprune describe divprune                            one method, its source and its parameters
   vtprune families                                     which models have an adapter
+  vtprune eval --csv out.csv --plot out.png            how often answers are right, method by method
   vtprune doctor ./my-llava                            can this model be pruned, and with which methods?
+  vtprune train llava                                  make the bundled model anew
 """
 _RUN_EXAMPLES = """The model answers twice, with all visual tokens and with those the method keeps.
 Times are the best of a few prefills and no benchmark. A share is written as a float (--keep 0.25), a number
@@ -92,6 +95,8 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="check this machine, and whether a model can be pruned")
     doctor.add_argument("model", nargs="?", help="tiny:NAME, a directory or a hub id; weights are not loaded")
     doctor.set_defaults(command=_doctor)
+    _evaluate.add_eval(commands.add_parser)
+    _train.add_train(commands.add_parser)
     for command in commands.choices.values():
         command.set_defaults(parser=command)
     return parser
@@ -176,25 +181,7 @@ def _check(options: argparse.Namespace) -> None:
         check_format(options.overlay)
     for path in (options.report, options.overlay):
         if path is not None:
-            _check_writable(path)
-
-
-def _check_writable(path: Path) -> None:
-    """Refuse an output that cannot be written; what is there stays as it is."""
-    try:
-        if path.is_dir():
-            raise InvalidOption(f"cannot write {path}: it is a directory")
-        if not path.absolute().parent.is_dir():
-            raise InvalidOption(f"cannot write {path}: there is no directory {path.parent}")
-        there = path.exists()
-        if there and not path.is_file():
-            return  # a pipe or a terminal: to open it may block
-        with path.open("ab"):
-            pass
-        if not there:
-            path.unlink()
-    except OSError as error:
-        raise InvalidOption(f"cannot write {path}: {error.strerror or error}") from error
+            check_writable(path)
 
 
 def _write_outputs(options: argparse.Namespace, report: Any, seen: Callable[[], Any], console: Console) -> None:
@@ -221,15 +208,9 @@ def _write_outputs(options: argparse.Namespace, report: Any, seen: Callable[[], 
 
 
 def _keep(options: argparse.Namespace) -> float | int:
-    text = options.keep
-    if text is None:
+    if options.keep is None:
         return 1.0 if options.method == "identity" else 0.25
-    try:
-        if not text.isascii() or "_" in text:
-            raise ValueError
-        return int(text) if re.fullmatch(r"[+-]?\d+", text) else float(text)
-    except ValueError:
-        raise InvalidOption(f"--keep {text}: expected a share such as 0.25 or a number of tokens such as 64") from None
+    return share_or_number(options.keep)
 
 
 def _parameters(pairs: Sequence[str]) -> dict[str, Any]:

@@ -228,11 +228,18 @@ def _first(given: dict[str, Any], names: tuple[str, ...]) -> Any:
 
 
 def encode_once(
-    model: nn.Module, inner: nn.Module, family: Family, inputs: Mapping[str, Any], *, probing: bool
+    model: nn.Module,
+    inner: nn.Module,
+    family: Family,
+    inputs: Mapping[str, Any],
+    *,
+    probing: bool,
+    options: Mapping[str, Any] | None = None,
 ) -> Callable[[], dict[str, Any]]:
     """Encode the pictures of `inputs` now; each call of the result gives inputs for one `generate` that reuses them.
 
-    Where the model's forward takes no `mm_encoder_outputs`, the inputs are handed back as they are.
+    `options` are more arguments for the encoder. Where the model's forward takes no `mm_encoder_outputs`, the inputs
+    are handed back as they are, and options have no effect.
     """
     if "mm_encoder_outputs" not in inspect.signature(without_adapters(model).forward).parameters:
         return lambda: dict(inputs)
@@ -246,7 +253,7 @@ def encode_once(
             names = [name for name in PIXELS[kind] if given.get(name) is not None]
             if names:
                 with torch.no_grad():
-                    outputs[kind] = encode(**given, return_dict=True)
+                    outputs[kind] = encode(**given, **(options or {}), return_dict=True)
                 pixels.update(names)
     finally:
         tap.remove()

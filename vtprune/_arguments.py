@@ -1,0 +1,36 @@
+"""Arguments that several commands share: numbers, and files to write."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from vtprune.errors import InvalidOption
+
+
+def share_or_number(text: str) -> float | int:
+    """A share as a float, or a number of tokens as an int. Raises `InvalidOption` for anything else."""
+    try:
+        if not text.isascii() or "_" in text:
+            raise ValueError
+        return int(text) if re.fullmatch(r"[+-]?\d+", text) else float(text)
+    except ValueError:
+        raise InvalidOption(f"--keep {text}: expected a share such as 0.25 or a number of tokens such as 64") from None
+
+
+def check_writable(path: Path) -> None:
+    """Refuse an output that cannot be written; what is there stays as it is."""
+    try:
+        if path.is_dir():
+            raise InvalidOption(f"cannot write {path}: it is a directory")
+        if not path.absolute().parent.is_dir():
+            raise InvalidOption(f"cannot write {path}: there is no directory {path.parent}")
+        there = path.exists()
+        if there and not path.is_file():
+            return  # a pipe or a terminal: to open it may block
+        with path.open("ab"):
+            pass
+        if not there:
+            path.unlink()
+    except OSError as error:
+        raise InvalidOption(f"cannot write {path}: {error.strerror or error}") from error

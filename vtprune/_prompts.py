@@ -1,0 +1,18 @@
+"""The text that goes to a processor for one picture and one question."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def prompt_text(processor: Any, prompt: str) -> str:
+    """The prompt in the chat template where there is one; one that holds the image token already is taken as it is."""
+    token = getattr(processor, "image_token", None) or "<image>"
+    if token in prompt:
+        return prompt
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image"}, {"type": "text", "text": prompt}]
+        chat = [{"role": "user", "content": content}]
+        text: str = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        return text
+    return f"{token}\n{prompt}"

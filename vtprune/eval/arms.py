@@ -1,0 +1,157 @@
+"""The arms of the table: a batch answered from fewer tokens, by a method or by what methods are measured against."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from vtprune.catalog import build, list_methods
+from vtprune.errors import InvalidOption, UnsupportedCall
+from vtprune.eval.pooling import pool_features, pool_grids, pooled_cells
+from vtprune.eval.questions import Item, coverage, in_turn
+from vtprune.eval.subject import Answers, Batch, Inputs
+from vtprune.runtime.evidence import FROM_ENCODER
+from vtprune.types import Budget, Ordinal, VisualTokens
+
+Arm = Callable[[Batch, float | int], Answers]
+
+
+def method_arm(name: str, batch: Batch, keep: float | int) -> Answers:
+    """The method of that name."""
+    return batch.answer(name, keep)
+
+
+def identity(batch: Batch, keep: float | int) -> Answers:
+    """All tokens, nothing pruned."""
+    return batch.whole[0]
+
+
+def blind(batch: Batch, keep: float | int) -> Answers:
+    """All tokens of another picture, that of the next scene: what can be answered without seeing anything."""
+    subject = batch.subject
+    inputs = subject.inputs(batch.items, [item.other for item in batch.items])
+    answers, _ = subject.answer(subject.encode(inputs)(), "identity", 1.0)
+    return dataclasses.replace(answers, tokens=None)
+
+
+def random(batch: Batch, keep: float | int) -> Answers:
+    """The method `random`, drawn anew for every scene, so that no single draw decides."""
+    k = batch.count(keep)
+    features = torch.zeros(1, batch.n, 1)
+    tokens = VisualTokens(features=features, parts=batch.parts, ordinals=(Ordinal(segment=0),))
+
+    def drawn(item: Item) -> list[int]:
+        chosen: list[int] = build("random", {"seed": item.seed}).run(tokens, k).keep[0].tolist()
+        return chosen
+
+    return batch.answer("random", keep, protect=[drawn(item) for item in batch.items])
+
+
+def oracle(batch: Batch, keep: float | int) -> Answers:
+    """The tokens that show most of the things, every thing once before any twice; what is left of the budget is spread
+    evenly over the rest. It is told where the things are, not what is asked."""
+    k = batch.count(keep)
+    chosen = [in_turn(coverage(item.scene, batch.parts))[:k] for item in batch.items]
+    return batch.answer("uniform", keep, protect=chosen)
+
+
+def pool(batch: Batch, keep: float | int) -> Answers:
+    """Averages over the cells of a coarser grid, the largest that has no more cells than the budget and none more than
+    twice as long as wide. Each lies at the token in the middle of its cell."""
+    grids = pool_grids(batch.parts, batch.count(keep))
+    cells = pooled_cells(batch.parts, grids)
+    inputs = pool_features(batch.shared(), batch.parts, grids)
+    answers, _ = batch.subject.answer(inputs, "uniform", len(cells) / batch.n, protect=[cells] * len(batch.items))
+    return dataclasses.replace(answers, tokens=None)
+
+
+def downsample(batch: Batch, keep: float | int) -> Answers:
+    """The picture scaled down to the largest square of which the encoder makes no more tokens than the budget; the
+    prompt is shorter to match. Encoders of one size interpolate their position embeddings."""
+    k = batch.count(keep)
+    if len(batch.parts) > 1:
+        raise UnsupportedCall("this family packs a picture from several parts, whatever its size")
+    try:
+        inputs = _smaller(batch, math.isqrt(k))
+        answers, parts = batch.subject.answer(inputs(), "identity", 1.0)
+    except (ValueError, TypeError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UnsupportedCall(f"this model does not take smaller pictures: {reason}") from error
+    if sum(part.tokens for part in parts) > k:
+        raise UnsupportedCall(f"the encoder makes more than {k} tokens of any picture")
+    return dataclasses.replace(answers, tokens=None)
+
+
+def _smaller(batch: Batch, side: int) -> Callable[[], Inputs]:
+    """The batch with pictures of side x side tokens, encoded."""
+    subject, pixels = batch.subject, batch.inputs["pixel_values"]
+    grid = batch.parts[0].grid
+    any_size = batch.inputs.get("image_grid_thw")
+    if any_size is not None:
+        patch: Any = subject.base.config.vision_config.patch_size  # type: ignore[union-attr]
+        unit = int(any_size[0, 1]) * patch // grid[0]
+        size = {"shortest_edge": unit**2, "longest_edge": (side * unit) ** 2}
+        return subject.encode(subject.inputs(batch.items, batch.scenes, size=size))
+    square = {"height": side * (pixels.shape[-2] // grid[0]), "width": side * (pixels.shape[-1] // grid[1])}
+    crop = {"crop_size": square} if getattr(subject.processor.image_processor, "do_center_crop", False) else {}
+    inputs = subject.inputs(batch.items, batch.scenes, size=square, **crop)
+    tower = getattr(subject.base, "vision_tower", None)
+    if tower is None or "interpolate_pos_encoding" not in inspect.signature(tower.forward).parameters:
+        raise UnsupportedCall("its encoder takes one size only")
+    return subject.encode(inputs, options={"interpolate_pos_encoding": True})
+
+
+OWN: dict[str, Arm] = {
+    "random": random,
+    "uniform": functools.partial(method_arm, "uniform"),
+    "pool": pool,
+    "downsample": downsample,
+    "oracle": oracle,
+}
+"""What methods are measured against, at every budget."""
+WHOLE: dict[str, Arm] = {"identity": identity, "blind": blind}
+"""What has all tokens, and one row."""
+Step = tuple[str, float | int]
+
+
+def plan(methods: Sequence[str] | None, keep: Sequence[float | int]) -> tuple[Step, ...]:
+    """Every row of the table to be: those with all tokens, then every method and own arm at every budget.
+
+    `methods` are names of `list_methods()`, by default all of them.
+
+    Raises:
+        InvalidOption: for an unknown method or a budget out of range.
+    """
+    names = list_methods() if methods is None else list(methods)
+    chosen = [name for name in dict.fromkeys(names) if name not in OWN and name not in WHOLE]
+    for name in chosen:
+        build(name)
+    budgets = {str(Budget(keep=value).keep): Budget(keep=value).keep for value in keep}
+    if not budgets:
+        raise InvalidOption("keep is empty: expected at least one share or number of tokens")
+    whole = [(name, 1.0) for name in WHOLE]
+    return (*whole, *((name, value) for name in (*chosen, *OWN) for value in budgets.values()))
+
+
+def arm_of(name: str) -> Arm:
+    """The arm behind a name of the plan."""
+    return {**WHOLE, **OWN}.get(name) or functools.partial(method_arm, name)
+
+
+def probes(steps: Sequence[Step]) -> bool:
+    """Whether any method of the plan reads what a probe of the encoder sees."""
+    return any(build(name).needs & FROM_ENCODER for name, _ in steps if name not in OWN and name not in WHOLE)
+
+
+def about(name: str) -> str:
+    """What an own arm does, for a legend; empty for a method."""
+    arm = WHOLE.get(name) or OWN.get(name)
+    if name == "uniform" or arm is None:
+        return ""
+    return " ".join((inspect.getdoc(arm) or "").replace("`", "").split())

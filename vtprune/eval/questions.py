@@ -1,0 +1,113 @@
+"""Questions about drawn scenes, and the truth about a picture: which of its tokens show a thing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vtprune.errors import InvalidOption, UnsupportedCall
+from vtprune.tiny.drawing import Stream
+from vtprune.tiny.scenes import DEVELOPMENT, NUMBERS, TEST, Question, Scene, ask, draw_scene
+from vtprune.types import Part
+
+QUESTIONS = 8
+"""At most so many of one scene."""
+SPLITS = {"dev": DEVELOPMENT, "test": TEST}
+OBJECT_SHARE = 0.15
+"""From this share on, a token whose cell is covered by things counts as an object token."""
+
+_WHOLE = ("image", "thumbnail", "crop")
+_DIGITS = {word: str(number) for number, word in enumerate(NUMBERS)}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Item:
+    """One question. `number` counts the scenes of the run; `other` is the scene after it, for blind answers."""
+
+    number: int
+    seed: int
+    scene: Scene
+    other: Scene
+    question: Question
+
+
+def draw_items(split: str, seed: int, samples: int) -> tuple[Item, ...]:
+    """Questions about the scenes `seed` to `seed + samples - 1` of a split, at most `QUESTIONS` of each.
+
+    Raises:
+        InvalidOption: for an unknown split, or numbers outside of it.
+    """
+    if split not in SPLITS:
+        raise InvalidOption(f"split={split!r}: expected one of {', '.join(SPLITS)}")
+    seeds = SPLITS[split]
+    if samples < 1 or seed < 0 or seed + samples >= len(seeds):
+        raise InvalidOption(
+            f"scenes {seed} to {seed + samples - 1}: expected at least one, and numbers from 0 to {len(seeds) - 2}"
+        )
+    scenes = [draw_scene(seeds[seed + i]) for i in range(samples + 1)]
+    return tuple(
+        Item(number=i, seed=seeds[seed + i], scene=scenes[i], other=scenes[i + 1], question=question)
+        for i in range(samples)
+        for question in ask(scenes[i], Stream(~seeds[seed + i]))[:QUESTIONS]
+    )
+
+
+def judged(text: str) -> str:
+    """What counts of an answer: its first word, in small letters, without punctuation; numbers as digits."""
+    words = text.casefold().split()
+    word = words[0].strip(".,;:!?\"'*()") if words else ""
+    return _DIGITS.get(word, word)
+
+
+def coverage(scene: Scene, parts: Sequence[Part]) -> NDArray[np.float64]:
+    """Share of every token's cell that each thing covers, (things, N), for a square picture seen whole.
+
+    Raises:
+        UnsupportedCall: for tiles and frames, of which it is not known what they show.
+    """
+    painted = scene.coverage(1)
+    found = []
+    for part in parts:
+        if part.kind not in _WHOLE and len(parts) > 1:
+            raise UnsupportedCall(f"it is not known which cells of the picture the tokens of a {part.kind} show")
+        rows, columns = (_overlap(cells, painted.shape[-1]) for cells in part.grid)
+        found.append((rows @ painted @ columns.T).reshape(len(painted), part.tokens))
+    return np.concatenate(found, axis=1)
+
+
+def _overlap(cells: int, pixels: int) -> NDArray[np.float64]:
+    """Share of every cell that lies in every pixel, (cells, pixels), along one side."""
+    edges = np.arange(cells + 1) * (pixels / cells)
+    left = np.arange(pixels)
+    inside = np.minimum(edges[1:, None], left + 1) - np.maximum(edges[:-1, None], left)
+    share: NDArray[np.float64] = inside.clip(min=0) * (cells / pixels)
+    return share
+
+
+def object_tokens(scene: Scene, parts: Sequence[Part]) -> NDArray[np.bool_]:
+    """Which tokens show things, (N,)."""
+    covered: NDArray[np.bool_] = coverage(scene, parts).sum(axis=0) >= OBJECT_SHARE
+    return covered
+
+
+def in_turn(covered: NDArray[np.float64]) -> list[int]:
+    """Tokens that show anything, best first, in rounds: every thing gets one before any gets its next.
+
+    In a round each thing names the token it covers most of those that are left; large shares come first.
+
+    Args:
+        covered: (things, N), see `coverage`.
+    """
+    queues = [[int(i) for i in np.argsort(-row, kind="stable") if row[i] > 0] for row in covered]
+    order: list[int] = []
+    while any(queues):
+        named = sorted((-covered[thing][queue[0]], thing) for thing, queue in enumerate(queues) if queue)
+        for _, thing in named:
+            token = next((token for token in queues[thing] if token not in order), None)
+            if token is not None:
+                order.append(token)
+        queues = [[token for token in queue if token not in order] for queue in queues]
+    return order

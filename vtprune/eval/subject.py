@@ -1,0 +1,160 @@
+"""The model under test: prompts in, first words out, pictures of a batch encoded once for all arms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from PIL import Image
+from torch import Tensor, nn
+
+from vtprune._prompts import prompt_text
+from vtprune.adapters import family_of
+from vtprune.api import pruning
+from vtprune.errors import UnsupportedCall
+from vtprune.eval.questions import Item, judged
+from vtprune.pipeline import Pipeline
+from vtprune.runtime.encoder import encode_once
+from vtprune.seam import find_base
+from vtprune.tiny.scenes import Scene
+from vtprune.types import Budget, Part
+
+Inputs = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """Of a batch: the judged `words`, how many tokens were `kept` of each picture, and which.
+
+    `tokens` is None where they are not tokens of that picture as it was.
+    """
+
+    words: tuple[str, ...]
+    kept: tuple[int, ...]
+    tokens: tuple[Tensor, ...] | None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Subject:
+    """A model, its processor, and how it is asked: greedily, each question with the `instruction` behind it."""
+
+    model: nn.Module
+    processor: Any
+    positions: str = "auto"
+    max_new_tokens: int = 3
+    instruction: str = ""
+
+    @cached_property
+    def base(self) -> nn.Module:
+        """The base model, where features meet the prompt."""
+        return find_base(self.model)
+
+    def inputs(self, items: Sequence[Item], scenes: Sequence[Scene], **options: Any) -> Inputs:
+        """What the processor makes of every question with its scene, padded on the left.
+
+        Raises:
+            UnsupportedCall: where the processor does not take this.
+        """
+        texts = [f"{item.question.text} {self.instruction}".strip() for item in items]
+        pictures = [Image.fromarray(scene.pixels) for scene in scenes]
+        try:
+            made = self.processor(
+                images=pictures,
+                text=[prompt_text(self.processor, text) for text in texts],
+                return_tensors="pt",
+                padding=True,
+                padding_side="left",
+                **options,
+            )
+        except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
+            raise UnsupportedCall(f"the processor does not take these pictures and questions: {error}") from error
+        moved: Inputs = made.to(self.model.device, self.model.dtype)
+        return moved
+
+    def encode(self, inputs: Inputs, *, probing: bool = False, options: Mapping[str, Any] | None = None) -> Any:
+        """Encode the pictures now: each call of the result gives inputs for one `answer`."""
+        return encode_once(
+            self.model, self.base, family_of(self.base.config), inputs, probing=probing, options=options or {}
+        )
+
+    def answer(
+        self,
+        inputs: Inputs,
+        method: str | Pipeline,
+        keep: float | int,
+        *,
+        protect: Sequence[Sequence[int]] | None = None,
+    ) -> tuple[Answers, tuple[Part, ...]]:
+        """Answer every prompt, `protect` being tokens to keep of each picture; also tells the parts of the pictures.
+
+        Raises:
+            UnsupportedCall: where prompts have not one picture each, or pictures differ in their parts.
+        """
+        evidence = {} if protect is None else {"protect": [list(tokens) for tokens in protect]}
+        with pruning(self.model, method, keep=keep, positions=self.positions) as pruner, pruner.using(**evidence):
+            options = {"max_new_tokens": self.max_new_tokens, "do_sample": False}
+            written = self.model.generate(**inputs, **options)  # type: ignore[operator]
+            report = pruner.last
+        assert report is not None
+        texts = self.processor.batch_decode(written[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        parts = {segment.parts for segment in report.segments}
+        if [segment.row for segment in report.segments] != list(range(len(texts))) or len(parts) != 1:
+            raise UnsupportedCall("expected one picture for each prompt, all of them packed in the same way")
+        answers = Answers(
+            words=tuple(judged(text) for text in texts),
+            kept=tuple(segment.k for segment in report.segments),
+            tokens=tuple(segment.keep for segment in report.segments),
+        )
+        return answers, parts.pop()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Batch:
+    """Some questions to a subject. Nothing is prepared or encoded before an arm asks for it."""
+
+    subject: Subject
+    items: tuple[Item, ...]
+    probing: bool = True
+
+    @cached_property
+    def inputs(self) -> Inputs:
+        """What the processor makes of the questions and their pictures."""
+        return self.subject.inputs(self.items, self.scenes)
+
+    @cached_property
+    def shared(self) -> Callable[[], Inputs]:
+        """Inputs with the pictures encoded; call it once for each run."""
+        encoded: Callable[[], Inputs] = self.subject.encode(self.inputs, probing=self.probing)
+        return encoded
+
+    @cached_property
+    def whole(self) -> tuple[Answers, tuple[Part, ...]]:
+        """Answers from all tokens, and the parts of every picture."""
+        return self.subject.answer(self.shared(), "identity", 1.0)
+
+    @property
+    def scenes(self) -> list[Scene]:
+        """The scene of every question."""
+        return [item.scene for item in self.items]
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What every picture of the batch is packed from."""
+        return self.whole[1]
+
+    @property
+    def n(self) -> int:
+        """Tokens of every picture."""
+        return sum(part.tokens for part in self.parts)
+
+    def count(self, keep: float | int) -> int:
+        """How many of them a budget leaves."""
+        return Budget(keep=keep).resolve(self.n)
+
+    def answer(
+        self, method: str | Pipeline, keep: float | int, *, protect: Sequence[Sequence[int]] | None = None
+    ) -> Answers:
+        """Answers from the tokens of the pictures that a method keeps."""
+        return self.subject.answer(self.shared(), method, keep, protect=protect)[0]
