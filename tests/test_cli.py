@@ -35,7 +35,7 @@ def test_run_without_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     assert row(shown, "answer") == ["orange", "orange"]
     assert row(shown, "visual tokens") == ["256", "64", "of", "256"]
     assert row(shown, "prompt length") == ["267", "75"]
-    assert row(shown, "KV cache saved") == ["0.00", "MiB", "0.75", "MiB"]
+    assert row(shown, "KV cache saved") == ["0.00", "MiB", "1.50", "MiB"]
     assert row(shown, "select ms")[0] == row(shown, "cut ms")[0] == "-"
     assert "best of 5 on" in shown and "no benchmark; prefill is the language model alone" in shown
     for part in ("encode", "layout", "select", "cut", "prefill", "total"):

@@ -25,10 +25,10 @@ _EXAMPLES = """Drawn scenes with questions whose answers are known: how often is
 Always in the table: the unpruned model (identity), random and uniform tokens, averages (pool), a smaller picture
 (downsample), tokens chosen by who knows where the things are (oracle), and another picture (blind).
 
-  vtprune eval --samples 20                            a first look at the bundled model, half a minute
+  vtprune eval --samples 20                            a first look at the bundled model
   vtprune eval --csv out.csv --markdown out.md --plot out.png
   vtprune eval --model ./my-llava --methods divprune vtprune --keep 0.25 64 --csv mine.csv
-  vtprune eval --split dev --seed 1000 --samples 500 --csv dev.csv
+  vtprune eval --split dev --seed 1 --samples 500 --csv dev.csv
   vtprune eval --from-csv out.csv --markdown out.md    the page again, nothing is run
 
 Decide on scenes of the split dev, report those of test. With --csv OUT.csv every answer is noted in OUT.jsonl as
@@ -46,7 +46,7 @@ def add_eval(add: Callable[..., argparse.ArgumentParser]) -> None:
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="names from `vtprune methods` (default: all)")
     parser.add_argument("--keep", nargs="+", default=_KEEP, help=f"shares or numbers (default: {' '.join(_KEEP)})")
     parser.add_argument("--split", choices=("test", "dev"), default="test", help="which scenes (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="number of the first scene (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, other scenes (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=100, help="number of scenes (default: %(default)s)")
     parser.add_argument("--csv", metavar="OUT.csv", help="write every number")
     parser.add_argument("--markdown", metavar="OUT.md", help="write the page for people")
@@ -136,7 +136,7 @@ def _run(options: argparse.Namespace) -> list[Row]:
         device = helpers.choose_device(options.device)
         helpers.quiet_transformers()
         status.update("drawing scenes")
-        items = draw_items(options.split, options.seed, options.samples)
+        items = draw_items(options.split, options.seed * options.samples, options.samples)
         status.update(f"loading {options.model}")
         model, processor = helpers.load_model(options.model, device)
         length = options.max_new_tokens or (3 if options.model.startswith("tiny:") else 8)

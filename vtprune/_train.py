@@ -42,8 +42,6 @@ def add_train(add: Callable[..., argparse.ArgumentParser]) -> None:
 
 def _train(options: argparse.Namespace, console: Console) -> None:
     folder = Path(options.out or f"train-{options.name}")
-    if options.seed < 0:
-        raise InvalidOption(f"--seed {options.seed}: expected 0 or more")
     if options.workers is not None and options.workers < 1:
         raise InvalidOption(f"--workers {options.workers}: expected 1 or more")
     if options.steps is not None and options.steps < 1:
@@ -64,7 +62,7 @@ def _train(options: argparse.Namespace, console: Console) -> None:
             folder,
             seed=options.seed,
             workers=workers,
-            device=device.type,
+            device=str(device),
             steps=options.steps,
             on_poll=bars.refresh,
         )

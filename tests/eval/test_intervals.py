@@ -14,11 +14,16 @@ def everything(values: np.ndarray) -> np.ndarray:
     return np.ones(len(values), dtype=bool)
 
 
-def test_all_right_and_all_wrong_leave_no_room() -> None:
+def test_what_never_happened_may_still_happen_in_three_of_so_many_scenes() -> None:
     resamples = Resamples(range(30), seed=0)
-    for value in (0.0, 1.0):
+    for value, expected in ((0.0, (0.0, 0.1)), (1.0, (0.9, 1.0))):
         values = np.full(30, value)
-        assert resamples.interval(values, everything(values)) == (value, value)
+        assert resamples.interval(values, everything(values)) == pytest.approx(expected)
+
+
+def test_a_difference_that_is_always_the_same_leaves_no_room() -> None:
+    values = np.full(30, -1.0)
+    assert Resamples(range(30), seed=0).interval(values, everything(values), least=-1.0) == (-1.0, -1.0)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -42,13 +47,13 @@ def test_questions_of_one_scene_count_as_one() -> None:
 def test_only_what_is_chosen_counts() -> None:
     values = np.concatenate([np.ones(20), np.zeros(20)])
     chosen = values == 1
-    assert Resamples(np.arange(40) % 20, seed=0).interval(values, chosen) == (1.0, 1.0)
+    assert Resamples(np.arange(40) % 20, seed=0).interval(values, chosen) == pytest.approx((1 - 3 / 20, 1.0))
 
 
 def test_differences_are_paired() -> None:
     first = np.random.default_rng(0).integers(0, 2, 200).astype(float)
     resamples = Resamples(np.arange(200) // 4, seed=0)
-    assert resamples.interval(first - first, everything(first)) == (0.0, 0.0)
+    assert resamples.interval(first - first, everything(first), least=-1.0) == (0.0, 0.0)
     second = first.copy()
     second[np.flatnonzero(first == 0)[:10]] = 1
     low, high = resamples.interval(second - first, everything(first), least=-1.0)

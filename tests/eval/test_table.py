@@ -16,9 +16,9 @@ from vtprune.eval.runner import Result
 from vtprune.eval.table import ABOUT, COLUMNS, read_csv, tabulate, write_csv
 
 DOCS = Path(__file__).parents[2] / "docs"
-ITEMS = draw_items("test", 0, 8)
+ITEMS = draw_items("test", 0, 24)
 TRUTH = [judged(item.question.answer) for item in ITEMS]
-FACTS = {**dict.fromkeys(ABOUT, "x"), "seed": 0, "scenes": 8}
+FACTS = {**dict.fromkeys(ABOUT, "x"), "seed": 0, "scenes": 24}
 
 
 def result(method: str, keep: float, wrong: int, step: int = 1) -> Result:
@@ -31,13 +31,13 @@ def result(method: str, keep: float, wrong: int, step: int = 1) -> Result:
 
 
 RESULTS = [
-    result("identity", 1.0, 4),
-    dataclasses.replace(result("blind", 1.0, 45), recall=[None] * len(ITEMS)),
-    result("divprune", 0.5, 5),
+    result("identity", 1.0, 12),
+    dataclasses.replace(result("blind", 1.0, 135), recall=[None] * len(ITEMS)),
+    result("divprune", 0.5, 15),
     Result(method="fastervlm", keep=0.5, note="no evidence", reason="there is no probe"),
-    result("random", 0.5, 24, 2),
-    result("uniform", 0.5, 25, 2),
-    dataclasses.replace(result("pool", 0.5, 5, 10), recall=[None] * len(ITEMS)),
+    result("random", 0.5, 72, 2),
+    result("uniform", 0.5, 75, 2),
+    dataclasses.replace(result("pool", 0.5, 15, 10), recall=[None] * len(ITEMS)),
     result("oracle", 0.5, 0),
 ]
 ROWS = tabulate(RESULTS, ITEMS, FACTS, seed=0)
@@ -58,10 +58,10 @@ def test_there_is_a_row_for_every_method_budget_and_kind() -> None:
 def test_numbers_by_hand() -> None:
     n = len(ITEMS)
     found = row("divprune")
-    assert float(found["accuracy"]) == pytest.approx((n - 5) / n, abs=1e-4)
-    assert float(found["share"]) == pytest.approx((n - 5) / (n - 4), abs=1e-4)
-    assert float(found["agreement"]) == pytest.approx((n - 1) / n, abs=1e-4)
-    assert float(found["minus_random"]) == pytest.approx(19 / n, abs=1e-4)
+    assert float(found["accuracy"]) == pytest.approx((n - 15) / n, abs=1e-4)
+    assert float(found["share"]) == pytest.approx((n - 15) / (n - 12), abs=1e-4)
+    assert float(found["agreement"]) == pytest.approx((n - 3) / n, abs=1e-4)
+    assert float(found["minus_random"]) == pytest.approx(57 / n, abs=1e-4)
     assert float(found["low"]) <= float(found["accuracy"]) <= float(found["high"])
     assert (found["kept"], found["tokens"], found["questions"]) == ("8", "16", str(n))
     assert float(found["object_recall"]) == 0.5

@@ -13,7 +13,7 @@ from PIL import Image
 
 import vtprune
 from vtprune.errors import InvalidOption, VtpruneError
-from vtprune.tiny import ANSWER, PICTURE, QUESTION, list_tiny, loading
+from vtprune.tiny import ANSWER, PICTURE, QUESTION, list_tiny, load_tiny_clip, loading
 
 
 def ask(model: torch.nn.Module, processor: object, question: str) -> str:
@@ -92,7 +92,31 @@ def test_damaged_weights(copied_weights: Path, damage: str) -> None:
         vtprune.load_tiny()
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "processor_config.json"])
+def test_a_changed_word_list_is_noticed(copied_weights: Path) -> None:
+    path = copied_weights / "tokenizer.json"
+    text = path.read_text().replace('"red"', '"swap"').replace('"green"', '"red"').replace('"swap"', '"green"')
+    path.write_text(text)
+    with pytest.raises(VtpruneError, match=r"tokenizer.json has SHA-256"):
+        vtprune.load_tiny()
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "empty"])
+def test_damaged_checksums(copied_weights: Path, damage: str) -> None:
+    path = copied_weights / "SHA256SUMS"
+    path.unlink() if damage == "missing" else path.write_text("" if damage == "empty" else path.read_text()[:40])
+    with pytest.raises(VtpruneError, match="SHA256SUMS"):
+        vtprune.load_tiny()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_damaged_text_tower(copied_weights: Path, name: str) -> None:
+    (copied_weights / "clip" / name).unlink()
+    with pytest.raises(VtpruneError, match=rf"cannot read {name}"):
+        load_tiny_clip()
+    assert vtprune.load_tiny()
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "processor_config.json", "chat_template.jinja"])
 @pytest.mark.parametrize("text", [None, "{", "[]", "{}"], ids=["missing", "cut", "list", "empty"])
 def test_damaged_settings(copied_weights: Path, name: str, text: str | None) -> None:
     (copied_weights / name).unlink() if text is None else (copied_weights / name).write_text(text)

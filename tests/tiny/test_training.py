@@ -1,19 +1,25 @@
 """The training: packed questions are single ones, stages learn, runs go on where they were stopped."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import Generator
+from transformers import AutoProcessor, AutoTokenizer, CLIPModel, LlavaForConditionalGeneration
 
-from vtprune.errors import InvalidOption
+from vtprune import _train
+from vtprune.cli import main
+from vtprune.errors import BackendUnavailable, InvalidOption, VtpruneError
 from vtprune.tiny.drawing import Stream
-from vtprune.tiny.scenes import TRAIN, ask, draw_scene
+from vtprune.tiny.scenes import KINDS, TRAIN, ask, draw_scene
 from vtprune.tiny.training import run
-from vtprune.tiny.training.batches import QUESTIONS, Source
+from vtprune.tiny.training.batches import QUESTIONS, SEEDS, Chance, Source
 from vtprune.tiny.training.concepts import UNSURE, label_cells
+from vtprune.tiny.training.curve import draw_curve
 from vtprune.tiny.training.dropping import choose_cells
 from vtprune.tiny.training.export import export_llava
 from vtprune.tiny.training.loop import Plan, read_notes, run_stage
@@ -102,12 +108,13 @@ def test_dropout_is_a_mixture_of_denser_and_sparser_choices():
 
 def test_a_question_about_a_hidden_thing_has_no_say(student):
     batch = Source(seed=0, stage=1, patch=8).batch(0, range(4), 4)
-    assert batch.answerable(torch.full((4, 3), -1)).sum() == sum(not q.about for row in batch.questions for q in row)
+    assert batch.answerable(torch.full((4, 3), -1)).sum() == 0
     everything = batch.cells.owner
+    answerable = batch.answerable(everything)
     for i, row in enumerate(batch.questions):
         seen = set(everything[i].tolist())
         for k, question in enumerate(row):
-            assert batch.answerable(everything)[i, k] == (set(question.about) <= seen)
+            assert answerable[i, k] == (set(question.about) <= seen)
 
 
 def test_rows_of_workers_make_up_the_batch_and_seeds_stay_in_the_training_range():
@@ -117,7 +124,6 @@ def test_rows_of_workers_make_up_the_batch_and_seeds_stay_in_the_training_range(
     pixels = torch.cat([half.pixels() for half in halves])
     assert torch.equal(whole.pixels(), pixels)
     assert all(len(row) <= QUESTIONS for row in whole.questions)
-    assert len(TRAIN) > ((3 * 8 + 2) << 31) + 1000 * 64
 
 
 @pytest.mark.parametrize("stage", [See(), Read(), Join()], ids=lambda stage: stage.name)
@@ -131,7 +137,7 @@ def test_a_stage_gets_better_at_one_batch_and_trains_only_its_parts(stage):
     optimizer = Optimizer(modules, steps=100, matrix_rate=0.01, rate=1e-3)
     losses = []
     for step in range(6):
-        loss, metrics = stage.loss(student, batch, Generator().manual_seed(0))
+        loss, metrics = stage.loss(student, batch, Chance.of(0, 0))
         loss.backward()
         losses.append(loss.item())
         optimizer.step(step + 40)
@@ -149,8 +155,7 @@ def run_read(folder: Path, steps: int, upto: int) -> LlavaStudent:
     plan = Plan(stage=Read(), number=1, steps=steps, size=2)
     worker = Worker(0, 1)
     if upto < steps:
-        interrupted = run_interrupted(plan, student, worker, folder, upto)
-        assert interrupted
+        run_interrupted(plan, student, worker, folder, upto)
     else:
         run_stage(plan, student, worker, folder, 0, "cpu")
     return student
@@ -160,7 +165,7 @@ class Stopped(Exception):
     pass
 
 
-def run_interrupted(plan, student, worker, folder, upto) -> bool:
+def run_interrupted(plan, student, worker, folder, upto) -> None:
     class Stopping(Read):
         calls = 0
 
@@ -172,7 +177,6 @@ def run_interrupted(plan, student, worker, folder, upto) -> bool:
 
     with pytest.raises(Stopped):
         run_stage(replace(plan, stage=Stopping()), student, worker, folder, 0, "cpu")
-    return True
 
 
 def test_a_run_that_was_stopped_ends_like_one_that_was_not(tmp_path, monkeypatch):
@@ -196,38 +200,133 @@ def test_notes_of_steps_that_come_again_are_taken_back(tmp_path, monkeypatch):
     assert [note.step for note in read_notes(tmp_path / "read.jsonl")] == [1, 2, 3, 4]
 
 
-def test_a_whole_run_of_two_workers_leaves_a_model_that_transformers_loads(tmp_path, monkeypatch):
-    """The recipe with one step a stage; two processes, since that is the default."""
-    from transformers import AutoProcessor, AutoTokenizer, CLIPModel, LlavaForConditionalGeneration
+@pytest.fixture(scope="module")
+def trial(tmp_path_factory) -> Path:
+    """What the command leaves behind after one step a stage, in two processes since that is the default."""
+    folder = tmp_path_factory.mktemp("run") / "trial"
+    assert main(["train", "llava", "--out", str(folder), "--steps", "1", "--workers", "2", "--device", "cpu"]) == 0
+    return folder
 
-    assert run.RECIPES["llava"].plans[0].steps > 100
-    model = run.train("llava", tmp_path, workers=2, steps=1)
-    loaded = LlavaForConditionalGeneration.from_pretrained(model, dtype=torch.float32)
+
+def test_a_run_leaves_a_model_that_transformers_loads(trial):
+    loaded = LlavaForConditionalGeneration.from_pretrained(trial / "model", dtype=torch.float32)
     assert loaded.config.text_config.num_hidden_layers >= 8
-    processor = AutoProcessor.from_pretrained(model)
-    scene = draw_scene(2)
-    from PIL import Image
-
-    inputs = processor(
-        images=Image.fromarray(scene.pixels), text="user : <image> where is the ring ? assistant :", return_tensors="pt"
+    inputs = AutoProcessor.from_pretrained(trial / "model")(
+        images=Image.fromarray(draw_scene(2).pixels),
+        text="user : <image> where is the ring ? assistant :",
+        return_tensors="pt",
     )
     assert (inputs["input_ids"] == IMAGE).sum() == 256
-    loaded.generate(**inputs)
-    clip = CLIPModel.from_pretrained(model / "clip", dtype=torch.float32)
-    mine = dict(loaded.model.vision_tower.named_parameters())
-    theirs = dict(clip.vision_model.named_parameters())
-    assert len(mine) == len(theirs)
-    for name, weight in theirs.items():
-        torch.testing.assert_close(
-            mine[name.removeprefix("vision_model.")] if name in mine else mine["vision_model." + name], weight
-        )
-    words = AutoTokenizer.from_pretrained(model / "clip")("where is the ring ?")["input_ids"]
+    assert loaded.generate(**inputs).shape[1] > inputs["input_ids"].shape[1]
+
+
+def test_a_run_leaves_its_tower_a_second_time_next_to_an_aligned_text_tower(trial):
+    clip = CLIPModel.from_pretrained(trial / "model" / "clip", dtype=torch.float32)
+    loaded = LlavaForConditionalGeneration.from_pretrained(trial / "model", dtype=torch.float32)
+    towers = [dict(tower.named_parameters()) for tower in (loaded.model.vision_tower, clip.vision_model)]
+    mine, theirs = ({name.removeprefix("vision_model."): weight for name, weight in tower.items()} for tower in towers)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(weight, theirs[name]) for name, weight in mine.items())
+    words = AutoTokenizer.from_pretrained(trial / "model" / "clip")("where is the ring ?")["input_ids"]
     assert words[-1] == END
-    assert {path.stem for path in tmp_path.glob("*.jsonl")} == {plan.stage.name for plan in run.RECIPES["llava"].plans}
+
+
+def test_a_run_leaves_a_curve_of_every_stage(trial):
+    plans = run.RECIPES["llava"].plans
+    assert {path.stem for path in trial.glob("*.jsonl")} == {plan.stage.name for plan in plans}
+    with Image.open(trial / "curve.png") as picture:
+        assert picture.width > 1000
+
+
+def test_a_finished_run_is_not_done_again(trial, capsys):
+    before = (trial / "join.safetensors").stat().st_mtime_ns
+    assert main(["train", "llava", "--out", str(trial), "--steps", "1", "--workers", "2", "--device", "cpu"]) == 0
+    assert (trial / "join.safetensors").stat().st_mtime_ns == before
+    assert "model saved to" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seed", "-1"], "seed -1: expected 0 to 63"),
+        (["--seed", "64"], "seed 64: expected 0 to 63"),
+        (["--workers", "0"], "--workers 0: expected 1 or more"),
+        (["--steps", "0"], "--steps 0: expected 1 or more"),
+        (["--out", __file__], "this is a file, expected a directory"),
+        (["--device", "gpu"], "no such device"),
+    ],
+)
+def test_mistakes_on_the_command_line(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "llava", *arguments]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_recipe_is_not_a_trial():
+    assert all(plan.steps > 100 for plan in run.RECIPES["llava"].plans)
+
+
+def test_without_matplotlib_there_is_a_model_and_a_hint(trial, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(BackendUnavailable, match=r"vtprune\[plots\]"):
+        draw_curve(trial, run.RECIPES["llava"].plans, trial / "curve.png")
+    assert main(["train", "llava", "--out", str(trial), "--steps", "1", "--workers", "2", "--device", "cpu"]) == 0
+    told = capsys.readouterr()
+    assert "vtprune[plots]" in told.err and "model saved to" in told.out
+
+
+def test_torch_without_muon_is_refused_before_anything_is_written(monkeypatch, tmp_path):
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(BackendUnavailable, match=r"torch 2\.9 or newer"):
+        run.train("llava", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_recipe(tmp_path):
+    with pytest.raises(InvalidOption, match="there are: llava"):
+        run.train("lava", tmp_path / "run")
+
+
+def test_a_damaged_state_is_named(tmp_path):
+    run_read(tmp_path, steps=1, upto=1)
+    (tmp_path / "read.safetensors").write_bytes(b"no")
+    with pytest.raises(VtpruneError, match=r"read.safetensors.*delete it"):
+        run_read(tmp_path, steps=1, upto=1)
+
+
+def test_the_command_names_every_recipe():
+    assert tuple(run.RECIPES) == _train._NAMES
+
+
+def test_no_seed_reaches_pictures_that_others_train_or_are_tested_on():
+    starts = [((seed * 8 + stage) << 31) for seed in range(SEEDS) for stage in range(8)]
+    longest = max(plan.steps * plan.size for plan in run.RECIPES["llava"].plans)
+    assert len(set(starts)) == len(starts)
+    assert longest < 1 << 31
+    assert max(starts) + (1 << 31) <= len(TRAIN)
+
+
+def test_kinds_are_asked_in_about_equal_numbers():
+    batch = Source(seed=0, stage=1, patch=8).batch(0, range(200), 200)
+    kinds = [question.kind for row in batch.questions for question in row]
+    shares = [kinds.count(kind) / len(kinds) for kind in KINDS]
+    assert min(shares) > 0.05
+    assert max(shares) < 0.3
+
+
+def test_questions_about_nothing_are_thinned_out_like_the_others():
+    batch = Source(seed=0, stage=1, patch=8).batch(0, range(60), 60)
+    few = batch.cells.owner[:, torch.randperm(256, generator=Generator().manual_seed(0))[:28]]
+    answerable = batch.answerable(few)
+    told = [(bool(q.about), bool(answerable[i, k])) for i, row in enumerate(batch.questions) for k, q in enumerate(row)]
+    seen, empty = ([say for about, say in told if about == wanted] for wanted in (True, False))
+    assert abs(sum(seen) / len(seen) - sum(empty) / len(empty)) < 0.05
+    assert 0.1 < sum(seen) / len(seen) < 0.9
 
 
 def test_the_folder_of_another_run_is_refused(tmp_path):
-    (tmp_path / "run.json").write_text(json.dumps({"name": "llava", "seed": 1, "workers": 2, "steps": "all"}))
+    (tmp_path / "run.json").write_text(json.dumps({"name": "llava", "seed": 1, "workers": 2, "recipe": "older"}))
     with pytest.raises(InvalidOption, match="another run"):
         run.train("llava", tmp_path, seed=0)
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from vtprune.catalog import build, list_methods
-from vtprune.errors import InvalidOption, UnsupportedCall
-from vtprune.eval.pooling import pool_features, pool_grids, pooled_cells
+from vtprune.errors import InvalidOption, UnsupportedCall, VtpruneError
+from vtprune.eval.pooling import pool_features, pool_grid, pool_grids, pooled_cells
 from vtprune.eval.questions import Item, coverage, in_turn
 from vtprune.eval.subject import Answers, Batch, Inputs
 from vtprune.runtime.evidence import FROM_ENCODER
@@ -72,14 +72,17 @@ def pool(batch: Batch, keep: float | int) -> Answers:
 
 
 def downsample(batch: Batch, keep: float | int) -> Answers:
-    """The picture scaled down to the largest square of which the encoder makes no more tokens than the budget; the
-    prompt is shorter to match. Encoders of one size interpolate their position embeddings."""
+    """The picture scaled down to the largest size of which the encoder makes no more tokens than the budget, in the
+    grid of `pool` where the encoder takes any; the prompt is shorter to match. Encoders of one size interpolate their
+    position embeddings."""
     k = batch.count(keep)
     if len(batch.parts) > 1:
         raise UnsupportedCall("this family packs a picture from several parts, whatever its size")
     try:
-        inputs = _smaller(batch, math.isqrt(k))
+        inputs = _smaller(batch, k)
         answers, parts = batch.subject.answer(inputs(), "identity", 1.0)
+    except (VtpruneError, torch.OutOfMemoryError):
+        raise
     except (ValueError, TypeError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         raise UnsupportedCall(f"this model does not take smaller pictures: {reason}") from error
@@ -88,19 +91,20 @@ def downsample(batch: Batch, keep: float | int) -> Answers:
     return dataclasses.replace(answers, tokens=None)
 
 
-def _smaller(batch: Batch, side: int) -> Callable[[], Inputs]:
-    """The batch with pictures of side x side tokens, encoded."""
+def _smaller(batch: Batch, k: int) -> Callable[[], Inputs]:
+    """The batch with pictures of at most `k` tokens, encoded."""
     subject, pixels = batch.subject, batch.inputs["pixel_values"]
     grid = batch.parts[0].grid
     any_size = batch.inputs.get("image_grid_thw")
     if any_size is not None:
         patch: Any = subject.base.config.vision_config.patch_size  # type: ignore[union-attr]
         unit = int(any_size[0, 1]) * patch // grid[0]
-        size = {"shortest_edge": unit**2, "longest_edge": (side * unit) ** 2}
+        size = {"shortest_edge": unit**2, "longest_edge": (math.isqrt(k) * unit) ** 2}
         return subject.encode(subject.inputs(batch.items, batch.scenes, size=size))
-    square = {"height": side * (pixels.shape[-2] // grid[0]), "width": side * (pixels.shape[-1] // grid[1])}
-    crop = {"crop_size": square} if getattr(subject.processor.image_processor, "do_center_crop", False) else {}
-    inputs = subject.inputs(batch.items, batch.scenes, size=square, **crop)
+    rows, columns = pool_grid(grid, k)
+    size = {"height": rows * (pixels.shape[-2] // grid[0]), "width": columns * (pixels.shape[-1] // grid[1])}
+    crop = {"crop_size": size} if getattr(subject.processor.image_processor, "do_center_crop", False) else {}
+    inputs = subject.inputs(batch.items, batch.scenes, size=size, **crop)
     tower = getattr(subject.base, "vision_tower", None)
     if tower is None or "interpolate_pos_encoding" not in inspect.signature(tower.forward).parameters:
         raise UnsupportedCall("its encoder takes one size only")
@@ -117,6 +121,8 @@ OWN: dict[str, Arm] = {
 """What methods are measured against, at every budget."""
 WHOLE: dict[str, Arm] = {"identity": identity, "blind": blind}
 """What has all tokens, and one row."""
+REVISION = 1
+"""To be raised when an own arm changes, so that its stored answers are not taken for those of the new one."""
 Step = tuple[str, float | int]
 
 

@@ -12,8 +12,10 @@ from vtprune.tiny.drawing import Stream
 
 DRAWS = 2000
 LEVEL = 0.95
-FEW = 5
-"""Fewer scenes than this tell nothing: their interval is the whole range."""
+FEW = 20
+"""Of fewer scenes a bootstrap interval is far too narrow: theirs is the whole range."""
+UNSEEN = 3.0
+"""What never happened in n scenes may still happen in 3 / n of them (the rule of three, at 95 %)."""
 Floats = NDArray[np.float64]
 
 
@@ -44,4 +46,9 @@ class Resamples:
             warnings.simplefilter("ignore", RuntimeWarning)
             means = (self._times @ sums) / (self._times @ counts)
             low, high = np.nanquantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        margin = UNSEEN / len(np.unique(scenes)) if least == 0.0 else 0.0
+        if sums.sum() == counts.sum():
+            low = min(low, 1 - margin)
+        if sums.sum() == 0:
+            high = max(high, margin)
         return float(low), float(high)

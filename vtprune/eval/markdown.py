@@ -107,7 +107,8 @@ def _legend() -> Iterator[str]:
     yield (
         f"In brackets: 95 % bootstrap intervals over scenes. {INSIDE}: the difference to `random` at the same budget "
         "lies inside the noise (the interval of the paired difference holds 0); so it is for a kind that was asked in "
-        f"fewer than {FEW} scenes. Object tokens are those whose cells "
+        f"fewer than {FEW} scenes. Nothing is corrected for many comparisons, and the best of several is partly lucky. "
+        "`all` is the mean over questions, not over kinds. Object tokens are those whose cells "
         f"things cover by {OBJECT_SHARE:.0%} or more."
     )
     yield ""

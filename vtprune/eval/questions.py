@@ -34,8 +34,8 @@ class Item:
     question: Question
 
 
-def draw_items(split: str, seed: int, samples: int) -> tuple[Item, ...]:
-    """Questions about the scenes `seed` to `seed + samples - 1` of a split, at most `QUESTIONS` of each.
+def draw_items(split: str, first: int, samples: int) -> tuple[Item, ...]:
+    """Questions about the scenes `first` to `first + samples - 1` of a split, at most `QUESTIONS` of each.
 
     Raises:
         InvalidOption: for an unknown split, or numbers outside of it.
@@ -43,15 +43,15 @@ def draw_items(split: str, seed: int, samples: int) -> tuple[Item, ...]:
     if split not in SPLITS:
         raise InvalidOption(f"split={split!r}: expected one of {', '.join(SPLITS)}")
     seeds = SPLITS[split]
-    if samples < 1 or seed < 0 or seed + samples >= len(seeds):
+    if samples < 1 or first < 0 or first + samples >= len(seeds):
         raise InvalidOption(
-            f"scenes {seed} to {seed + samples - 1}: expected at least one, and numbers from 0 to {len(seeds) - 2}"
+            f"scenes {first} to {first + samples - 1}: expected at least one, and numbers from 0 to {len(seeds) - 2}"
         )
-    scenes = [draw_scene(seeds[seed + i]) for i in range(samples + 1)]
+    scenes = [draw_scene(seeds[first + i]) for i in range(samples + 1)]
     return tuple(
-        Item(number=i, seed=seeds[seed + i], scene=scenes[i], other=scenes[i + 1], question=question)
+        Item(number=i, seed=seeds[first + i], scene=scenes[i], other=scenes[i + 1], question=question)
         for i in range(samples)
-        for question in ask(scenes[i], Stream(~seeds[seed + i]))[:QUESTIONS]
+        for question in ask(scenes[i], Stream(~seeds[first + i]))[:QUESTIONS]
     )
 
 

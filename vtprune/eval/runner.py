@@ -9,7 +9,7 @@ from typing import Any
 
 from vtprune.catalog import build
 from vtprune.errors import MissingEvidence, UnsupportedCall, VtpruneError
-from vtprune.eval.arms import OWN, WHOLE, Step, arm_of, probes
+from vtprune.eval.arms import OWN, REVISION, WHOLE, Step, arm_of, probes
 from vtprune.eval.questions import Item, object_tokens
 from vtprune.eval.store import Record, Store
 from vtprune.eval.subject import Answers, Batch, Subject
@@ -95,8 +95,8 @@ def _run(result: Result, asked: Batch, first: int, store: Store) -> None:
     result.recall += record.recall
 
 
-def _recipe(method: str) -> Mapping[str, Any] | None:
-    return None if method in OWN or method in WHOLE else build(method).to_dict()
+def _recipe(method: str) -> Mapping[str, Any]:
+    return {"revision": REVISION} if method in OWN or method in WHOLE else build(method).to_dict()
 
 
 def _give_up(result: Result, error: VtpruneError) -> None:

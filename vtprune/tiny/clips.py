@@ -17,7 +17,7 @@ _SHOWN = (1, 2)
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Clip:
-    """Frames, (T, size, size, 3); everything that is in any of them; and which thing painted a pixel of which frame."""
+    """Frames, (T, SIZE, SIZE, 3); everything that is in any of them; and which thing painted a pixel of which frame."""
 
     frames: Pixels
     things: tuple[Thing, ...]
@@ -33,15 +33,13 @@ class Clip:
         return [t for t, owner in enumerate(self.owner) if (owner == thing).any()]
 
 
-def draw_clip(
-    seed: int, *, shapes: Span = (2, 4), signs: Span = (0, 1), frames: int = FRAMES, size: int = SIZE
-) -> Clip:
+def draw_clip(seed: int, *, shapes: Span = (2, 4), signs: Span = (0, 1), frames: int = FRAMES) -> Clip:
     """The clip of a seed: one thing stays all the time, every other one is shown in one or two frames in a row.
 
     No two things ever share a place, so that questions about places have one answer.
     """
     stream = Stream(seed)
-    ground = paint_background(stream, size)
+    ground = paint_background(stream, SIZE)
     full, things, owner = place_things(stream, ground, shapes, signs)
     order = stream.shuffled(len(things))
     shown = np.zeros((len(things), frames), dtype=bool)

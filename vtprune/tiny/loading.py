@@ -1,21 +1,23 @@
-"""Load a bundled checkpoint from the package directory, after checking that it is whole."""
+"""Load bundled checkpoints from the package directory, after checking that they are whole."""
 
 from __future__ import annotations
 
 import difflib
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vtprune._torchvision import heal
 from vtprune.errors import InvalidOption, VtpruneError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, ProcessorMixin
+    from transformers import CLIPModel, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 _HOME = Path(__file__).parent
 _WEIGHTS = _HOME / "weights"
-_SHA256 = {"llava": "d4ec62beb82f4fe87ee7a20d17a5e397ebee9d6c73b96b5f2144d5d654e5d64b"}
+_CLIP = "clip"
+_SUMS = "SHA256SUMS"
+_NAMES = ("llava",)
 
 PICTURE = _HOME / "picture.png"
 QUESTION = "what color is the cross ?"
@@ -24,12 +26,12 @@ ANSWER = "orange"
 
 def list_tiny() -> list[str]:
     """Names that `load_tiny` takes."""
-    return list(_SHA256)
+    return list(_NAMES)
 
 
 def tiny_folder(name: str) -> Path:
     """Where the checkpoint of that name lies. Raises `InvalidOption` for a name nobody knows, with the nearest one."""
-    if not isinstance(name, str) or name not in _SHA256:
+    if not isinstance(name, str) or name not in list_tiny():
         near = difflib.get_close_matches(str(name), list_tiny(), n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise InvalidOption(f"unknown tiny model {name!r}{hint}; there are: {', '.join(list_tiny())}")
@@ -46,27 +48,68 @@ def load_tiny(name: str = "llava") -> tuple[PreTrainedModel, ProcessorMixin]:
         VtpruneError: where the bundled files are missing or damaged.
     """
     folder = tiny_folder(name)
-    _check_weights(folder / "model.safetensors", _SHA256[name])
+    _check_files(folder)
     heal()
-    import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    return _load(folder, AutoModelForImageTextToText, AutoProcessor)
+
+
+def load_tiny_clip(name: str = "llava") -> tuple[CLIPModel, PreTrainedTokenizerBase]:
+    """The vision tower of a tiny model with a text tower aligned to it, and the tokenizer, in fp32 on the CPU.
+
+    Like CLIP, it tells how near a text is to a picture; unlike CLIP, it was trained so that the patches which show what
+    a question is about lie nearest to the question.
+
+    Raises:
+        InvalidOption: for a name nobody knows, with the nearest one.
+        VtpruneError: where the bundled files are missing or damaged.
+    """
+    folder = tiny_folder(name) / _CLIP
+    _check_files(folder)
+    heal()
+    from transformers import AutoTokenizer, CLIPModel
+
+    return _load(folder, CLIPModel, AutoTokenizer)
+
+
+def _load(folder: Path, model_class: Any, processor_class: Any) -> tuple[Any, Any]:
+    import torch
+
     try:
-        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
-        model = AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+        processor = processor_class.from_pretrained(folder, local_files_only=True)
+        model = model_class.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(folder, f"{type(error).__name__}: {error}") from error
     return model.eval(), processor
 
 
-def _check_weights(path: Path, expected: str) -> None:
-    """The checksum finds truncated files, Git LFS pointers and flipped bits alike."""
+def write_sums(folder: Path) -> None:
+    """Note the SHA-256 of every file of a checkpoint, in the form that `sha256sum -c` reads."""
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".jinja", ".safetensors"))
+    (folder / _SUMS).write_text("".join(f"{_sha256(path)}  {path.name}\n" for path in files))
+
+
+def _check_files(folder: Path) -> None:
+    """Checksums find missing and truncated files, Git LFS pointers and flipped bits alike."""
     try:
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise _damaged(path.parent, f"cannot read {path.name}: {error.strerror or error}") from error
-    if found != expected:
-        raise _damaged(path.parent, f"{path.name} has SHA-256 {found[:12]}..., expected {expected[:12]}...")
+        lines = (folder / _SUMS).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise _damaged(folder, f"cannot read {_SUMS}: {error}") from error
+    sums = {name: expected for expected, _, name in (line.partition("  ") for line in lines)}
+    if "model.safetensors" not in sums or "" in sums:
+        raise _damaged(folder, f"{_SUMS} is cut")
+    for name, expected in sums.items():
+        try:
+            found = _sha256(folder / name)
+        except OSError as error:
+            raise _damaged(folder, f"cannot read {name}: {error.strerror or error}") from error
+        if found != expected:
+            raise _damaged(folder, f"{name} has SHA-256 {found[:12]}..., expected {expected[:12]}...")
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _damaged(folder: Path, reason: str) -> VtpruneError:

@@ -65,7 +65,7 @@ class Thing:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Scene:
-    """A picture, (size, size, 3); what is in it; and `owner`, (size, size): which thing painted a pixel, or -1."""
+    """A picture, (SIZE, SIZE, 3); what is in it; and `owner`, (SIZE, SIZE): which thing painted a pixel, or -1."""
 
     pixels: Pixels
     things: tuple[Thing, ...]
@@ -88,16 +88,15 @@ class Question:
     about: tuple[int, ...] = ()
 
 
-def draw_scene(seed: int, *, shapes: Span = (2, 5), signs: Span = (0, 1), size: int = SIZE) -> Scene:
+def draw_scene(seed: int, *, shapes: Span = (2, 5), signs: Span = (0, 1)) -> Scene:
     """The scene of a seed.
 
     Args:
         shapes: least and largest number of shapes; fewer are drawn where no room is left.
         signs: least and largest number of number signs.
-        size: side of the picture in pixels.
     """
     stream = Stream(seed)
-    pixels, things, owner = place_things(stream, paint_background(stream, size), shapes, signs)
+    pixels, things, owner = place_things(stream, paint_background(stream, SIZE), shapes, signs)
     return Scene(pixels=pixels, things=tuple(things), owner=owner)
 
 

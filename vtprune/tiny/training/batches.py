@@ -6,15 +6,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from vtprune.tiny.drawing import Stream
 from vtprune.tiny.scenes import TRAIN, Question, Scene, Span, ask, draw_scene
 from vtprune.tiny.training.concepts import Cells, label_cells
 
 QUESTIONS = 8
-_ODDS = {"color": 4, "shape": 3, "where": 4, "exist": 3, "left": 6, "number": 1, "count": 4}
-"""How often a kind is drawn from what can be asked of a scene: rare and hard ones more often."""
+SEEDS = 64
+_ODDS = {"color": 3, "shape": 2, "where": 3, "exist": 2, "left": 6, "number": 6, "count": 3}
+"""How often a kind is drawn from what can be asked of a scene: rare ones more often."""
+_VARIED = ("left", "count")
+"""Kinds of which a second and a third question are made up."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,17 +34,42 @@ class Batch:
         return stacked.to(self.cells.what.device).permute(0, 3, 1, 2)
 
     def answerable(self, owner: Tensor) -> Tensor:
-        """Which questions cells of these owners can answer, (B, K), on the host: all they are about is in sight."""
+        """Which questions cells of these owners can answer, (B, K), on the host: all they are about is in sight.
+
+        Questions about nothing ("no", "zero") are thinned out as much as the others: few cells are no hint at them.
+        """
         answerable = torch.zeros(len(self.questions), max(map(len, self.questions)), dtype=torch.bool)
+        about = torch.zeros_like(answerable)
+        nothing = torch.zeros_like(answerable)
         for i, (seen, row) in enumerate(zip(owner.tolist(), self.questions, strict=True)):
             for k, question in enumerate(row):
-                answerable[i, k] = set(question.about) <= set(seen)
-        return answerable
+                about[i, k], nothing[i, k] = bool(question.about), not question.about
+                answerable[i, k] = bool(question.about) and set(question.about) <= set(seen)
+        share = answerable.sum() / about.sum().clamp(min=1)
+        turns = (nothing.flatten().cumsum(0) * share).floor()
+        taken = turns.diff(prepend=turns.new_zeros(1)).view_as(nothing) > 0
+        return answerable | (nothing & taken)
+
+
+@dataclass(frozen=True)
+class Chance:
+    """What a step draws from: `shared` is the same for all workers of a run, `own` is not."""
+
+    shared: Generator
+    own: Generator
+
+    @classmethod
+    def of(cls, seed: int, rank: int) -> Chance:
+        """From the seed of a step, for a worker."""
+        return cls(Generator().manual_seed(seed), Generator().manual_seed(seed + (rank + 1) * 1_000_000_007))
 
 
 @dataclass(frozen=True)
 class Source:
-    """The pictures of one stage of one run; `crowded`: every second scene is full of shapes and signs."""
+    """The pictures of one stage of one run; `crowded`: every second scene is full of shapes and signs.
+
+    Runs of different seeds, below `SEEDS`, and stages never share a picture.
+    """
 
     seed: int
     stage: int
@@ -70,7 +98,9 @@ class Source:
 
 def choose_questions(scene: Scene, stream: Stream) -> list[Question]:
     """At most `QUESTIONS` different ones, by the odds of their kinds."""
-    asked = {question.text: question for _ in range(3) for question in ask(scene, stream)}
+    first = ask(scene, stream)
+    more = [question for _ in range(2) for question in ask(scene, stream) if question.kind in _VARIED]
+    asked = {question.text: question for question in [*first, *more]}
     order = sorted(asked.values(), key=lambda question: _draw(stream, _ODDS[question.kind]), reverse=True)
     return order[:QUESTIONS]
 

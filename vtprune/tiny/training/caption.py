@@ -6,24 +6,25 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, normalize
 
 from vtprune.tiny.scenes import Scene
 from vtprune.tiny.training.aligned import AlignedText
-from vtprune.tiny.training.batches import Batch
+from vtprune.tiny.training.batches import Batch, Chance
+from vtprune.tiny.training.stages import Stage
 from vtprune.tiny.training.student import LlavaStudent
 
 
 @dataclass(frozen=True)
-class Caption:
+class Caption(Stage):
     """Text tower: questions find their cells, descriptions find their pictures. The vision tower is frozen."""
 
     name: ClassVar[str] = "caption"
     parts: ClassVar[tuple[str, ...]] = ("aligned",)
     crowded: ClassVar[bool] = False
 
-    def loss(self, student: LlavaStudent, batch: Batch, chance: Generator) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, student: LlavaStudent, batch: Batch, chance: Chance) -> tuple[Tensor, dict[str, float]]:
         aligned = student.aligned
         with torch.no_grad():
             sight = student.look(batch.pixels())

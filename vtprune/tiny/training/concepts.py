@@ -7,11 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vtprune.tiny.scenes import COLORS, SHAPES, Scene
+from vtprune.tiny.scenes import COLORS, NUMBERS, SHAPES, Scene, Thing
 
 WHATS = 1 + len(SHAPES) + 10
 """Nothing, a shape, or a digit."""
 HUES = 1 + len(COLORS)
+PEERS = len(NUMBERS)
+"""How many things of the same shape the picture holds, the thing itself among them; zero where there is no shape."""
 UNSURE = -100
 """Label of a cell that a thing touches, but too little to be told."""
 _CLEAR = 0.15
@@ -21,12 +23,13 @@ _CLEAR = 0.15
 class Cells:
     """Labels of B x N cells, row by row.
 
-    `what`, `hue`: class, or `UNSURE`. `owner`: index of the thing shown, or -1. `centre`: 1 in the cell that holds the
-    centre of a thing. `share`: painted share of the cell.
+    `what`, `hue`, `peers`: class, or `UNSURE`. `owner`: index of the thing shown, or -1. `centre`: 1 in the cell that
+    holds the centre of a thing. `share`: painted share of the cell.
     """
 
     what: Tensor
     hue: Tensor
+    peers: Tensor
     owner: Tensor
     centre: Tensor
     share: Tensor
@@ -40,7 +43,7 @@ class Cells:
         return Cells(*(field.to(device) for field in self._fields()))
 
     def _fields(self) -> tuple[Tensor, ...]:
-        return self.what, self.hue, self.owner, self.centre, self.share
+        return self.what, self.hue, self.peers, self.owner, self.centre, self.share
 
 
 def label_cells(scenes: list[Scene], patch: int) -> Cells:
@@ -53,27 +56,23 @@ def _label(scene: Scene, patch: int) -> tuple[Tensor, ...]:
     side = len(scene.owner) // patch
     share = torch.from_numpy(scene.coverage(patch)).float().flatten(1)
     best, owner = share.max(dim=0) if len(share) else (torch.zeros(side * side), torch.zeros(side * side).long())
-    whats = torch.tensor([_what(scene, i) for i in range(len(scene.things))] or [0])[owner]
-    hues = torch.tensor([_hue(scene, i) for i in range(len(scene.things))] or [0])[owner]
+    classes = torch.tensor([_classes(scene, thing) for thing in scene.things] or [(0, 0, 0)])[owner]
     clear, touched = best >= _CLEAR, best > 0
     centre = torch.zeros(side * side)
     for thing in scene.things:
         centre[thing.y // patch * side + thing.x // patch] = 1
     unsure = torch.where(touched, UNSURE, 0)
     return (
-        torch.where(clear, whats, unsure),
-        torch.where(clear, hues, unsure),
+        *torch.where(clear[:, None], classes, unsure[:, None]).T,
         torch.where(clear, owner, -1),
         centre,
         share.sum(dim=0),
     )
 
 
-def _what(scene: Scene, index: int) -> int:
-    thing = scene.things[index]
-    return 1 + SHAPES.index(thing.shape) if thing.shape else 1 + len(SHAPES) + (thing.digit or 0)
-
-
-def _hue(scene: Scene, index: int) -> int:
-    color = scene.things[index].color
-    return 1 + tuple(COLORS).index(color) if color else 0
+def _classes(scene: Scene, thing: Thing) -> tuple[int, int, int]:
+    """What, hue and peers."""
+    if thing.shape is None or thing.color is None:
+        return 1 + len(SHAPES) + (thing.digit or 0), 0, 0
+    peers = sum(other.shape == thing.shape for other in scene.things)
+    return 1 + SHAPES.index(thing.shape), 1 + tuple(COLORS).index(thing.color), peers

@@ -19,8 +19,14 @@ def draw_curve(folder: Path, plans: tuple[Plan, ...], picture: Path) -> None:
         notes = read_notes(notes_path(folder, plan.stage))
         for name in sorted({name for note in notes for name in note.metrics}):
             points = [(note.step, note.metrics[name]) for note in notes if name in note.metrics]
-            panel.plot(*zip(*points, strict=True), label=name, color="black" if name == "loss" else None)
+            if name == "loss":
+                losses = panel.twinx()
+                losses.semilogy(*zip(*points, strict=True), color="black", linewidth=0.8)
+                losses.set_ylabel("loss (black)")
+            else:
+                panel.plot(*zip(*points, strict=True), label=name)
         panel.set(title=plan.stage.name, xlabel="step", ylim=(0, 1.05))
         panel.grid(alpha=0.3)
-        panel.legend(fontsize=7)
+        if panel.get_legend_handles_labels()[0]:
+            panel.legend(fontsize=7)
     figure.savefig(picture, dpi=110)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vtprune.tiny.loading import write_sums
 from vtprune.tiny.scenes import SIZE
 from vtprune.tiny.training.models import PATCH
 from vtprune.tiny.words import BEGIN, END, PAD, build_tokenizer
@@ -32,7 +33,7 @@ CHAT_TEMPLATE = (
 
 
 def export_llava(student: LlavaStudent, folder: Path) -> None:
-    """Weights in fp16, configuration, processor and the aligned CLIP model."""
+    """Weights in fp16, configuration, processor, the aligned CLIP model, checksums. The student is left in fp16."""
     from transformers import GenerationConfig, LlavaProcessor
 
     student.eval()
@@ -53,6 +54,8 @@ def export_llava(student: LlavaStudent, folder: Path) -> None:
         chat_template=CHAT_TEMPLATE,
         image_token="<image>",
     ).save_pretrained(folder)
+    for finished in (folder, folder / CLIP_FOLDER):
+        write_sums(finished)
 
 
 def _build_clip(student: LlavaStudent) -> Any:

@@ -9,10 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Generator, nn
+from torch import nn
 
-from vtprune.tiny.training.batches import Source
+from vtprune.errors import VtpruneError
+from vtprune.tiny.training.batches import Chance, Source
 from vtprune.tiny.training.optimizer import Optimizer
 from vtprune.tiny.training.stages import Metrics, Stage
 from vtprune.tiny.training.student import LlavaStudent
@@ -58,10 +60,12 @@ def run_stage(plan: Plan, student: LlavaStudent, worker: Worker, folder: Path, s
     keeper.forget_after(done)
     source = plan.source(seed, student.patch, device)
     student.train()
+    if done == 0:
+        plan.stage.begin(student, source.batch(0, range(plan.size), plan.size))
     while done < plan.steps:
         batch = source.batch(done, worker.rows(plan.size), plan.size)
-        chance = Generator().manual_seed((seed * 8 + plan.number) * 1_000_003 + done)
-        with torch.autocast(device, dtype=torch.bfloat16):
+        chance = Chance.of((seed * 8 + plan.number) * 1_000_003 + done, worker.rank)
+        with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
             loss, metrics = plan.stage.loss(student, batch, chance)
         loss.backward()
         worker.average(optimizer.weights)
@@ -145,10 +149,13 @@ def _resume(path: Path, modules: list[nn.Module], optimizer: Optimizer) -> int:
 
 
 def load_parts(path: Path, modules: list[nn.Module]) -> None:
-    """Only the weights that a stage left."""
-    tensors = load_file(path)
-    for number, module in enumerate(modules):
-        module.load_state_dict({name: tensors[f"{number}.{name}"] for name in module.state_dict()})
+    """Only the weights that a stage left. Raises `VtpruneError` where the file is damaged."""
+    try:
+        tensors = load_file(path)
+        for number, module in enumerate(modules):
+            module.load_state_dict({name: tensors[f"{number}.{name}"] for name in module.state_dict()})
+    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+        raise VtpruneError(f"cannot go on from {path} ({error}): delete it to do its stage again") from error
 
 
 def state_path(folder: Path, stage: Stage) -> Path:

@@ -12,12 +12,16 @@ from vtprune.errors import BackendUnavailable
 WARMUP = 40
 
 
+def check_torch() -> None:
+    """Raise `BackendUnavailable` where torch is too old to train with."""
+    if not hasattr(torch.optim, "Muon"):
+        raise BackendUnavailable(f"training needs torch 2.9 or newer for Muon; here is {torch.__version__}")
+
+
 class Optimizer:
     """Warm-up, then a cosine down to nearly zero. `matrix_rate` is for Muon, `rate` for AdamW."""
 
     def __init__(self, modules: list[nn.Module], *, steps: int, matrix_rate: float, rate: float) -> None:
-        if not hasattr(torch.optim, "Muon"):
-            raise BackendUnavailable(f"training needs torch 2.9 or newer for Muon; here is {torch.__version__}")
         named = {id(weight): (name, weight) for module in modules for name, weight in module.named_parameters()}
         matrices = [weight for name, weight in named.values() if _is_matrix(name, weight)]
         others = [weight for name, weight in named.values() if not _is_matrix(name, weight)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import warnings
 from collections.abc import Callable
@@ -12,15 +13,17 @@ import torch
 from torch.multiprocessing.spawn import spawn
 
 from vtprune.errors import InvalidOption
+from vtprune.tiny.training.batches import SEEDS
 from vtprune.tiny.training.caption import Caption
 from vtprune.tiny.training.export import export_llava
 from vtprune.tiny.training.loop import Plan, load_parts, run_stage, state_path
+from vtprune.tiny.training.optimizer import check_torch
 from vtprune.tiny.training.stages import Join, Meet, Read, See
 from vtprune.tiny.training.student import LlavaStudent
 from vtprune.tiny.training.workers import Worker
 
-Lanes = tuple[tuple[Plan, ...], ...]
-"""One after the other; plans of one lane run side by side, each in its own process, a plan by itself in all of them."""
+Phases = tuple[tuple[Plan, ...], ...]
+"""One after the other. Plans of one phase run side by side, each in its own process; a plan by itself runs in all."""
 
 POLL_S = 1.0
 
@@ -30,32 +33,32 @@ class Recipe:
     """How one tiny model is trained."""
 
     student: Callable[[], LlavaStudent]
-    lanes: Lanes
+    phases: Phases
     export: Callable[[LlavaStudent, Path], None]
 
     def shortened(self, steps: int | None) -> Recipe:
         """The same with at most so many steps a stage."""
         if steps is None:
             return self
-        lanes = tuple(tuple(replace(plan, steps=min(plan.steps, steps)) for plan in lane) for lane in self.lanes)
-        return replace(self, lanes=lanes)
+        phases = tuple(tuple(replace(plan, steps=min(plan.steps, steps)) for plan in phase) for phase in self.phases)
+        return replace(self, phases=phases)
 
     @property
     def plans(self) -> tuple[Plan, ...]:
         """All plans in the order they begin."""
-        return tuple(plan for lane in self.lanes for plan in lane)
+        return tuple(plan for phase in self.phases for plan in phase)
 
 
 RECIPES = {
     "llava": Recipe(
         student=LlavaStudent,
-        lanes=(
+        phases=(
             (
-                Plan(stage=See(), number=0, steps=800, size=32),
+                Plan(stage=See(), number=0, steps=1100, size=32),
                 Plan(stage=Read(), number=1, steps=1000),
             ),
-            (Plan(stage=Meet(), number=2, steps=60),),
-            (Plan(stage=Join(), number=3, steps=900, matrix_rate=0.01, rate=1e-3),),
+            (Plan(stage=Meet(), number=2, steps=150, matrix_rate=5e-3),),
+            (Plan(stage=Join(), number=3, steps=550, matrix_rate=3e-3, rate=5e-4),),
             (Plan(stage=Caption(), number=4, steps=300),),
         ),
         export=export_llava,
@@ -89,10 +92,17 @@ def train(
         The folder of the trained model.
 
     Raises:
-        InvalidOption: the folder holds another run.
+        InvalidOption: an unknown name, a seed out of range, or a folder that holds another run.
         BackendUnavailable: torch is too old to train with.
     """
-    _claim(folder, {"name": name, "seed": seed, "workers": workers, "steps": steps or "all"})
+    if name not in RECIPES:
+        raise InvalidOption(f"no recipe for {name!r}; there are: {', '.join(RECIPES)}")
+    if not 0 <= seed < SEEDS:
+        raise InvalidOption(f"seed {seed}: expected 0 to {SEEDS - 1}")
+    check_torch()
+    plans = RECIPES[name].shortened(steps).plans
+    recipe = hashlib.sha256(repr(plans).encode()).hexdigest()[:12]
+    _claim(folder, {"name": name, "seed": seed, "workers": workers, "recipe": recipe})
     arguments = (workers, name, folder, seed, device, steps)
     context = spawn(run_worker, args=arguments, nprocs=workers, join=False)
     assert context is not None
@@ -109,10 +119,15 @@ def _claim(folder: Path, settings: dict[str, str | int]) -> None:
     mark = folder / "run.json"
     if not mark.exists():
         mark.write_text(json.dumps(settings))
-    elif json.loads(mark.read_text()) != settings:
-        raise InvalidOption(
-            f"{folder} holds another run ({mark.read_text()}): expected {settings}; take another folder"
-        )
+        return
+    try:
+        there = dict(json.loads(mark.read_text()))
+    except ValueError as error:
+        raise InvalidOption(f"{mark} is damaged: take another folder") from error
+    found = [f"{name} {there.get(name)} there, {settings[name]} now" for name in settings]
+    differing = [text for name, text in zip(settings, found, strict=True) if there.get(name) != settings[name]]
+    if differing:
+        raise InvalidOption(f"{folder} holds another run ({'; '.join(differing)}): go on with that, or name another")
 
 
 def run_worker(
@@ -125,14 +140,14 @@ def run_worker(
     worker.join(folder / "meeting")
     torch.manual_seed(seed)
     student = recipe.student().to(device)
-    for lane in recipe.lanes:
-        for place, plan in enumerate(lane):
-            if len(lane) == 1:
+    for phase in recipe.phases:
+        for place, plan in enumerate(phase):
+            if len(phase) == 1:
                 run_stage(plan, student, worker, folder, seed, device)
             elif place % world == rank:
                 run_stage(plan, student, worker.alone(), folder, seed, device)
         worker.wait()
-        for plan in lane:
+        for plan in phase:
             load_parts(state_path(folder, plan.stage), student.parts(plan.stage.parts))
     if rank == 0:
         recipe.export(student, folder / MODEL_FOLDER)

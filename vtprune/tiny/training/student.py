@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from vtprune.tiny.scenes import COLORS, PLACES, SHAPES, SIZE
+from vtprune.tiny.scenes import COLORS, NUMBERS, PLACES, SHAPES, SIZE
 from vtprune.tiny.training.aligned import AlignedText
-from vtprune.tiny.training.concepts import HUES, WHATS, Cells
+from vtprune.tiny.training.concepts import HUES, PEERS, WHATS, Cells
 from vtprune.tiny.training.models import PATCH, WIDTH, build_llava
 from vtprune.tiny.training.packing import PREFIX, Blocks, block_mask
 from vtprune.tiny.words import WORD_IDS
@@ -38,6 +38,7 @@ class Probes(nn.Module):
         super().__init__()
         self.what = nn.Linear(WIDTH, WHATS)
         self.hue = nn.Linear(WIDTH, HUES)
+        self.peers = nn.Linear(WIDTH, PEERS)
         self.centre = nn.Linear(WIDTH, 1)
         self.row = nn.Linear(WIDTH, side)
         self.column = nn.Linear(WIDTH, side)
@@ -46,7 +47,7 @@ class Probes(nn.Module):
 
 
 class IdealTokens(nn.Module):
-    """The token of a perfect tower and projector: the sum of what, which colour, where, centre or not.
+    """The token of a perfect tower and projector: the sum of what, which colour, how many, where.
 
     They begin as the embeddings of the words that name them, so that question and picture speak alike from the start.
     """
@@ -54,7 +55,7 @@ class IdealTokens(nn.Module):
     def __init__(self, side: int, words: Tensor) -> None:
         super().__init__()
         self.side = side
-        self.sums = nn.Linear(WHATS + HUES + 2 * side + 1, WIDTH, bias=False)
+        self.sums = nn.Linear(WHATS + HUES + PEERS + 2 * side + 1, WIDTH, bias=False)
         with torch.no_grad():
             self.sums.weight.copy_(_spell(side, words))
 
@@ -63,6 +64,7 @@ class IdealTokens(nn.Module):
         classes = (
             (cells.what, WHATS),
             (cells.hue, HUES),
+            (cells.peers, PEERS),
             (index // self.side, self.side),
             (index % self.side, self.side),
         )
@@ -81,8 +83,9 @@ def _spell(side: int, words: Tensor) -> Tensor:
     right = corners[1] + corners[3] - corners[0] - corners[2]
     digits = embed(*"0123456789")
     centre = 0.06 * torch.randn(1, WIDTH)
-    empty = 0.06 * torch.randn(2, WIDTH)
-    parts = (empty[:1], embed(*SHAPES), digits, empty[1:], embed(*COLORS), ramp * down, ramp * right, centre)
+    empty = 0.06 * torch.randn(3, WIDTH)
+    names = (embed(*SHAPES), digits, empty[1:2], embed(*COLORS), empty[2:], embed(*NUMBERS[1:]))
+    parts = (empty[:1], *names, ramp * down, ramp * right, centre)
     return torch.cat(parts).T
 
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+LONGEST_WAIT = timedelta(days=7)
+"""One stage may take far longer than another on a slow machine."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,11 @@ class Worker:
         """Meet the others through a file of the run; no port is opened."""
         if self.world > 1:
             dist.init_process_group(
-                "gloo", init_method=meeting.resolve().as_uri(), rank=self.rank, world_size=self.world
+                "gloo",
+                init_method=meeting.resolve().as_uri(),
+                rank=self.rank,
+                world_size=self.world,
+                timeout=LONGEST_WAIT,
             )
 
     def wait(self) -> None:
