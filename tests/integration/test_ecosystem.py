@@ -33,6 +33,7 @@ from tests.integration.common import (
     write,
 )
 from vtprune.errors import UnsupportedCall, UnsupportedModel
+from vtprune.tiny import ANSWER, PICTURE, QUESTION
 
 METHODS = ("vtprune", "fastervlm", "divprune")
 Tiny = tuple[nn.Module, Any]
@@ -358,13 +359,11 @@ def tiny() -> Tiny:
 
 @pytest.fixture(scope="module")
 def picture() -> Image.Image:
-    pixels = torch.zeros(128, 128, 3, dtype=torch.uint8)
-    pixels[30:70, 40:90] = torch.tensor([220, 30, 30], dtype=torch.uint8)
-    return Image.fromarray(pixels.numpy())
+    return Image.open(PICTURE)
 
 
 def conversation(picture: Image.Image) -> list[dict[str, Any]]:
-    question = {"type": "text", "text": "what color is the square ?"}
+    question = {"type": "text", "text": QUESTION}
     return [{"role": "user", "content": [{"type": "image", "image": picture}, question]}]
 
 
@@ -380,7 +379,7 @@ def test_the_tiny_model_answers_alike_on_half_of_its_tokens(tiny: Tiny, picture:
     with vtprune.pruning(model, "vtprune", keep=0.5) as pruner:
         assert model.generate(**inputs, max_new_tokens=STEPS).tolist() == plain.tolist()
         assert (pruner.last.kept, pruner.last.tokens) == (128, 256)
-    assert "red" in processor.decode(plain[0])
+    assert ANSWER in processor.decode(plain[0])
 
 
 def test_the_pipeline_of_transformers_prunes(tiny: Tiny, picture: Image.Image) -> None:
