@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vtprune.errors import InvalidOption
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def share_or_number(text: str) -> float | int:
@@ -34,3 +39,24 @@ def check_writable(path: Path) -> None:
             path.unlink()
     except OSError as error:
         raise InvalidOption(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def write_outputs(writers: Mapping[str, tuple[Path | None, Callable[[Path], object]]], console: Console) -> None:
+    """Write every output that was asked for, whatever becomes of the others; keys tell what was done.
+
+    Raises:
+        InvalidOption: naming all that could not be written.
+    """
+    troubles: list[str] = []
+    for done, (path, write) in writers.items():
+        if path is None:
+            continue
+        try:
+            write(path)
+            console.print(f"{done} {path}", markup=False, soft_wrap=True)
+        except OSError as error:
+            troubles.append(f"cannot write {path}: {error.strerror or error}")
+        except InvalidOption as error:
+            troubles.append(str(error))
+    if troubles:
+        raise InvalidOption("; ".join(troubles))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vtprune._arguments import check_writable, share_or_number
+from vtprune._arguments import check_writable, share_or_number, write_outputs
 from vtprune.errors import InvalidOption
 
 if TYPE_CHECKING:
@@ -243,14 +243,4 @@ def _write(options: argparse.Namespace, rows: Sequence[Row], console: Console) -
         "page saved to": (options.markdown, write_page),
         "plot saved to": (options.plot, lambda path: draw_plot(rows, path)),
     }
-    troubles = []
-    for done, (path, write) in writers.items():
-        if path is None:
-            continue
-        try:
-            write(path)
-            console.print(f"{done} {path}", markup=False, soft_wrap=True)
-        except OSError as error:
-            troubles.append(f"cannot write {path}: {error.strerror or error}")
-    if troubles:
-        raise InvalidOption("; ".join(troubles))
+    write_outputs(writers, console)

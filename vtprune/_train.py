@@ -42,8 +42,6 @@ def add_train(add: Callable[..., argparse.ArgumentParser]) -> None:
 
 def _train(options: argparse.Namespace, console: Console) -> None:
     folder = Path(options.out or f"train-{options.name}")
-    if options.workers is not None and options.workers < 1:
-        raise InvalidOption(f"--workers {options.workers}: expected 1 or more")
     if options.steps is not None and options.steps < 1:
         raise InvalidOption(f"--steps {options.steps}: expected 1 or more")
     if folder.exists() and not folder.is_dir():
@@ -54,7 +52,9 @@ def _train(options: argparse.Namespace, console: Console) -> None:
 
     quiet_transformers()
     device = choose_device(options.device)
-    workers = options.workers or (min(2, os.cpu_count() or 1) if device.type == "cpu" else 1)
+    workers = options.workers
+    if workers is None:
+        workers = min(2, os.cpu_count() or 1) if device.type == "cpu" else 1
     plans = RECIPES[options.name].shortened(options.steps).plans
     with _Bars(folder, plans, options.trouble) as bars:
         model = train(

@@ -7,12 +7,12 @@ import ast
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vtprune import _evaluate, _train
-from vtprune._arguments import check_writable, share_or_number
+from vtprune._arguments import check_writable, share_or_number, write_outputs
 from vtprune.errors import InvalidOption, VtpruneError
 
 if TYPE_CHECKING:
@@ -150,8 +150,19 @@ def _run(options: argparse.Namespace, console: Console) -> None:
     console.print(helpers.run_table(before, after))
     times = f"times: best of {ask.repeats} on {device}, no benchmark; prefill is the language model alone"
     console.print(times, markup=False, soft_wrap=True)
-    console.print(after[1].summary(), markup=False, soft_wrap=True)
-    _write_outputs(options, after[1], lambda: pictures.as_seen(picture, processor, after[1]), console)
+    report = after[1]
+    console.print(report.summary(), markup=False, soft_wrap=True)
+
+    def save_overlay(path: Path) -> None:
+        from vtprune.viz import overlay
+
+        overlay(report, pictures.as_seen(picture, processor, report)).save(path)
+
+    writers = {
+        "report appended to": (options.report, report.write_jsonl),
+        "overlay saved to": (options.overlay, save_overlay),
+    }
+    write_outputs(writers, console)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -182,29 +193,6 @@ def _check(options: argparse.Namespace) -> None:
     for path in (options.report, options.overlay):
         if path is not None:
             check_writable(path)
-
-
-def _write_outputs(options: argparse.Namespace, report: Any, seen: Callable[[], Any], console: Console) -> None:
-    """Each output is tried, whatever becomes of the other one."""
-    from vtprune.viz import overlay
-
-    writers = {
-        "report appended to": (options.report, report.write_jsonl),
-        "overlay saved to": (options.overlay, lambda path: overlay(report, seen()).save(path)),
-    }
-    troubles: list[str] = []
-    for done, (path, write) in writers.items():
-        if path is None:
-            continue
-        try:
-            write(path)
-            console.print(f"{done} {path}", markup=False, soft_wrap=True)
-        except OSError as error:
-            troubles.append(f"cannot write {path}: {error.strerror or error}")
-        except InvalidOption as error:
-            troubles.append(str(error))
-    if troubles:
-        raise InvalidOption("; ".join(troubles))
 
 
 def _keep(options: argparse.Namespace) -> float | int:

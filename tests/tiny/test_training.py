@@ -250,7 +250,8 @@ def test_a_finished_run_is_not_done_again(trial, capsys):
     [
         (["--seed", "-1"], "seed -1: expected 0 to 63"),
         (["--seed", "64"], "seed 64: expected 0 to 63"),
-        (["--workers", "0"], "--workers 0: expected 1 or more"),
+        (["--workers", "0"], "workers 0: expected 1 to 8"),
+        (["--workers", "9"], "workers 9: expected 1 to 8"),
         (["--steps", "0"], "--steps 0: expected 1 or more"),
         (["--out", __file__], "this is a file, expected a directory"),
         (["--device", "gpu"], "no such device"),

@@ -17,7 +17,7 @@ _REST = ("number", "shown", "yes", "no", "in", "video", "this", ".", ",")
 VOCABULARY = (*SPECIAL, *_ROLES, *COLORS, *SHAPES, *PLURALS, *PLACES, *NUMBERS, *_DIGITS, *_ASKING, *_REST)
 WORD_IDS = {word: i for i, word in enumerate(VOCABULARY)}
 
-PAD, UNKNOWN, BEGIN, END, IMAGE, VIDEO = (WORD_IDS[word] for word in SPECIAL[:6])
+PAD, BEGIN, END, IMAGE = (WORD_IDS[word] for word in ("<pad>", "<s>", "</s>", "<image>"))
 VOCABULARY_SIZE = 128
 """Rounded up; the rest is never used."""
 

@@ -9,14 +9,13 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import interpolate
 
-WAYS = ("uniform", "blocks", "things", "ground")
-ODDS = (0.45, 0.2, 0.25, 0.1)
+ODDS = {"uniform": 0.45, "blocks": 0.2, "things": 0.25, "ground": 0.1}
 
 
 def choose_cells(share: Tensor, count: int, generator: Generator) -> Tensor:
     """Ascending indices of `count` of N cells, (B, count); every row draws a way. `share`: (B, N), painted share."""
     rows, cells = share.shape
-    way = torch.multinomial(torch.tensor(ODDS), rows, replacement=True, generator=generator)[:, None]
+    way = torch.multinomial(torch.tensor(list(ODDS.values())), rows, replacement=True, generator=generator)[:, None]
     even = torch.rand(rows, cells, generator=generator)
     bias = torch.where(way == 2, 1.0, -1.0) * (way >= 2)
     strength = 0.3 + 1.7 * torch.rand(rows, 1, generator=generator)

@@ -26,6 +26,8 @@ Phases = tuple[tuple[Plan, ...], ...]
 """One after the other. Plans of one phase run side by side, each in its own process; a plan by itself runs in all."""
 
 POLL_S = 1.0
+WORKERS = 8
+"""More would get so few pictures of a batch that some of them show nothing to learn from."""
 
 
 @dataclass(frozen=True)
@@ -92,13 +94,15 @@ def train(
         The folder of the trained model.
 
     Raises:
-        InvalidOption: an unknown name, a seed out of range, or a folder that holds another run.
+        InvalidOption: an unknown name, a seed or a number of workers out of range, or a folder that holds another run.
         BackendUnavailable: torch is too old to train with.
     """
     if name not in RECIPES:
         raise InvalidOption(f"no recipe for {name!r}; there are: {', '.join(RECIPES)}")
     if not 0 <= seed < SEEDS:
         raise InvalidOption(f"seed {seed}: expected 0 to {SEEDS - 1}")
+    if not 1 <= workers <= WORKERS:
+        raise InvalidOption(f"workers {workers}: expected 1 to {WORKERS}")
     check_torch()
     plans = RECIPES[name].shortened(steps).plans
     recipe = hashlib.sha256(repr(plans).encode()).hexdigest()[:12]

@@ -38,7 +38,7 @@ class Stage(ABC):
 
 @dataclass(frozen=True)
 class See(Stage):
-    """Tower: name what every cell shows, and what the whole picture holds. Crowded scenes, full attention."""
+    """Tower: name what every cell shows, and what the whole picture holds. Every second scene is crowded."""
 
     name: ClassVar[str] = "see"
     parts: ClassVar[tuple[str, ...]] = ("tower", "probes")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
+from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from vtprune.tiny.scenes import COLORS, NUMBERS, PLACES, SHAPES, SIZE
 from vtprune.tiny.training.aligned import AlignedText
@@ -18,8 +19,6 @@ from vtprune.tiny.words import WORD_IDS
 
 COMBINATIONS = len(COLORS) * len(SHAPES) + 10
 """What a whole picture can hold: every shape in every colour, and every digit."""
-_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +124,8 @@ class LlavaStudent(nn.Module):
 
     def look(self, pixels: Tensor) -> Sight:
         """Run the tower on bytes, (B, 3, size, size)."""
-        mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (_MEAN, _STD))
+        colors = torch.tensor([OPENAI_CLIP_MEAN, OPENAI_CLIP_STD], device=pixels.device)
+        mean, std = colors[:, :, None, None]
         output = self.tower((pixels / 255 - mean) / std, output_hidden_states=True)
         features = output.hidden_states[self.vlm.config.vision_feature_layer]
         return Sight(cells=features[:, 1:], whole=features[:, 0], last=output.pooler_output)
