@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from vtprune.eval.store import Store
     from vtprune.eval.subject import Subject
     from vtprune.eval.table import Row
+    from vtprune.types import Modality
 
 _KEEP = ("0.5", "0.25", "0.11", "0.05")
 _EXAMPLES = """Drawn scenes with questions whose answers are known: how often is the model right from fewer tokens?
@@ -45,6 +46,9 @@ def add_eval(add: Callable[..., argparse.ArgumentParser]) -> None:
     )
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="names from `vtprune methods` (default: all)")
     parser.add_argument("--keep", nargs="+", default=_KEEP, help=f"shares or numbers (default: {' '.join(_KEEP)})")
+    parser.add_argument(
+        "--about", choices=("scenes", "clips"), help="what is asked about (default: what a tiny model was trained on)"
+    )
     parser.add_argument("--split", choices=("test", "dev"), default="test", help="which scenes (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other scenes (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=100, help="number of scenes (default: %(default)s)")
@@ -99,6 +103,8 @@ def _check(options: argparse.Namespace) -> None:
 
         if options.model.startswith("tiny:"):
             tiny_folder(options.model.removeprefix("tiny:"))
+        if options.about is None:
+            options.about = "clips" if options.model == "tiny:llava_next_video" else "scenes"
         options.steps = plan(options.methods, options.keep)
 
 
@@ -136,7 +142,8 @@ def _run(options: argparse.Namespace) -> list[Row]:
         device = helpers.choose_device(options.device)
         helpers.quiet_transformers()
         status.update("drawing scenes")
-        items = draw_items(options.split, options.seed * options.samples, options.samples)
+        modality: Modality = "video" if options.about == "clips" else "image"
+        items = draw_items(options.split, options.seed * options.samples, options.samples, modality)
         status.update(f"loading {options.model}")
         model, processor = helpers.load_model(options.model, device)
         length = options.max_new_tokens or (3 if options.model.startswith("tiny:") else 8)
@@ -154,6 +161,7 @@ def _run(options: argparse.Namespace) -> list[Row]:
     about = {
         "model": _name(options.model),
         "weights": weights,
+        "about": options.about,
         "split": options.split,
         "seed": options.seed,
         "scenes": options.samples,
@@ -165,7 +173,7 @@ def _run(options: argparse.Namespace) -> list[Row]:
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
     """What else answers depend on, but for the method and the budget."""
-    names = ("split", "seed", "samples", "batch", "positions", "instruction")
+    names = ("about", "split", "seed", "samples", "batch", "positions", "instruction")
     return {**{name: getattr(options, name) for name in names}, "versions": _versions()}
 
 

@@ -30,7 +30,7 @@ def heal() -> bool:
         True where something had to be declared; False where torchvision is absent, healthy, or broken in another way
         (then its own error appears at its import, as it would without vtprune).
     """
-    if "torchvision" in sys.modules or not _installed():
+    if "torchvision" in sys.modules or not torchvision_installed():
         return False
     declared: list[str] = []
     while True:
@@ -55,7 +55,8 @@ def heal() -> bool:
     return bool(declared)
 
 
-def _installed() -> bool:
+def torchvision_installed() -> bool:
+    """Whether there is any, healthy or not."""
     try:
         return importlib.util.find_spec("torchvision") is not None
     except (ImportError, ValueError):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from vtprune.tiny.training.loop import Plan
 
-_NAMES = ("llava",)
+_NAMES = ("llava", "llava_next_video", "qwen2_5_vl")
 _EXAMPLES = """The bundled tiny models come from this command. It draws its own pictures, needs no network, and goes on
 where it was stopped when it is called again with the same folder. It takes an hour or so of two CPU cores.
 

@@ -57,7 +57,7 @@ def test_oracle_keeps_the_tokens_of_things_first() -> None:
         with pytest.warns(UserWarning) if keep == 1 else _nothing():
             answers = arm_of("oracle")(batch, keep)
         for item, kept in zip(ITEMS, answers.tokens):
-            wanted = in_turn(coverage(item.scene, batch.parts))
+            wanted = in_turn(coverage(item.views, batch.parts))
             assert set(wanted[:keep]) <= set(kept.tolist())
 
 
@@ -76,7 +76,7 @@ def test_random_draws_anew_for_every_scene_and_alike_in_every_batch() -> None:
 
 def test_blind_is_the_answer_to_the_next_picture() -> None:
     answers = arm_of("blind")(batch_of(llava(), ITEMS), 1.0)
-    swapped = [dataclasses.replace(item, scene=item.other) for item in ITEMS]
+    swapped = [dataclasses.replace(item, views=item.other) for item in ITEMS]
     assert answers.words == batch_of(llava(), swapped).whole[0].words
     assert answers.words != batch_of(llava(), ITEMS).whole[0].words
     assert answers.kept == (TOKENS,) * len(ITEMS) and answers.tokens is None
@@ -148,7 +148,7 @@ def test_downsample_is_a_smaller_picture_of_a_shorter_prompt() -> None:
     half = {"height": 64, "width": 64}
     for item in FEW:
         answers = arm_of("downsample")(batch_of(subject, [item]), 5)
-        inputs = subject.inputs([item], [item.scene], size=half)
+        inputs = subject.inputs([item], [item.views], size=half)
         with torch.no_grad():
             encoded = subject.base.get_image_features(inputs.pop("pixel_values"), interpolate_pos_encoding=True)
             assert len(encoded.pooler_output[0]) == 4

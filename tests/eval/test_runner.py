@@ -44,7 +44,7 @@ def test_recall_is_the_share_of_object_tokens() -> None:
     assert set(results["identity", 1.0].recall) == {1.0}
     assert set(results["pool", 0.5].recall) == {None} == set(results["blind", 1.0].recall)
     part = Part(start=0, stop=16, kind="image", grid=(4, 4))
-    shown = [object_tokens(item.scene, [part]).sum() for item in ITEMS]
+    shown = [object_tokens(item.views, [part]).sum() for item in ITEMS]
     best = [round(float(min(3, count) / count), 6) for count in shown]
     assert all(got <= most for got, most in zip(results["oracle", 3].recall, best))
     assert sum(results["oracle", 3].recall) > sum(results["random", 3].recall)

@@ -124,7 +124,7 @@ def test_the_text_tower_finds_what_a_question_is_about(items):
 
 def shows(item: Item, closeness: Tensor) -> bool:
     """Whether the nearest cell shows a thing that the question is about."""
-    cells = coverage(item.scene, [GRID])[list(item.question.about)].sum(axis=0)
+    cells = coverage(item.views, [GRID])[list(item.question.about)].sum(axis=0)
     return bool(cells[int(closeness.argmax())] >= OBJECT_SHARE)
 
 

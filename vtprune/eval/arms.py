@@ -33,7 +33,7 @@ def identity(batch: Batch, keep: float | int) -> Answers:
 
 
 def blind(batch: Batch, keep: float | int) -> Answers:
-    """All tokens of another picture, that of the next scene: what can be answered without seeing anything."""
+    """All tokens of another picture or clip, the next one: what can be answered without seeing anything."""
     subject = batch.subject
     inputs = subject.inputs(batch.items, [item.other for item in batch.items])
     answers, _ = subject.answer(subject.encode(inputs)(), "identity", 1.0)
@@ -57,7 +57,7 @@ def oracle(batch: Batch, keep: float | int) -> Answers:
     """The tokens that show most of the things, every thing once before any twice; what is left of the budget is spread
     evenly over the rest. It is told where the things are, not what is asked."""
     k = batch.count(keep)
-    chosen = [in_turn(coverage(item.scene, batch.parts))[:k] for item in batch.items]
+    chosen = [in_turn(coverage(item.views, batch.parts))[:k] for item in batch.items]
     return batch.answer("uniform", keep, protect=chosen)
 
 
@@ -74,12 +74,13 @@ def pool(batch: Batch, keep: float | int) -> Answers:
 def downsample(batch: Batch, keep: float | int) -> Answers:
     """The picture scaled down to the largest size of which the encoder makes no more tokens than the budget, in the
     grid of `pool` where the encoder takes any; the prompt is shorter to match. Encoders of one size interpolate their
-    position embeddings."""
+    position embeddings. Of a clip, as many frames as the budget has room for, evenly apart."""
     k = batch.count(keep)
-    if len(batch.parts) > 1:
+    clip = batch.items[0].modality == "video"
+    if len(batch.parts) > 1 and not clip:
         raise UnsupportedCall("this family packs a picture from several parts, whatever its size")
     try:
-        inputs = _smaller(batch, k)
+        inputs = _fewer(batch, k) if clip else _smaller(batch, k)
         answers, parts = batch.subject.answer(inputs(), "identity", 1.0)
     except (VtpruneError, torch.OutOfMemoryError):
         raise
@@ -91,20 +92,31 @@ def downsample(batch: Batch, keep: float | int) -> Answers:
     return dataclasses.replace(answers, tokens=None)
 
 
+def _fewer(batch: Batch, k: int) -> Callable[[], Inputs]:
+    """The batch with so many frames of every clip that they have at most `k` tokens, encoded."""
+    views = [item.views for item in batch.items]
+    here = len(views[0])
+    count = k // (batch.n // here)
+    if count < 1:
+        raise UnsupportedCall(f"one frame alone is more than {k} tokens")
+    chosen = [(2 * turn + 1) * here // (2 * count) for turn in range(count)]
+    return batch.subject.encode(batch.subject.inputs(batch.items, [[own[i] for i in chosen] for own in views]))
+
+
 def _smaller(batch: Batch, k: int) -> Callable[[], Inputs]:
     """The batch with pictures of at most `k` tokens, encoded."""
     subject, pixels = batch.subject, batch.inputs["pixel_values"]
-    grid = batch.parts[0].grid
+    grid, views = batch.parts[0].grid, [item.views for item in batch.items]
     any_size = batch.inputs.get("image_grid_thw")
     if any_size is not None:
         patch: Any = subject.base.config.vision_config.patch_size  # type: ignore[union-attr]
         unit = int(any_size[0, 1]) * patch // grid[0]
         size = {"shortest_edge": unit**2, "longest_edge": (math.isqrt(k) * unit) ** 2}
-        return subject.encode(subject.inputs(batch.items, batch.scenes, size=size))
+        return subject.encode(subject.inputs(batch.items, views, size=size))
     rows, columns = pool_grid(grid, k)
     size = {"height": rows * (pixels.shape[-2] // grid[0]), "width": columns * (pixels.shape[-1] // grid[1])}
     crop = {"crop_size": size} if getattr(subject.processor.image_processor, "do_center_crop", False) else {}
-    inputs = subject.inputs(batch.items, batch.scenes, size=size, **crop)
+    inputs = subject.inputs(batch.items, views, size=size, **crop)
     tower = getattr(subject.base, "vision_tower", None)
     if tower is None or "interpolate_pos_encoding" not in inspect.signature(tower.forward).parameters:
         raise UnsupportedCall("its encoder takes one size only")

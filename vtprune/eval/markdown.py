@@ -60,9 +60,11 @@ def _heading(kind: str) -> str:
 
 
 def _facts(row: Row, questions: int) -> Iterator[str]:
-    last = int(row["seed"]) + int(row["scenes"]) - 1
+    first = int(row["seed"]) * int(row["scenes"])
+    last = first + int(row["scenes"]) - 1
     yield (
-        f"{questions} questions about {row['scenes']} drawn scenes, {row['split']} scenes {row['seed']} to {last}; "
+        f"{questions} questions about {row['scenes']} drawn {row['about']}, "
+        f"{row['split']} {row['about']} {first} to {last}; "
         f"positions {row['positions']}; weights {row['weights']}; {row['versions']}."
     )
     yield "Made by `vtprune eval`, and made again from its CSV by `vtprune eval --from-csv`."
@@ -105,10 +107,10 @@ def inside_noise(row: Row, difference: str) -> bool:
 
 def _legend() -> Iterator[str]:
     yield (
-        f"In brackets: 95 % bootstrap intervals over scenes. {INSIDE}: the difference to `random` at the same budget "
-        "lies inside the noise (the interval of the paired difference holds 0); so it is for a kind that was asked in "
-        f"fewer than {FEW} scenes. Nothing is corrected for many comparisons, and the best of several is partly lucky. "
-        "`all` is the mean over questions, not over kinds. Object tokens are those whose cells "
+        f"In brackets: 95 % bootstrap intervals over scenes or clips. {INSIDE}: the difference to `random` at the same "
+        "budget lies inside the noise (the interval of the paired difference holds 0); so it is for a kind that was "
+        f"asked in fewer than {FEW} of them. Nothing is corrected for many comparisons, and the best of several is "
+        "partly lucky. `all` is the mean over questions, not over kinds. Object tokens are those whose cells "
         f"things cover by {OBJECT_SHARE:.0%} or more."
     )
     yield ""

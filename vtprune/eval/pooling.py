@@ -60,9 +60,10 @@ def pool_features(inputs: dict[str, Any], parts: Sequence[Part], grids: Sequence
     Raises:
         UnsupportedCall: where the model takes no pictures that are encoded already.
     """
-    output = inputs.get("mm_encoder_outputs", {}).get("image")
-    if output is None:
+    outputs = list(inputs.get("mm_encoder_outputs", {}).values())
+    if not outputs:
         raise UnsupportedCall("this model takes no encoded pictures, so they cannot be pooled on the way")
+    (output,) = outputs
     output.pooler_output = _pool_entries(output.pooler_output, parts, grids)
     if output.get("deepstack_features") is not None:
         output.deepstack_features = [_pool_entries(layer, parts, grids) for layer in output.deepstack_features]

@@ -1,4 +1,4 @@
-"""Questions about drawn scenes, and the truth about a picture: which of its tokens show a thing."""
+"""Questions about drawn scenes and clips, and the truth about them: which of their tokens show a thing."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vtprune.errors import InvalidOption, UnsupportedCall
+from vtprune.tiny.clips import ask_clip, draw_clip
 from vtprune.tiny.drawing import Stream
 from vtprune.tiny.scenes import DEVELOPMENT, NUMBERS, TEST, Question, Scene, ask, draw_scene
-from vtprune.types import Part
+from vtprune.types import Modality, Part
 
 QUESTIONS = 8
 """At most so many of one scene."""
@@ -25,17 +26,26 @@ _DIGITS = {word: str(number) for number, word in enumerate(NUMBERS)}
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Item:
-    """One question. `number` counts the scenes of the run; `other` is the scene after it, for blind answers."""
+    """One question about a scene, or about a clip, whose `views` are its frames.
 
+    `number` counts the scenes or clips of the run; `other` is the one after it, for blind answers.
+    """
+
+    modality: Modality
     number: int
     seed: int
-    scene: Scene
-    other: Scene
+    views: tuple[Scene, ...]
+    other: tuple[Scene, ...]
     question: Question
 
+    @property
+    def scene(self) -> Scene:
+        """The scene; of a clip its first frame."""
+        return self.views[0]
 
-def draw_items(split: str, first: int, samples: int) -> tuple[Item, ...]:
-    """Questions about the scenes `first` to `first + samples - 1` of a split, at most `QUESTIONS` of each.
+
+def draw_items(split: str, first: int, samples: int, modality: Modality = "image") -> tuple[Item, ...]:
+    """Questions about the scenes (or clips) `first` to `first + samples - 1` of a split, at most `QUESTIONS` of each.
 
     Raises:
         InvalidOption: for an unknown split, or numbers outside of it.
@@ -47,12 +57,30 @@ def draw_items(split: str, first: int, samples: int) -> tuple[Item, ...]:
         raise InvalidOption(
             f"scenes {first} to {first + samples - 1}: expected at least one, and numbers from 0 to {len(seeds) - 2}"
         )
-    scenes = [draw_scene(seeds[first + i]) for i in range(samples + 1)]
+    draw = _draw_clip if modality == "video" else _draw_scene
+    drawn = [draw(seeds[first + i]) for i in range(samples + 1)]
     return tuple(
-        Item(number=i, seed=seeds[first + i], scene=scenes[i], other=scenes[i + 1], question=question)
+        Item(
+            modality=modality,
+            number=i,
+            seed=seeds[first + i],
+            views=drawn[i][0],
+            other=drawn[i + 1][0],
+            question=question,
+        )
         for i in range(samples)
-        for question in ask(scenes[i], Stream(~seeds[first + i]))[:QUESTIONS]
+        for question in drawn[i][1][:QUESTIONS]
     )
+
+
+def _draw_scene(seed: int) -> tuple[tuple[Scene, ...], list[Question]]:
+    scene = draw_scene(seed)
+    return (scene,), ask(scene, Stream(~seed))
+
+
+def _draw_clip(seed: int) -> tuple[tuple[Scene, ...], list[Question]]:
+    clip = draw_clip(seed)
+    return clip.views, ask_clip(clip, Stream(~seed))
 
 
 def judged(text: str) -> str:
@@ -62,16 +90,24 @@ def judged(text: str) -> str:
     return _DIGITS.get(word, word)
 
 
-def coverage(scene: Scene, parts: Sequence[Part]) -> NDArray[np.float64]:
-    """Share of every token's cell that each thing covers, (things, N), for a square picture seen whole.
+def coverage(views: Sequence[Scene], parts: Sequence[Part]) -> NDArray[np.float64]:
+    """Share of every token's cell that each thing covers, (things, N), for square pictures seen whole.
+
+    Several frames of a clip that make one part count by their mean.
 
     Raises:
-        UnsupportedCall: for tiles and frames, of which it is not known what they show.
+        UnsupportedCall: for tiles, of which it is not known what they show.
     """
-    painted = scene.coverage(1)
+    frames = [part for part in parts if part.kind == "frame"]
     found = []
     for part in parts:
-        if part.kind not in _WHOLE and len(parts) > 1:
+        if part.kind == "frame":
+            apart = len(views) // len(frames)
+            turn = frames.index(part)
+            painted = np.mean([view.coverage(1) for view in views[turn * apart : (turn + 1) * apart]], axis=0)
+        elif part.kind in _WHOLE or len(parts) == 1:
+            painted = views[0].coverage(1)
+        else:
             raise UnsupportedCall(f"it is not known which cells of the picture the tokens of a {part.kind} show")
         rows, columns = (_overlap(cells, painted.shape[-1]) for cells in part.grid)
         found.append((rows @ painted @ columns.T).reshape(len(painted), part.tokens))
@@ -87,9 +123,9 @@ def _overlap(cells: int, pixels: int) -> NDArray[np.float64]:
     return share
 
 
-def object_tokens(scene: Scene, parts: Sequence[Part]) -> NDArray[np.bool_]:
+def object_tokens(views: Sequence[Scene], parts: Sequence[Part]) -> NDArray[np.bool_]:
     """Which tokens show things, (N,)."""
-    covered: NDArray[np.bool_] = coverage(scene, parts).sum(axis=0) >= OBJECT_SHARE
+    covered: NDArray[np.bool_] = coverage(views, parts).sum(axis=0) >= OBJECT_SHARE
     return covered
 
 

@@ -111,7 +111,7 @@ def _recall(answers: Answers, asked: Batch) -> tuple[float | None, ...]:
     if answers.tokens is None:
         return (None,) * len(answers.words)
     try:
-        shown = [object_tokens(item.scene, asked.parts) for item in asked.items]
+        shown = [object_tokens(item.views, asked.parts) for item in asked.items]
     except UnsupportedCall:
         return (None,) * len(answers.words)
     return tuple(

@@ -51,18 +51,20 @@ class Subject:
         """The base model, where features meet the prompt."""
         return find_base(self.model)
 
-    def inputs(self, items: Sequence[Item], scenes: Sequence[Scene], **options: Any) -> Inputs:
-        """What the processor makes of every question with its scene, padded on the left.
+    def inputs(self, items: Sequence[Item], shown: Sequence[Sequence[Scene]], **options: Any) -> Inputs:
+        """What the processor makes of every question with the views shown of its scene or clip, padded on the left.
 
         Raises:
             UnsupportedCall: where the processor does not take this.
         """
         texts = [f"{item.question.text} {self.instruction}".strip() for item in items]
-        pictures = [Image.fromarray(scene.pixels) for scene in scenes]
+        modality = items[0].modality
+        views = [[Image.fromarray(view.pixels) for view in own] for own in shown]
+        given = {"videos": views} if modality == "video" else {"images": [own[0] for own in views]}
         try:
             made = self.processor(
-                images=pictures,
-                text=[prompt_text(self.processor, text) for text in texts],
+                **given,
+                text=[prompt_text(self.processor, text, modality) for text in texts],
                 return_tensors="pt",
                 padding=True,
                 padding_side="left",
@@ -121,7 +123,7 @@ class Batch:
     @cached_property
     def inputs(self) -> Inputs:
         """What the processor makes of the questions and their pictures."""
-        return self.subject.inputs(self.items, self.scenes)
+        return self.subject.inputs(self.items, [item.views for item in self.items])
 
     @cached_property
     def shared(self) -> Callable[[], Inputs]:
@@ -133,11 +135,6 @@ class Batch:
     def whole(self) -> tuple[Answers, tuple[Part, ...]]:
         """Answers from all tokens, and the parts of every picture."""
         return self.subject.answer(self.shared(), "identity", 1.0)
-
-    @property
-    def scenes(self) -> list[Scene]:
-        """The scene of every question."""
-        return [item.scene for item in self.items]
 
     @property
     def parts(self) -> tuple[Part, ...]:

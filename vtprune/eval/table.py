@@ -35,7 +35,7 @@ NUMBERS = (
     "minus_best_low",
     "minus_best_high",
 )
-ABOUT = ("model", "weights", "split", "seed", "scenes", "positions", "versions")
+ABOUT = ("model", "weights", "about", "split", "seed", "scenes", "positions", "versions")
 COLUMNS = ("method", "keep", "kind", *NUMBERS, "note", "reason", *ABOUT)
 Row = dict[str, str]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,8 +26,25 @@ class Clip:
 
     def frame(self, index: int) -> Scene:
         """One frame as a picture; only what is visible in it counts as being there."""
-        things, owner = _visible(self.things, self.owner[index])
-        return Scene(pixels=self.frames[index], things=things, owner=owner)
+        return self.taking([index]).views[0]
+
+    def taking(self, indices: Sequence[int]) -> Clip:
+        """The clip of those frames; only what is visible in any of them counts as being there."""
+        things, owner = _visible(self.things, self.owner[indices])
+        return Clip(frames=self.frames[indices], things=things, owner=owner)
+
+    @property
+    def views(self) -> tuple[Scene, ...]:
+        """Every frame with all things of the clip, seen or not, so that they have the same numbers everywhere."""
+        return tuple(
+            Scene(pixels=pixels, things=self.things, owner=owner)
+            for pixels, owner in zip(self.frames, self.owner, strict=True)
+        )
+
+    @property
+    def whole(self) -> Scene:
+        """All that is ever seen at once, for questions about the clip."""
+        return Scene(pixels=self.frames[0], things=self.things, owner=self.owner.max(axis=0))
 
     def frames_with(self, thing: int) -> list[int]:
         """In which frames a thing is to be seen."""
@@ -68,8 +86,7 @@ def _visible(things: tuple[Thing, ...], owner: NDArray[np.int8]) -> tuple[tuple[
 
 def ask_clip(clip: Clip, stream: Stream) -> list[Question]:
     """Questions about a whole clip; how many there are is not asked, since things come and go."""
-    whole = Scene(pixels=clip.frames[0], things=clip.things, owner=clip.owner.max(axis=0))
-    return [question for question in ask(whole, stream) if question.kind in CLIP_KINDS]
+    return [question for question in ask(clip.whole, stream) if question.kind in CLIP_KINDS]
 
 
 def ask_frame(clip: Clip, index: int, stream: Stream) -> list[Question]:

@@ -7,8 +7,8 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vtprune._torchvision import heal
-from vtprune.errors import InvalidOption, VtpruneError
+from vtprune._torchvision import heal, torchvision_installed
+from vtprune.errors import BackendUnavailable, InvalidOption, VtpruneError
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
@@ -18,6 +18,9 @@ _WEIGHTS = _HOME / "weights"
 _CLIP = "clip"
 _SUMS = "SHA256SUMS"
 _NAMES = ("llava",)
+_WITH_VIDEO = ("llava_next_video", "qwen2_5_vl")
+"""Models whose processors come with one for video."""
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
 PICTURE = _HOME / "picture.png"
 QUESTION = "what color is the cross ?"
@@ -45,14 +48,35 @@ def load_tiny(name: str = "llava") -> tuple[PreTrainedModel, ProcessorMixin]:
 
     Raises:
         InvalidOption: for a name nobody knows, with the nearest one.
+        BackendUnavailable: where the processor takes clips and torchvision is not there; see `load_tiny_model`.
         VtpruneError: where the bundled files are missing or damaged.
     """
     folder = tiny_folder(name)
+    check_processors(name)
     _check_files(folder)
     heal()
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     return _load(folder, AutoModelForImageTextToText, AutoProcessor)
+
+
+def load_tiny_model(name: str) -> PreTrainedModel:
+    """The same model without a processor. Raises as `load_tiny` does."""
+    folder = tiny_folder(name)
+    _check_files(folder)
+    heal()
+    from transformers import AutoModelForImageTextToText
+
+    return _load_model(folder, AutoModelForImageTextToText)
+
+
+def check_processors(name: str) -> None:
+    """Raise `BackendUnavailable` where the processor of a model takes clips and torchvision is not there."""
+    if name in _WITH_VIDEO and not torchvision_installed():
+        raise BackendUnavailable(
+            f"the processor of {name} needs torchvision for clips: pip install 'vtprune[processors]'; the model alone"
+            " loads without it (load_tiny_model)"
+        )
 
 
 def load_tiny_clip(name: str = "llava") -> tuple[CLIPModel, PreTrainedTokenizerBase]:
@@ -74,14 +98,20 @@ def load_tiny_clip(name: str = "llava") -> tuple[CLIPModel, PreTrainedTokenizerB
 
 
 def _load(folder: Path, model_class: Any, processor_class: Any) -> tuple[Any, Any]:
+    try:
+        processor = processor_class.from_pretrained(folder, local_files_only=True)
+    except _UNREADABLE as error:
+        raise _damaged(folder, f"{type(error).__name__}: {error}") from error
+    return _load_model(folder, model_class), processor
+
+
+def _load_model(folder: Path, model_class: Any) -> Any:
     import torch
 
     try:
-        processor = processor_class.from_pretrained(folder, local_files_only=True)
-        model = model_class.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return model_class.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
+    except _UNREADABLE as error:
         raise _damaged(folder, f"{type(error).__name__}: {error}") from error
-    return model.eval(), processor
 
 
 def write_sums(folder: Path) -> None:

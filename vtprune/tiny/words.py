@@ -17,7 +17,8 @@ _REST = ("number", "shown", "yes", "no", "in", "video", "this", ".", ",")
 VOCABULARY = (*SPECIAL, *_ROLES, *COLORS, *SHAPES, *PLURALS, *PLACES, *NUMBERS, *_DIGITS, *_ASKING, *_REST)
 WORD_IDS = {word: i for i, word in enumerate(VOCABULARY)}
 
-PAD, BEGIN, END, IMAGE = (WORD_IDS[word] for word in ("<pad>", "<s>", "</s>", "<image>"))
+PAD, BEGIN, END, IMAGE, VIDEO = (WORD_IDS[word] for word in ("<pad>", "<s>", "</s>", "<image>", "<video>"))
+VISION_START, VISION_END = (WORD_IDS[word] for word in ("<vision_start>", "<vision_end>"))
 VOCABULARY_SIZE = 128
 """Rounded up; the rest is never used."""
 

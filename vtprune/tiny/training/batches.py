@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Generator, Tensor
 
+from vtprune.tiny.clips import CLIP_KINDS, FRAMES, draw_clip
 from vtprune.tiny.drawing import Stream
-from vtprune.tiny.scenes import TRAIN, Question, Scene, Span, ask, draw_scene
+from vtprune.tiny.scenes import KINDS, TRAIN, Question, Scene, Span, ask, draw_scene
 from vtprune.tiny.training.concepts import Cells, label_cells
 
 QUESTIONS = 8
@@ -22,16 +25,21 @@ _VARIED = ("left", "count")
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """B scenes, the labels of their cells, and up to `QUESTIONS` questions each."""
+    """B pictures or clips, the labels of their cells, and up to `QUESTIONS` questions each."""
 
-    scenes: list[Scene]
+    views: list[tuple[Scene, ...]]
     cells: Cells
     questions: list[list[Question]]
 
+    @property
+    def scenes(self) -> list[Scene]:
+        """The pictures; of clips the first frames."""
+        return [views[0] for views in self.views]
+
     def pixels(self) -> Tensor:
-        """Bytes, (B, 3, size, size), where the labels are."""
-        stacked = torch.from_numpy(np.stack([scene.pixels for scene in self.scenes]))
-        return stacked.to(self.cells.what.device).permute(0, 3, 1, 2)
+        """Bytes, (B, views, 3, size, size), where the labels are."""
+        stacked = torch.from_numpy(np.stack([[view.pixels for view in views] for views in self.views]))
+        return stacked.to(self.cells.what.device).permute(0, 1, 4, 2, 3)
 
     def answerable(self, owner: Tensor) -> Tensor:
         """Which questions cells of these owners can answer, (B, K), on the host: all they are about is in sight.
@@ -80,14 +88,15 @@ class Source:
     def batch(self, step: int, rows: range, size: int) -> Batch:
         """Those rows of the batch of `size` pictures that belongs to a step."""
         start = ((self.seed * 8 + self.stage) << 31) + step * size
-        scenes, questions = [], []
-        for row in rows:
-            seed = (start + row) % len(TRAIN)
-            shapes, signs = self._contents(row)
-            scene = draw_scene(seed, shapes=shapes, signs=signs)
-            scenes.append(scene)
-            questions.append(choose_questions(scene, Stream(~seed)))
-        return Batch(scenes, label_cells(scenes, self.patch).to(self.device), questions)
+        drawn = [self.draw((start + row) % len(TRAIN), row, step) for row in rows]
+        views, questions = [views for views, _ in drawn], [questions for _, questions in drawn]
+        return Batch(views, label_cells(views, self.patch).to(self.device), questions)
+
+    def draw(self, seed: int, row: int, step: int) -> tuple[tuple[Scene, ...], list[Question]]:
+        """The views of one row, as many as others of this step have, and questions about them."""
+        shapes, signs = self._contents(row)
+        scene = draw_scene(seed, shapes=shapes, signs=signs)
+        return (scene,), choose_questions(scene, Stream(~seed), KINDS)
 
     def _contents(self, row: int) -> tuple[Span, Span]:
         """How many shapes and signs a row may hold."""
@@ -96,11 +105,23 @@ class Source:
         return (0, 8) if row % 3 == 0 else (2, 5), (0, 1)
 
 
-def choose_questions(scene: Scene, stream: Stream) -> list[Question]:
-    """At most `QUESTIONS` different ones, by the odds of their kinds."""
+@dataclass(frozen=True)
+class ClipSource(Source):
+    """Clips instead: of all frames, of every second one or of one alone, by the number of the step."""
+
+    frames: ClassVar[tuple[int, ...]] = (FRAMES, FRAMES // 2, FRAMES, 1)
+
+    def draw(self, seed: int, row: int, step: int) -> tuple[tuple[Scene, ...], list[Question]]:
+        stream, apart = Stream(~seed), FRAMES // self.frames[step % len(self.frames)]
+        clip = draw_clip(seed).taking(range(stream.integer(0, apart), FRAMES, apart))
+        return clip.views, choose_questions(clip.whole, stream, CLIP_KINDS)
+
+
+def choose_questions(scene: Scene, stream: Stream, kinds: Sequence[str]) -> list[Question]:
+    """At most `QUESTIONS` different ones of these kinds, by their odds."""
     first = ask(scene, stream)
     more = [question for _ in range(2) for question in ask(scene, stream) if question.kind in _VARIED]
-    asked = {question.text: question for question in [*first, *more]}
+    asked = {question.text: question for question in [*first, *more] if question.kind in kinds}
     order = sorted(asked.values(), key=lambda question: _draw(stream, _ODDS[question.kind]), reverse=True)
     return order[:QUESTIONS]
 

@@ -13,7 +13,8 @@ from vtprune.tiny.scenes import Scene
 from vtprune.tiny.training.aligned import AlignedText
 from vtprune.tiny.training.batches import Batch, Chance
 from vtprune.tiny.training.stages import Stage
-from vtprune.tiny.training.student import LlavaStudent
+from vtprune.tiny.training.student import Student
+from vtprune.tiny.training.students import LlavaStudent
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class Caption(Stage):
     parts: ClassVar[tuple[str, ...]] = ("aligned",)
     crowded: ClassVar[bool] = False
 
-    def loss(self, student: LlavaStudent, batch: Batch, chance: Chance) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, student: Student, batch: Batch, chance: Chance) -> tuple[Tensor, dict[str, float]]:
+        assert isinstance(student, LlavaStudent)
         aligned = student.aligned
         with torch.no_grad():
             sight = student.look(batch.pixels())

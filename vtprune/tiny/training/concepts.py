@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +18,8 @@ PEERS = len(NUMBERS)
 """How many things of the same shape the picture holds, the thing itself among them; zero where there is no shape."""
 UNSURE = -100
 """Label of a cell that a thing touches, but too little to be told."""
-_CLEAR = 0.15
+_CLEAR = 9.6
+"""So many painted pixels make a cell show a thing: 15 % of one of 8 x 8."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,9 +49,15 @@ class Cells:
         return self.what, self.hue, self.peers, self.owner, self.centre, self.share
 
 
-def label_cells(scenes: list[Scene], patch: int) -> Cells:
-    """Labels of every `patch` x `patch` field of the scenes."""
-    rows = [_label(scene, patch) for scene in scenes]
+def label_cells(pictures: Sequence[Sequence[Scene]], patch: int) -> Cells:
+    """Labels of every `patch` x `patch` field of pictures of one view each, or of clips of as many as they have frames.
+
+    The views of a clip share their things; what a view does not show does not count in it.
+    """
+    rows = [
+        [torch.cat(column) for column in zip(*(_label(view, patch) for view in views), strict=True)]
+        for views in pictures
+    ]
     return Cells(*(torch.stack(column) for column in zip(*rows, strict=True)))
 
 
@@ -57,9 +66,9 @@ def _label(scene: Scene, patch: int) -> tuple[Tensor, ...]:
     share = torch.from_numpy(scene.coverage(patch)).float().flatten(1)
     best, owner = share.max(dim=0) if len(share) else (torch.zeros(side * side), torch.zeros(side * side).long())
     classes = torch.tensor([_classes(scene, thing) for thing in scene.things] or [(0, 0, 0)])[owner]
-    clear, touched = best >= _CLEAR, best > 0
+    clear, touched = best >= _CLEAR / patch**2, best > 0
     centre = torch.zeros(side * side)
-    for thing in scene.things:
+    for thing in _seen(scene):
         centre[thing.y // patch * side + thing.x // patch] = 1
     unsure = torch.where(touched, UNSURE, 0)
     return (
@@ -74,5 +83,9 @@ def _classes(scene: Scene, thing: Thing) -> tuple[int, int, int]:
     """What, hue and peers."""
     if thing.shape is None or thing.color is None:
         return 1 + len(SHAPES) + (thing.digit or 0), 0, 0
-    peers = sum(other.shape == thing.shape for other in scene.things)
+    peers = sum(other.shape == thing.shape for other in _seen(scene))
     return 1 + SHAPES.index(thing.shape), 1 + tuple(COLORS).index(thing.color), peers
+
+
+def _seen(scene: Scene) -> list[Thing]:
+    return [scene.things[i] for i in np.unique(scene.owner) if i >= 0]

@@ -17,7 +17,7 @@ from vtprune.errors import VtpruneError
 from vtprune.tiny.training.batches import Chance, Source
 from vtprune.tiny.training.optimizer import Optimizer
 from vtprune.tiny.training.stages import Metrics, Stage
-from vtprune.tiny.training.student import LlavaStudent
+from vtprune.tiny.training.student import Student
 from vtprune.tiny.training.workers import Worker
 
 SAVE_EVERY_S = 60.0
@@ -35,9 +35,10 @@ class Plan:
     matrix_rate: float = 0.02
     rate: float = 2e-3
 
-    def source(self, seed: int, patch: int, device: str) -> Source:
+    def source(self, seed: int, student: Student, device: str) -> Source:
         """The pictures of this stage."""
-        return Source(seed=seed, stage=self.number, patch=patch, crowded=self.stage.crowded, device=device)
+        crowded = self.stage.crowded
+        return student.source(seed=seed, stage=self.number, patch=student.patch, crowded=crowded, device=device)
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Note:
     metrics: Metrics
 
 
-def run_stage(plan: Plan, student: LlavaStudent, worker: Worker, folder: Path, seed: int, device: str) -> None:
+def run_stage(plan: Plan, student: Student, worker: Worker, folder: Path, seed: int, device: str) -> None:
     """Train the parts of a stage, from where it was left. Afterwards the student holds them, and so does the folder."""
     modules = student.parts(plan.stage.parts)
     optimizer = Optimizer(modules, steps=plan.steps, matrix_rate=plan.matrix_rate, rate=plan.rate)
@@ -58,7 +59,7 @@ def run_stage(plan: Plan, student: LlavaStudent, worker: Worker, folder: Path, s
     done = _resume(saved, modules, optimizer)
     keeper = _Keeper(notes_path(folder, plan.stage), plan, worker.rank == 0)
     keeper.forget_after(done)
-    source = plan.source(seed, student.patch, device)
+    source = plan.source(seed, student, device)
     student.train()
     if done == 0:
         plan.stage.begin(student, source.batch(0, range(plan.size), plan.size))

@@ -63,4 +63,4 @@ class Optimizer:
 
 def _is_matrix(name: str, weight: Tensor) -> bool:
     """A matrix between hidden states: in a block or in the projector; embeddings and read-outs are none."""
-    return weight.ndim == 2 and ("layers." in name or name.startswith("linear_"))
+    return weight.ndim == 2 and any(part in name for part in ("layers.", "linear_", "attn.", "mlp."))

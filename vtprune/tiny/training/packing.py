@@ -11,7 +11,6 @@ from vtprune.tiny.scenes import Question
 from vtprune.tiny.words import END, PAD, encode
 
 IGNORE = -100
-PREFIX = encode("<s> user :")
 _SUFFIX = encode("assistant :")
 
 

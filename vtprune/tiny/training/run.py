@@ -8,18 +8,21 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.multiprocessing.spawn import spawn
 
 from vtprune.errors import InvalidOption
+from vtprune.tiny.loading import check_processors
 from vtprune.tiny.training.batches import SEEDS
 from vtprune.tiny.training.caption import Caption
-from vtprune.tiny.training.export import export_llava
+from vtprune.tiny.training.export import export_clips, export_llava, export_qwen
 from vtprune.tiny.training.loop import Plan, load_parts, run_stage, state_path
 from vtprune.tiny.training.optimizer import check_torch
-from vtprune.tiny.training.stages import Join, Meet, Read, See
-from vtprune.tiny.training.student import LlavaStudent
+from vtprune.tiny.training.stages import Join, Meet, Read, See, Watch
+from vtprune.tiny.training.student import Student
+from vtprune.tiny.training.students import ClipStudent, LlavaStudent, QwenStudent
 from vtprune.tiny.training.workers import Worker
 
 Phases = tuple[tuple[Plan, ...], ...]
@@ -34,9 +37,9 @@ WORKERS = 8
 class Recipe:
     """How one tiny model is trained."""
 
-    student: Callable[[], LlavaStudent]
+    student: Callable[[], Student]
     phases: Phases
-    export: Callable[[LlavaStudent, Path], None]
+    export: Callable[[Any, Path], None]
 
     def shortened(self, steps: int | None) -> Recipe:
         """The same with at most so many steps a stage."""
@@ -64,6 +67,27 @@ RECIPES = {
             (Plan(stage=Caption(), number=4, steps=300),),
         ),
         export=export_llava,
+    ),
+    "llava_next_video": Recipe(
+        student=ClipStudent,
+        phases=(
+            (Plan(stage=Read(), number=0, steps=400, size=32, matrix_rate=0.01, rate=1e-3),),
+            (Plan(stage=Meet(), number=1, steps=150, size=12, matrix_rate=5e-3),),
+            (Plan(stage=Watch(), number=2, steps=400, size=16, matrix_rate=5e-3, rate=5e-4),),
+        ),
+        export=export_clips,
+    ),
+    "qwen2_5_vl": Recipe(
+        student=QwenStudent,
+        phases=(
+            (
+                Plan(stage=See(), number=0, steps=1000, size=32),
+                Plan(stage=Read(), number=1, steps=1000),
+            ),
+            (Plan(stage=Meet(), number=2, steps=150, matrix_rate=5e-3),),
+            (Plan(stage=Join(), number=3, steps=500, matrix_rate=3e-3, rate=5e-4),),
+        ),
+        export=export_qwen,
     ),
 }
 MODEL_FOLDER = "model"
@@ -95,7 +119,7 @@ def train(
 
     Raises:
         InvalidOption: an unknown name, a seed or a number of workers out of range, or a folder that holds another run.
-        BackendUnavailable: torch is too old to train with.
+        BackendUnavailable: torch is too old to train with, or the processor of the model needs a missing package.
     """
     if name not in RECIPES:
         raise InvalidOption(f"no recipe for {name!r}; there are: {', '.join(RECIPES)}")
@@ -104,6 +128,7 @@ def train(
     if not 1 <= workers <= WORKERS:
         raise InvalidOption(f"workers {workers}: expected 1 to {WORKERS}")
     check_torch()
+    check_processors(name)
     plans = RECIPES[name].shortened(steps).plans
     recipe = hashlib.sha256(repr(plans).encode()).hexdigest()[:12]
     _claim(folder, {"name": name, "seed": seed, "workers": workers, "recipe": recipe})

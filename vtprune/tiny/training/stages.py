@@ -8,14 +8,15 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
+from torch.nn.functional import cross_entropy, mse_loss
 
-from vtprune.tiny.scenes import COLORS, KINDS, SHAPES, Scene, Thing
+from vtprune.tiny.scenes import KINDS
 from vtprune.tiny.training.batches import Batch, Chance
-from vtprune.tiny.training.concepts import UNSURE, Cells
+from vtprune.tiny.training.concepts import Cells
 from vtprune.tiny.training.dropping import choose_cells
 from vtprune.tiny.training.packing import pack_questions
-from vtprune.tiny.training.student import COMBINATIONS, LlavaStudent, Sight
+from vtprune.tiny.training.probing import probe_loss
+from vtprune.tiny.training.student import Shown, Sight, Student
 from vtprune.tiny.words import END
 
 Metrics = dict[str, float]
@@ -28,11 +29,11 @@ class Stage(ABC):
     parts: ClassVar[tuple[str, ...]]
     crowded: ClassVar[bool]
 
-    def begin(self, student: LlavaStudent, batch: Batch) -> None:  # noqa: B027
+    def begin(self, student: Student, batch: Batch) -> None:  # noqa: B027
         """Before the first step; `batch` is all of its pictures, the same for every worker."""
 
     @abstractmethod
-    def loss(self, student: LlavaStudent, batch: Batch, chance: Chance) -> tuple[Tensor, Metrics]:
+    def loss(self, student: Student, batch: Batch, chance: Chance) -> tuple[Tensor, Metrics]:
         """The loss of one batch, to be minimised, and what the learning curve shows."""
 
 
@@ -44,7 +45,7 @@ class See(Stage):
     parts: ClassVar[tuple[str, ...]] = ("tower", "probes")
     crowded: ClassVar[bool] = True
 
-    def loss(self, student: LlavaStudent, batch: Batch, chance: Chance) -> tuple[Tensor, Metrics]:
+    def loss(self, student: Student, batch: Batch, chance: Chance) -> tuple[Tensor, Metrics]:
         loss, right = probe_loss(student, student.look(batch.pixels()), batch)
         return loss, {"loss": loss.item(), **right}
 
@@ -56,15 +57,16 @@ class Read(Stage):
     name: ClassVar[str] = "read"
     parts: ClassVar[tuple[str, ...]] = ("language", "ideal")
     crowded: ClassVar[bool] = False
-    counts: ClassVar[tuple[int, ...]] = (14, 28, 48, 64, 96)
+    shares: ClassVar[tuple[int, ...]] = (14, 28, 48, 64, 96)
+    """How many of every 256 cells are kept: one of them for all pictures of a step."""
     blur: ClassVar[float] = 0.3
 
-    def loss(self, student: LlavaStudent, batch: Batch, chance: Chance) -> tuple[Tensor, Metrics]:
-        index = drop(batch.cells, self.counts, chance)
+    def loss(self, student: Student, batch: Batch, chance: Chance) -> tuple[Tensor, Metrics]:
+        index = drop(student, batch.cells, self.shares, chance)
         tokens = student.ideal(batch.cells.at(index), index)
         noise = torch.randn(tokens.shape, generator=chance.own)
         tokens = tokens + self.blur * tokens.detach().std() * noise.to(tokens)
-        return answer_loss(student, batch, tokens, index, compact=_toss(chance))
+        return answer_loss(student, batch, tokens, index, chance)
 
 
 @dataclass(frozen=True)
@@ -75,17 +77,16 @@ class Meet(Stage):
     parts: ClassVar[tuple[str, ...]] = ("projector",)
     crowded: ClassVar[bool] = False
 
-    def begin(self, student: LlavaStudent, batch: Batch) -> None:
+    def begin(self, student: Student, batch: Batch) -> None:
         """Scale the projector to what it gets and to what it is to give: these differ by orders of magnitude."""
         with torch.no_grad():
             given, wanted = student.look(batch.pixels()).cells, student.ideal(batch.cells, _every(batch.cells))
-            student.projector.linear_1.weight.div_(given.std())
-            student.projector.linear_2.weight.mul_(wanted.std())
+            student.scale_projector(given.std().item(), wanted.std().item())
 
-    def loss(self, student: LlavaStudent, batch: Batch, chance: Chance) -> tuple[Tensor, Metrics]:
+    def loss(self, student: Student, batch: Batch, chance: Chance) -> tuple[Tensor, Metrics]:
         with torch.no_grad():
             sight = student.look(batch.pixels())
-        loss = ideal_loss(student, student.projector(sight.cells), batch.cells)
+        loss = ideal_loss(student, student.project(sight.cells), batch.cells)
         return loss, {"loss": loss.item()}
 
 
@@ -96,23 +97,45 @@ class Join(Stage):
     name: ClassVar[str] = "join"
     parts: ClassVar[tuple[str, ...]] = ("tower", "projector", "language", "probes")
     crowded: ClassVar[bool] = False
-    counts: ClassVar[tuple[int, ...]] = (256, 256, 256, 192, 128, 96, 64, 28, 14)
 
-    def loss(self, student: LlavaStudent, batch: Batch, chance: Chance) -> tuple[Tensor, Metrics]:
+    def loss(self, student: Student, batch: Batch, chance: Chance) -> tuple[Tensor, Metrics]:
         sight = student.look(batch.pixels())
-        tokens = student.projector(sight.cells)
-        index = drop(batch.cells, self.counts, chance)
-        kept = tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
-        answers, metrics = answer_loss(student, batch, kept, index, compact=_toss(chance))
+        loss, metrics = seen_loss(student, batch, sight, chance)
         probes, right = probe_loss(student, sight, batch)
-        loss = answers + 0.5 * ideal_loss(student, tokens, batch.cells) + 0.3 * probes
-        return loss, {**metrics, **right}
+        return loss + 0.3 * probes, {**metrics, **right}
 
 
-def drop(cells: Cells, counts: tuple[int, ...], chance: Chance) -> Tensor:
-    """Ascending indices of the cells a step goes on with, (B, K), for one K out of `counts`."""
-    count = counts[int(torch.randint(len(counts), (), generator=chance.shared))]
-    return choose_cells(cells.share, count, chance.own)
+@dataclass(frozen=True)
+class Watch(Stage):
+    """The same for a tower that can see already and stays as it is."""
+
+    name: ClassVar[str] = "watch"
+    parts: ClassVar[tuple[str, ...]] = ("projector", "language")
+    crowded: ClassVar[bool] = False
+
+    def loss(self, student: Student, batch: Batch, chance: Chance) -> tuple[Tensor, Metrics]:
+        with torch.no_grad():
+            sight = student.look(batch.pixels())
+        return seen_loss(student, batch, sight, chance)
+
+
+SHARES = (256, 256, 256, 192, 128, 96, 64, 28, 14)
+"""How many of every 256 cells a step may keep that learns to answer from what is seen."""
+
+
+def seen_loss(student: Student, batch: Batch, sight: Sight, chance: Chance) -> tuple[Tensor, Metrics]:
+    """That of the answers from what is left of the projected tokens, and half that of the tokens themselves."""
+    tokens = student.project(sight.cells)
+    index = drop(student, batch.cells, SHARES, chance)
+    kept = tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
+    answers, metrics = answer_loss(student, batch, kept, index, chance)
+    return answers + 0.5 * ideal_loss(student, tokens, batch.cells), metrics
+
+
+def drop(student: Student, cells: Cells, shares: tuple[int, ...], chance: Chance) -> Tensor:
+    """Ascending indices of the cells a step goes on with, (B, K), for one K out of `shares` of 256."""
+    share = shares[int(torch.randint(len(shares), (), generator=chance.shared))]
+    return choose_cells(cells.share, max(1, share * cells.share.shape[1] // 256), chance.own, student.side)
 
 
 def _toss(chance: Chance) -> bool:
@@ -120,7 +143,7 @@ def _toss(chance: Chance) -> bool:
 
 
 def answer_loss(
-    student: LlavaStudent, batch: Batch, tokens: Tensor, index: Tensor, *, compact: bool
+    student: Student, batch: Batch, tokens: Tensor, index: Tensor, chance: Chance
 ) -> tuple[Tensor, Metrics]:
     """Cross-entropy of the answers, of the end behind them, and of the answers asked for two words early.
 
@@ -129,7 +152,8 @@ def answer_loss(
     blocks = pack_questions(batch.questions, tokens.device)
     answerable = batch.answerable(batch.cells.at(index).owner)
     sighted = blocks.masked(answerable)
-    hidden = student.read(tokens, index, blocks, compact)
+    shown = Shown(tokens=tokens, index=index, of=batch.cells.what.shape[1], compact=_toss(chance))
+    hidden = student.read(shown, blocks)
     at, early = sighted.answer >= 0, sighted.early >= 0
     logits, target = student.words(hidden[at]), sighted.answer[at]
     ends = target == END
@@ -149,7 +173,7 @@ def _by_kind(batch: Batch, answerable: Tensor, right: Tensor) -> Metrics:
     return {kind: sum(found) / len(found) for kind, found in marks.items() if found}
 
 
-def ideal_loss(student: LlavaStudent, tokens: Tensor, cells: Cells) -> Tensor:
+def ideal_loss(student: Student, tokens: Tensor, cells: Cells) -> Tensor:
     """Squared distance to the ideal tokens over their variance; cells with a thing and empty ones count alike."""
     with torch.no_grad():
         ideal = student.ideal(cells, _every(cells))
@@ -162,49 +186,3 @@ def _every(cells: Cells) -> Tensor:
     """The index of every cell, (B, N)."""
     rows, count = cells.what.shape
     return torch.arange(count, device=cells.what.device).expand(rows, -1)
-
-
-def probe_loss(student: LlavaStudent, sight: Sight, batch: Batch) -> tuple[Tensor, Metrics]:
-    """What the probes get wrong, and the share of shown cells that they read rightly."""
-    probes, cells = student.probes, batch.cells
-    what = probes.what(sight.cells)
-    loss = _balanced(what, cells.what) + 0.5 * _balanced(probes.hue(sight.cells), cells.hue)
-    peers = probes.peers(sight.cells)
-    loss = loss + _balanced(peers, cells.peers)
-    centre = probes.centre(sight.cells).float()[..., 0]
-    loss = loss + 0.5 * binary_cross_entropy_with_logits(centre, cells.centre, pos_weight=centre.new_tensor(5.0))
-    loss = loss + 0.1 * _place_loss(student, sight.cells)
-    held = contents(batch.scenes).to(centre)
-    for reading in (probes.whole(sight.whole), probes.last(sight.last)):
-        loss = loss + 3 * binary_cross_entropy_with_logits(reading.float(), held)
-    shown = cells.what > 0
-    return loss, {
-        "cells right": (what.argmax(dim=-1) == cells.what)[shown].float().mean().item(),
-        "peers right": (peers.argmax(dim=-1) == cells.peers)[cells.peers > 0].float().mean().item(),
-    }
-
-
-def _balanced(logits: Tensor, label: Tensor) -> Tensor:
-    """Cross-entropy: three quarters for the cells that show something, however few they are."""
-    losses = cross_entropy(logits.float().flatten(0, 1), label.flatten(), reduction="none", ignore_index=UNSURE)
-    return 0.75 * losses[label.flatten() > 0].mean() + 0.25 * losses[label.flatten() == 0].mean()
-
-
-def _place_loss(student: LlavaStudent, cells: Tensor) -> Tensor:
-    index = torch.arange(student.side**2, device=cells.device).expand(len(cells), -1).flatten()
-    row, column = (probe(cells).float().flatten(0, 1) for probe in (student.probes.row, student.probes.column))
-    return cross_entropy(row, index // student.side) + cross_entropy(column, index % student.side)
-
-
-def contents(scenes: list[Scene]) -> Tensor:
-    """Which of all combinations a picture holds, (B, combinations), 0 or 1."""
-    held = torch.zeros(len(scenes), COMBINATIONS)
-    for i, scene in enumerate(scenes):
-        held[i, [_combination(thing) for thing in scene.things]] = 1
-    return held
-
-
-def _combination(thing: Thing) -> int:
-    if thing.shape is None or thing.color is None:
-        return len(COLORS) * len(SHAPES) + (thing.digit or 0)
-    return tuple(COLORS).index(thing.color) * len(SHAPES) + SHAPES.index(thing.shape)

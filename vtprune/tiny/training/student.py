@@ -1,154 +1,137 @@
-"""A model in training, with what only training needs: probes on the tower's tokens and the ideal tokens."""
+"""A model in training: what stages ask of it, whatever its family."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import one_hot
-from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from vtprune.tiny.scenes import COLORS, NUMBERS, PLACES, SHAPES, SIZE
-from vtprune.tiny.training.aligned import AlignedText
-from vtprune.tiny.training.concepts import HUES, PEERS, WHATS, Cells
-from vtprune.tiny.training.models import PATCH, WIDTH, build_llava
-from vtprune.tiny.training.packing import PREFIX, Blocks, block_mask
-from vtprune.tiny.words import WORD_IDS
-
-COMBINATIONS = len(COLORS) * len(SHAPES) + 10
-"""What a whole picture can hold: every shape in every colour, and every digit."""
+from vtprune.positions import compact
+from vtprune.tiny.scenes import SIZE
+from vtprune.tiny.training.aids import IdealTokens, Probes
+from vtprune.tiny.training.batches import Source
+from vtprune.tiny.training.packing import Blocks, block_mask
+from vtprune.tiny.words import encode
 
 
 @dataclass(frozen=True, eq=False)
 class Sight:
-    """Of B pictures: `cells`, B x N x width, `whole`, B x width, before the projector; `last`, `whole` one layer on."""
+    """Of B pictures or clips: `cells`, B x N x width, before the projector.
 
-    cells: Tensor
-    whole: Tensor
-    last: Tensor
-
-
-class Probes(nn.Module):
-    """Linear readings of what the tower knows of every cell and of the whole picture."""
-
-    def __init__(self, side: int) -> None:
-        super().__init__()
-        self.what = nn.Linear(WIDTH, WHATS)
-        self.hue = nn.Linear(WIDTH, HUES)
-        self.peers = nn.Linear(WIDTH, PEERS)
-        self.centre = nn.Linear(WIDTH, 1)
-        self.row = nn.Linear(WIDTH, side)
-        self.column = nn.Linear(WIDTH, side)
-        self.whole = nn.Linear(WIDTH, COMBINATIONS)
-        self.last = nn.Linear(WIDTH, COMBINATIONS)
-
-
-class IdealTokens(nn.Module):
-    """The token of a perfect tower and projector: the sum of what, which colour, how many, where.
-
-    They begin as the embeddings of the words that name them, so that question and picture speak alike from the start.
+    Where there is a CLS token, `whole`, B x width, is that of the same layer, and `last` that of the last one.
     """
 
-    def __init__(self, side: int, words: Tensor) -> None:
-        super().__init__()
-        self.side = side
-        self.sums = nn.Linear(WHATS + HUES + PEERS + 2 * side + 1, WIDTH, bias=False)
-        with torch.no_grad():
-            self.sums.weight.copy_(_spell(side, words))
-
-    def forward(self, cells: Cells, index: Tensor) -> Tensor:
-        """Tokens of the cells with those indices, (B, K, width); unsure cells count as empty."""
-        classes = (
-            (cells.what, WHATS),
-            (cells.hue, HUES),
-            (cells.peers, PEERS),
-            (index // self.side, self.side),
-            (index % self.side, self.side),
-        )
-        facts = [one_hot(label.clamp(min=0), count).float() for label, count in classes]
-        return self.sums(torch.cat([*facts, cells.centre[..., None]], dim=-1))
+    cells: Tensor
+    whole: Tensor | None = None
+    last: Tensor | None = None
 
 
-def _spell(side: int, words: Tensor) -> Tensor:
-    def embed(*names: str) -> Tensor:
-        return words[[WORD_IDS[name] for name in names]]
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Shown:
+    """Visual tokens in front of the questions: `tokens`, B x K x width, of the cells `index`, B x K, out of `of`.
 
-    corners = embed(*PLACES)
-    ramp = torch.linspace(-0.3, 0.3, side)[:, None]
-    ramp = ramp + 0.2 * ramp.sign()
-    down = corners[2] + corners[3] - corners[0] - corners[1]
-    right = corners[1] + corners[3] - corners[0] - corners[2]
-    digits = embed(*"0123456789")
-    centre = 0.06 * torch.randn(1, WIDTH)
-    empty = 0.06 * torch.randn(3, WIDTH)
-    names = (embed(*SHAPES), digits, empty[1:2], embed(*COLORS), empty[2:], embed(*NUMBERS[1:]))
-    parts = (empty[:1], *names, ramp * down, ramp * right, centre)
-    return torch.cat(parts).T
+    `compact`: they are numbered without gaps; otherwise they keep the positions they had among all.
+    """
+
+    tokens: Tensor
+    index: Tensor
+    of: int
+    compact: bool
 
 
-class LlavaStudent(nn.Module):
-    """LLaVA and its training aids."""
+class Student(nn.Module, ABC):
+    """A model and its training aids. `patch` pixels a side are one visual token."""
 
-    patch = PATCH
+    patch: ClassVar[int]
+    source: ClassVar[type[Source]] = Source
+    before: ClassVar[str] = "<s> user :"
+    """What comes in front of the visual tokens."""
+    behind: ClassVar[str] = ""
+    """What comes between them and the question."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.vlm = build_llava()
-        self.side = SIZE // PATCH
-        self.probes = Probes(self.side)
-        self.ideal = IdealTokens(self.side, self.language.embed_tokens.weight.detach())
-        self.aligned = AlignedText()
+    vlm: Any
+    probes: Probes
+    ideal: IdealTokens
 
     @property
-    def tower(self) -> Any:
-        return self.vlm.model.vision_tower
+    def side(self) -> int:
+        """Visual tokens along a side of a picture."""
+        return SIZE // self.patch
 
     @property
-    def post_norm(self) -> nn.Module:
-        """What the tower applies to its last hidden state."""
-        return next(module for name, module in self.tower.named_modules() if name.endswith("post_layernorm"))
+    @abstractmethod
+    def tower(self) -> nn.Module:
+        """What sees, without the projector."""
 
     @property
+    @abstractmethod
     def projector(self) -> Any:
-        return self.vlm.model.multi_modal_projector
+        """What turns sight into visual tokens."""
 
     @property
     def language(self) -> Any:
+        """The language model without its head."""
         return self.vlm.model.language_model
+
+    @abstractmethod
+    def look(self, pixels: Tensor) -> Sight:
+        """Run the tower on bytes, (B, views, 3, size, size)."""
+
+    @abstractmethod
+    def project(self, cells: Tensor) -> Tensor:
+        """Visual tokens of sight, (B, N, width)."""
+
+    @abstractmethod
+    def scale_projector(self, given: float, wanted: float) -> None:
+        """Make it one that expects and gives values of these standard deviations."""
+
+    @abstractmethod
+    def cell_positions(self, count: int) -> Tensor:
+        """Positions of so many cells, (rows of ids, count), the least being 0."""
 
     def parts(self, names: tuple[str, ...]) -> list[nn.Module]:
         """Modules by attribute name."""
         return [getattr(self, name) for name in names]
 
-    def look(self, pixels: Tensor) -> Sight:
-        """Run the tower on bytes, (B, 3, size, size)."""
-        colors = torch.tensor([OPENAI_CLIP_MEAN, OPENAI_CLIP_STD], device=pixels.device)
-        mean, std = colors[:, :, None, None]
-        output = self.tower((pixels / 255 - mean) / std, output_hidden_states=True)
-        features = output.hidden_states[self.vlm.config.vision_feature_layer]
-        return Sight(cells=features[:, 1:], whole=features[:, 0], last=output.pooler_output)
-
-    def read(self, tokens: Tensor, index: Tensor, blocks: Blocks, compact: bool) -> Tensor:
-        """Hidden states of the blocks, (B, T, width), behind the visual tokens of the cells `index`, (B, K).
-
-        `compact`: number the kept tokens without gaps; otherwise they keep the positions they had among all.
-        """
-        rows, kept = index.shape
-        before = torch.tensor(PREFIX, device=index.device).expand(rows, -1)
-        start = before.shape[1]
-        shown = torch.arange(kept, device=index.device).expand(rows, -1) if compact else index
-        end = start + (kept if compact else self.side**2)
-        order = torch.arange(start, device=index.device).expand(rows, -1)
-        embed = self.language.embed_tokens
+    def read(self, shown: Shown, blocks: Blocks) -> Tensor:
+        """Hidden states of the blocks, (B, T, width)."""
+        embed, device = self.language.embed_tokens, shown.index.device
+        words = [torch.tensor(ids, dtype=torch.long, device=device) for ids in self._around]
+        before, behind = (embed(ids.expand(len(shown.index), -1)) for ids in words)
+        embeds = torch.cat([before, shown.tokens, behind, embed(blocks.ids)], dim=1)
+        start = embeds.shape[1] - blocks.ids.shape[1]
         output = self.language(
-            inputs_embeds=torch.cat([embed(before), tokens, embed(blocks.ids)], dim=1),
-            attention_mask=block_mask(blocks.block, start + kept),
-            position_ids=torch.cat([order, shown + start, blocks.offset + end], dim=1),
+            inputs_embeds=embeds,
+            attention_mask=block_mask(blocks.block, start),
+            position_ids=self.positions(shown, blocks.offset),
             use_cache=False,
         )
-        return output.last_hidden_state[:, start + kept :]
+        return output.last_hidden_state[:, start:]
+
+    @cached_property
+    def _around(self) -> tuple[list[int], list[int]]:
+        return encode(self.before), encode(self.behind)
+
+    def positions(self, shown: Shown, offset: Tensor) -> Tensor:
+        """Position ids of a packed sequence, (B, L) or (3, B, L): each block begins where the text begins."""
+        start, behind = (len(ids) for ids in self._around)
+        cells = self.cell_positions(shown.of).to(offset.device) + start
+        end = int(cells.max()) + 1
+        around = [torch.arange(start), torch.arange(end, end + behind)]
+        before, after = (ids.to(offset.device).expand(len(cells), -1) for ids in around)
+        front = torch.cat([before, cells, after], dim=1)[:, None].expand(-1, len(offset), -1)
+        ids = torch.cat([front, (offset + end + behind).expand(len(cells), -1, -1)], dim=2)
+        stays = torch.ones(ids.shape[1:], dtype=torch.bool, device=ids.device)
+        stays[:, start : start + shown.of] = False
+        stays.scatter_(1, shown.index + start, True)
+        if shown.compact:
+            ids, _ = compact(ids, torch.ones_like(stays), stays)
+        kept = ids[:, stays].view(len(ids), len(offset), -1)
+        return kept if len(kept) > 1 else kept[0]
 
     def words(self, hidden: Tensor) -> Tensor:
         """Logits, in fp32."""
