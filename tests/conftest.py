@@ -10,6 +10,7 @@ import torch
 from tests.adapters.sweep import print_table
 from tests.contracts import counting
 from tests.contracts.counting import pytest_addoption, pytest_collection_modifyitems, pytest_configure
+from vtprune._torchvision import heal
 
 __all__ = ["pytest_addoption", "pytest_collection_modifyitems", "pytest_configure", "pytest_terminal_summary"]
 
@@ -22,3 +23,5 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 # The models are tiny: threads of one operation would only fight those of the other workers.
 torch.set_num_threads(1)
+# Tests that import processors of transformers by themselves get a torchvision that imports.
+heal()

@@ -18,9 +18,11 @@ if TYPE_CHECKING:
 
 _NAMES = ("llava", "llava_next_video", "qwen2_5_vl")
 _EXAMPLES = """The bundled tiny models come from this command. It draws its own pictures, needs no network, and goes on
-where it was stopped when it is called again with the same folder. It takes an hour or so of two CPU cores.
+where it was stopped when it is called again with the same folder. It takes half an hour or so of two CPU cores.
 
-  vtprune train llava                                  into ./train-llava
+  vtprune train llava                                  pictures; into ./train-llava
+  vtprune train llava_next_video                       clips; begins with the weights of the bundled llava
+  vtprune train qwen2_5_vl                             pictures, with M-RoPE and windows in its tower
   vtprune train llava --out runs/second --seed 1       another seed, another folder
   vtprune train llava --device cuda --workers 1
   vtprune eval --model train-llava/model               measure what came out

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import vtprune
-from vtprune.errors import InvalidOption, VtpruneError
+from vtprune.errors import BackendUnavailable, InvalidOption, VtpruneError
 from vtprune.tiny import ANSWER, PICTURE, QUESTION, list_tiny, load_tiny_clip, loading
 
 
@@ -127,3 +127,12 @@ def test_damaged_settings(copied_weights: Path, name: str, text: str | None) -> 
 def test_every_name_loads_and_has_a_card() -> None:
     for name in list_tiny():
         assert (loading.tiny_folder(name) / "CARD.md").is_file()
+
+
+def test_without_torchvision_a_processor_for_clips_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "torchvision_installed", lambda: False)
+    for name in set(list_tiny()) - {"llava"}:
+        with pytest.raises(BackendUnavailable, match=r"needs torchvision: pip install 'vtprune\[processors\]'"):
+            vtprune.load_tiny(name)
+        assert loading.load_tiny_model(name).config.model_type == name
+    assert vtprune.load_tiny("llava")

@@ -54,7 +54,7 @@ def test_a_packed_question_gets_the_logits_of_a_prompt_of_its_own(student):
     count = tokens.shape[1]
     shown = Shown(tokens=tokens, index=torch.arange(count)[None], of=count, compact=False)
     blocks = pack_questions([questions], torch.device("cpu"))
-    packed = student.words(student.read(shown, blocks))[0]
+    packed = student.words(student.read(shown, blocks).blocks)[0]
     token = VIDEO if isinstance(student, ClipStudent) else IMAGE
     for number, question in enumerate(questions, start=1):
         inputs = as_transformers_takes_it(student, pixels, token, count, f"{question.text} assistant :")

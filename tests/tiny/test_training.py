@@ -9,11 +9,20 @@ import pytest
 import torch
 from PIL import Image
 from torch import Generator
-from transformers import AutoProcessor, AutoTokenizer, CLIPModel, LlavaForConditionalGeneration
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    CLIPModel,
+    LlavaForConditionalGeneration,
+)
 
 from vtprune import _train
 from vtprune.cli import main
 from vtprune.errors import BackendUnavailable, InvalidOption, VtpruneError
+from vtprune.eval.questions import draw_items
+from vtprune.eval.subject import Subject
+from vtprune.tiny import loading
 from vtprune.tiny.drawing import Stream
 from vtprune.tiny.scenes import KINDS, TRAIN, ask, draw_scene
 from vtprune.tiny.training import run
@@ -199,6 +208,29 @@ def test_a_run_leaves_a_model_that_transformers_loads(trial):
     assert loaded.generate(**inputs).shape[1] > inputs["input_ids"].shape[1]
 
 
+@pytest.mark.parametrize("name", ["llava_next_video", "qwen2_5_vl"])
+def test_the_other_recipes_leave_models_that_transformers_loads(name, tmp_path):
+    assert main(["train", name, "--out", str(tmp_path), "--steps", "1", "--workers", "1", "--device", "cpu"]) == 0
+    processor = AutoProcessor.from_pretrained(tmp_path / "model")
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    assert loaded.config.model_type == name
+    assert loaded.config.text_config.num_hidden_layers >= 8
+    assert (tmp_path / "model" / "model.safetensors").stat().st_size < 10 << 20
+    modality = "video" if name == "llava_next_video" else "image"
+    (item,) = draw_items("dev", 0, 1, modality)[:1]
+    inputs = Subject(model=loaded, processor=processor).inputs([item], [item.views])
+    assert (inputs["input_ids"] == WORD_IDS[f"<{modality}>"]).sum() == (512 if modality == "video" else 256)
+    assert loaded.generate(**inputs).shape[1] > inputs["input_ids"].shape[1]
+
+
+def test_a_recipe_for_clips_needs_torchvision_before_it_begins(monkeypatch, tmp_path):
+    monkeypatch.setattr(loading, "torchvision_installed", lambda: False)
+    for name in ("llava_next_video", "qwen2_5_vl"):
+        with pytest.raises(BackendUnavailable, match=r"needs torchvision: pip install 'vtprune\[processors\]'"):
+            run.train(name, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_leaves_its_tower_a_second_time_next_to_an_aligned_text_tower(trial):
     clip = CLIPModel.from_pretrained(trial / "model" / "clip", dtype=torch.float32)
     loaded = LlavaForConditionalGeneration.from_pretrained(trial / "model", dtype=torch.float32)
@@ -243,8 +275,8 @@ def test_mistakes_on_the_command_line(arguments, message, tmp_path, monkeypatch,
     assert not list(tmp_path.iterdir())
 
 
-def test_the_recipe_is_not_a_trial():
-    assert all(plan.steps > 100 for plan in run.RECIPES["llava"].plans)
+def test_no_recipe_is_a_trial():
+    assert all(plan.steps > 100 for recipe in run.RECIPES.values() for plan in recipe.plans)
 
 
 def test_without_matplotlib_there_is_a_model_and_a_hint(trial, monkeypatch, capsys):
@@ -281,7 +313,7 @@ def test_the_command_names_every_recipe():
 
 def test_no_seed_reaches_pictures_that_others_train_or_are_tested_on():
     starts = [((seed * 8 + stage) << 31) for seed in range(SEEDS) for stage in range(8)]
-    longest = max(plan.steps * plan.size for plan in run.RECIPES["llava"].plans)
+    longest = max(plan.steps * plan.size for recipe in run.RECIPES.values() for plan in recipe.plans)
     assert len(set(starts)) == len(starts)
     assert longest < 1 << 31
     assert max(starts) + (1 << 31) <= len(TRAIN)

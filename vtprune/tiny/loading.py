@@ -48,7 +48,7 @@ def load_tiny(name: str = "llava") -> tuple[PreTrainedModel, ProcessorMixin]:
 
     Raises:
         InvalidOption: for a name nobody knows, with the nearest one.
-        BackendUnavailable: where the processor takes clips and torchvision is not there; see `load_tiny_model`.
+        BackendUnavailable: where the processor takes clips and torchvision is not there.
         VtpruneError: where the bundled files are missing or damaged.
     """
     folder = tiny_folder(name)
@@ -73,10 +73,7 @@ def load_tiny_model(name: str) -> PreTrainedModel:
 def check_processors(name: str) -> None:
     """Raise `BackendUnavailable` where the processor of a model takes clips and torchvision is not there."""
     if name in _WITH_VIDEO and not torchvision_installed():
-        raise BackendUnavailable(
-            f"the processor of {name} needs torchvision for clips: pip install 'vtprune[processors]'; the model alone"
-            " loads without it (load_tiny_model)"
-        )
+        raise BackendUnavailable(f"the processor of {name} needs torchvision: pip install 'vtprune[processors]'")
 
 
 def load_tiny_clip(name: str = "llava") -> tuple[CLIPModel, PreTrainedTokenizerBase]:
@@ -100,6 +97,10 @@ def load_tiny_clip(name: str = "llava") -> tuple[CLIPModel, PreTrainedTokenizerB
 def _load(folder: Path, model_class: Any, processor_class: Any) -> tuple[Any, Any]:
     try:
         processor = processor_class.from_pretrained(folder, local_files_only=True)
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"the processor does not import ({error}): pip install 'vtprune[processors]'"
+        ) from error
     except _UNREADABLE as error:
         raise _damaged(folder, f"{type(error).__name__}: {error}") from error
     return _load_model(folder, model_class), processor

@@ -31,11 +31,12 @@ QWEN_PATCH = 4
 MERGE = 2
 QWEN_WIDTH = 64
 """Of the tower: it has four times as many patches as tokens."""
-MROPE_THETA = 100.0
-"""Low, so that rows and columns of a small grid turn the rotary pairs far enough to be told apart."""
-MROPE_SECTIONS = [4, 6, 6]
 ROPE_THETA = 5e5
 """High, so that more than half of the rotary pairs turn slowly enough to match words over hundreds of tokens."""
+MROPE_THETA = 10.0
+"""Low, so that rows and columns of a small grid turn their rotary pairs far enough to be told apart."""
+MROPE_SECTIONS = [8, 4, 4]
+"""Half of the pairs for time, which is one and the same for all tokens of a picture: these match words to tokens."""
 
 TEXT: dict[str, Any] = {
     "vocab_size": VOCABULARY_SIZE,

@@ -39,13 +39,26 @@ def _balanced(logits: Tensor, label: Tensor) -> Tensor:
 
 def _overview_loss(overview: Overview, sight: Sight, scenes: list[Scene], side: int) -> Tensor:
     """Where every cell is, and what the whole picture holds."""
-    index = torch.arange(side**2, device=sight.cells.device).expand(len(sight.cells), -1).flatten()
-    row, column = (probe(sight.cells).float().flatten(0, 1) for probe in (overview.row, overview.column))
-    loss = 0.1 * (cross_entropy(row, index // side) + cross_entropy(column, index % side))
+    index = torch.arange(side**2, device=sight.cells.device).expand(len(sight.cells), -1)
+    loss = 0.1 * place_loss((overview.row(sight.cells), overview.column(sight.cells)), index)
     held = contents(scenes).to(sight.cells.device)
     for reading in (overview.whole(sight.whole), overview.last(sight.last)):
         loss = loss + 3 * binary_cross_entropy_with_logits(reading.float(), held)
     return loss
+
+
+def place_loss(places: tuple[Tensor, ...], index: Tensor) -> Tensor:
+    """Cross-entropy of the rows and columns, (B, K, side) each, that are read from the cells `index`, (B, K)."""
+    row, column = (logits.float().flatten(0, 1) for logits in places)
+    side, cells = row.shape[1], index.flatten()
+    return cross_entropy(row, cells // side % side) + cross_entropy(column, cells % side)
+
+
+def places_right(places: tuple[Tensor, ...], index: Tensor) -> float:
+    """Share of the cells of which row and column are read rightly."""
+    side = places[0].shape[-1]
+    read = places[0].argmax(dim=-1) * side + places[1].argmax(dim=-1)
+    return (read == index % side**2).float().mean().item()
 
 
 def contents(scenes: list[Scene]) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.multiprocessing.spawn import spawn
 
+from vtprune._torchvision import heal
 from vtprune.errors import InvalidOption
 from vtprune.tiny.loading import check_processors
 from vtprune.tiny.training.batches import SEEDS
@@ -81,11 +82,11 @@ RECIPES = {
         student=QwenStudent,
         phases=(
             (
-                Plan(stage=See(), number=0, steps=1000, size=32),
-                Plan(stage=Read(), number=1, steps=1000),
+                Plan(stage=See(), number=0, steps=550, size=32),
+                Plan(stage=Read(), number=1, steps=800),
             ),
-            (Plan(stage=Meet(), number=2, steps=150, matrix_rate=5e-3),),
-            (Plan(stage=Join(), number=3, steps=500, matrix_rate=3e-3, rate=5e-4),),
+            (Plan(stage=Meet(), number=2, steps=120, matrix_rate=5e-3),),
+            (Plan(stage=Join(), number=3, steps=380, matrix_rate=3e-3, rate=5e-4),),
         ),
         export=export_qwen,
     ),
@@ -164,6 +165,7 @@ def run_worker(
 ) -> None:
     """What one process does."""
     warnings.filterwarnings("ignore", category=UserWarning)
+    heal()
     torch.set_num_threads(max(1, torch.get_num_threads() // world))
     worker, recipe = Worker(rank, world), RECIPES[name].shortened(steps)
     worker.join(folder / "meeting")

@@ -15,7 +15,7 @@ from vtprune.tiny.training.batches import Batch, Chance
 from vtprune.tiny.training.concepts import Cells
 from vtprune.tiny.training.dropping import choose_cells
 from vtprune.tiny.training.packing import pack_questions
-from vtprune.tiny.training.probing import probe_loss
+from vtprune.tiny.training.probing import place_loss, places_right, probe_loss
 from vtprune.tiny.training.student import Shown, Sight, Student
 from vtprune.tiny.words import END
 
@@ -55,7 +55,7 @@ class Read(Stage):
     """Language model: answer from ideal tokens, some of them dropped, all of them blurred."""
 
     name: ClassVar[str] = "read"
-    parts: ClassVar[tuple[str, ...]] = ("language", "ideal")
+    parts: ClassVar[tuple[str, ...]] = ("language", "ideal", "places")
     crowded: ClassVar[bool] = False
     shares: ClassVar[tuple[int, ...]] = (14, 28, 48, 64, 96)
     """How many of every 256 cells are kept: one of them for all pictures of a step."""
@@ -95,7 +95,7 @@ class Join(Stage):
     """Everything at once: answer from the pictures, with tokens dropped in two steps of three."""
 
     name: ClassVar[str] = "join"
-    parts: ClassVar[tuple[str, ...]] = ("tower", "projector", "language", "probes")
+    parts: ClassVar[tuple[str, ...]] = ("tower", "projector", "language", "probes", "places")
     crowded: ClassVar[bool] = False
 
     def loss(self, student: Student, batch: Batch, chance: Chance) -> tuple[Tensor, Metrics]:
@@ -152,16 +152,21 @@ def answer_loss(
     blocks = pack_questions(batch.questions, tokens.device)
     answerable = batch.answerable(batch.cells.at(index).owner)
     sighted = blocks.masked(answerable)
-    shown = Shown(tokens=tokens, index=index, of=batch.cells.what.shape[1], compact=_toss(chance))
-    hidden = student.read(shown, blocks)
+    shown = Shown(tokens=tokens, index=index, of=batch.cells.what.shape[1], compact=student.compacts and _toss(chance))
+    reading = student.read(shown, blocks)
+    hidden = reading.blocks
     at, early = sighted.answer >= 0, sighted.early >= 0
     logits, target = student.words(hidden[at]), sighted.answer[at]
     ends = target == END
     answers = cross_entropy(logits[~ends], target[~ends])
     loss = answers + 0.1 * cross_entropy(logits[ends], target[ends])
     loss = loss + 0.5 * cross_entropy(student.words(hidden[early]), sighted.early[early])
+    metrics = {}
+    if reading.places:
+        loss = loss + 0.2 * place_loss(reading.places, index)
+        metrics["places right"] = places_right(reading.places, index)
     right = (logits.argmax(dim=-1) == target)[~ends]
-    return loss, {"loss": answers.item(), **_by_kind(batch, answerable, right)}
+    return loss, {"loss": answers.item(), **metrics, **_by_kind(batch, answerable, right)}
 
 
 def _by_kind(batch: Batch, answerable: Tensor, right: Tensor) -> Metrics:

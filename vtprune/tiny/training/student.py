@@ -17,6 +17,8 @@ from vtprune.tiny.training.batches import Source
 from vtprune.tiny.training.packing import Blocks, block_mask
 from vtprune.tiny.words import encode
 
+PLACES_AT = 2
+
 
 @dataclass(frozen=True, eq=False)
 class Sight:
@@ -43,6 +45,14 @@ class Shown:
     compact: bool
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Reading:
+    """`blocks`: hidden states of the questions, B x T x width. `places`: logits of rows and columns, B x K x side."""
+
+    blocks: Tensor
+    places: tuple[Tensor, ...]
+
+
 class Student(nn.Module, ABC):
     """A model and its training aids. `patch` pixels a side are one visual token."""
 
@@ -52,10 +62,17 @@ class Student(nn.Module, ABC):
     """What comes in front of the visual tokens."""
     behind: ClassVar[str] = ""
     """What comes between them and the question."""
+    compacts: ClassVar[bool] = True
+    """Whether position ids may be numbered without gaps in training: not where they alone tell places."""
 
     vlm: Any
     probes: Probes
     ideal: IdealTokens
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places = nn.ModuleList()
+        """Readings of row and column after `PLACES_AT` decoder layers, where tokens tell no places by themselves."""
 
     @property
     def side(self) -> int:
@@ -97,20 +114,23 @@ class Student(nn.Module, ABC):
         """Modules by attribute name."""
         return [getattr(self, name) for name in names]
 
-    def read(self, shown: Shown, blocks: Blocks) -> Tensor:
-        """Hidden states of the blocks, (B, T, width)."""
+    def read(self, shown: Shown, blocks: Blocks) -> Reading:
+        """What the language model makes of visual tokens and questions."""
         embed, device = self.language.embed_tokens, shown.index.device
         words = [torch.tensor(ids, dtype=torch.long, device=device) for ids in self._around]
         before, behind = (embed(ids.expand(len(shown.index), -1)) for ids in words)
         embeds = torch.cat([before, shown.tokens, behind, embed(blocks.ids)], dim=1)
-        start = embeds.shape[1] - blocks.ids.shape[1]
+        first, start = before.shape[1], embeds.shape[1] - blocks.ids.shape[1]
         output = self.language(
             inputs_embeds=embeds,
             attention_mask=block_mask(blocks.block, start),
             position_ids=self.positions(shown, blocks.offset),
             use_cache=False,
+            output_hidden_states=len(self.places) > 0,
         )
-        return output.last_hidden_state[:, start:]
+        seen = slice(first, first + shown.index.shape[1])
+        places = tuple(place(output.hidden_states[PLACES_AT][:, seen]) for place in self.places)
+        return Reading(blocks=output.last_hidden_state[:, start:], places=places)
 
     @cached_property
     def _around(self) -> tuple[list[int], list[int]]:

@@ -108,6 +108,7 @@ class QwenStudent(Student):
     patch = QWEN_PATCH * MERGE
     before = "<s> user : <vision_start>"
     behind = "<vision_end>"
+    compacts = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,6 +116,7 @@ class QwenStudent(Student):
         width = self.vlm.config.vision_config.hidden_size * MERGE**2
         self.probes = Probes(width, self.side, overview=False)
         self.ideal = IdealTokens(self.side, self.language.embed_tokens.weight.detach(), placed=False)
+        self.places.extend(nn.Linear(WIDTH, self.side) for _ in range(2))
         for block in self.vlm.model.visual.blocks:
             block.attn.forward = partial(attend_at_once, block.attn)
 
