@@ -21,6 +21,11 @@ def holds(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether it holds neither NaN nor infinity."""
+    return bool(np.isfinite(_values(tensor)).all())
+
+
 def cosine_similarity(units: Tensor) -> Tensor:
     """Products (S, N, N) of all rows of `units` (S, N, D); blocks above the diagonal are mirrored, not multiplied."""
     S, N, _ = units.shape
@@ -56,7 +61,7 @@ def greedy_select(
     taken: Tensor | None,
     available: Tensor | None,
 ) -> Tensor:
-    """What `reference.greedy_select` says, row by row in numpy: a step costs a tenth of what operators of torch cost."""
+    """What `reference.greedy_select` says, row by row in numpy: a step costs a tenth of what torch would take."""
     S, N, _ = units.shape
     if similarity is None and 3 * k > N:
         similarity = cosine_similarity(units)
@@ -83,28 +88,27 @@ def greedy_select(
 def kept_indices(kept: Tensor, size: int, *, left_padded: bool) -> tuple[Tensor, Tensor, Tensor]:
     """What `reference.kept_indices` says."""
     B, L = kept.shape
-    indices, slots = torch.zeros(B, size, dtype=torch.long), torch.empty(B, L, dtype=torch.long)
-    valid = torch.zeros(B, size, dtype=torch.bool)
-    rows = (_values(tensor) for tensor in (kept, indices, valid, slots))
-    for row, own, real, slot in zip(*rows, strict=True):
-        found = np.flatnonzero(row)
+    indices, valid = np.zeros((B, size), dtype=np.int64), np.zeros((B, size), dtype=bool)
+    slots = np.empty((B, L), dtype=np.int64)
+    for row, own, real, slot in zip(_values(kept), indices, valid, slots, strict=True):
+        (found,) = row.nonzero()
         start = size - len(found) if left_padded else 0
         own[start : start + len(found)], real[start : start + len(found)] = found, True
         np.maximum(row.cumsum() + (start - 1), 0, out=slot)
-    return indices, valid, slots
+    return torch.from_numpy(indices), torch.from_numpy(valid), torch.from_numpy(slots)
 
 
 def vacated_below(ids: Tensor, was: Tensor, stays: Tensor) -> tuple[Tensor, Tensor]:
     """What `reference.vacated_below` says."""
-    below, count = torch.zeros_like(ids), ids.new_empty(ids.shape[0], 1)
-    rows = (_values(tensor) for tensor in (ids, was, stays, below, count))
-    for own, before, after, found, total in zip(*rows, strict=True):
+    owned = _values(ids)
+    below, count = np.zeros_like(owned), np.empty_like(owned, shape=(len(owned), 1))
+    for own, before, after, found, total in zip(owned, _values(was), _values(stays), below, count, strict=True):
         vacated = np.zeros(own.max(initial=0) + 1, dtype=bool)
         vacated[own[before]] = True
         vacated[own[after]] = False
         found[before] = (vacated.cumsum() - vacated)[own[before]]
         total[:] = vacated.sum()
-    return below, count
+    return torch.from_numpy(below), torch.from_numpy(count)
 
 
 def _values(tensor: Tensor) -> np.ndarray:
@@ -159,6 +163,6 @@ class _Worths:
             likely[list(self._known)] = -np.inf
             likely[index] = np.inf
             guesses = np.argpartition(likely, -min(_ROWS_AT_ONCE, N))[-_ROWS_AT_ONCE:]
-            columns = self._units.index_select(0, torch.from_numpy(guesses))
-            wanted, similarity = guesses.tolist(), _product(self._units, columns).T.contiguous()
+            product = _product(self._units, self._units.index_select(0, torch.from_numpy(guesses)))
+            wanted, similarity = guesses.tolist(), product.T.contiguous()
         self._known.update(zip(wanted, _weighed(similarity, self._relevance, self._weight), strict=True))

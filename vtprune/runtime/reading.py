@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vtprune.adapters.base import Encoding, Family
 from vtprune.adapters.layout import build_layout
 from vtprune.errors import MissingEvidence
+from vtprune.kernels import reference as kernels
 from vtprune.runtime.encoded import Encoded, PendingScores
 from vtprune.types import Layout, Modality, Segment
 
@@ -97,7 +98,7 @@ def placeholders_in(embeds: Tensor, lookup: nn.Module, tokens: list[int]) -> Ten
 
 def _to_host(tensors: list[Tensor]) -> list[np.ndarray]:
     device = tensors[0].device
-    flat = torch.cat([tensor.reshape(-1).to(device, torch.int64) for tensor in tensors]).cpu().numpy()
+    flat = kernels.joined([tensor.reshape(-1).to(device, torch.int64) for tensor in tensors]).cpu().numpy()
     arrays, start = [], 0
     for tensor in tensors:
         stop = start + tensor.numel()
@@ -107,8 +108,7 @@ def _to_host(tensors: list[Tensor]) -> list[np.ndarray]:
 
 
 def _of_segment(segment: Segment, mapped: list[Tensor]) -> Tensor:
-    pieces = [mapped[entry] for entry in segment.entries]
-    scores = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    scores = kernels.joined([mapped[entry] for entry in segment.entries])
     if segment.separators == 0:
         return scores
     offsets = np.concatenate([part.candidates for part in segment.parts])
