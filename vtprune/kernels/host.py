@@ -30,12 +30,17 @@ def cosine_similarity(units: Tensor) -> Tensor:
     """Products (S, N, N) of all rows of `units` (S, N, D); blocks above the diagonal are mirrored, not multiplied."""
     S, N, _ = units.shape
     similarity = units.new_empty(S, N, N)
-    for own, rows in zip(similarity, units, strict=True):
+    for own, rows in zip(_values(similarity), units, strict=True):
         for start in range(0, N, _BLOCK):
-            stop = min(start + _BLOCK, N)
-            own[start:, start:stop] = _product(rows[start:], rows[start:stop])
-            own[start:stop, stop:] = own[stop:, start:stop].T
+            _place(own, start, _values(_product(rows[start:], rows[start : start + _BLOCK])))
     return similarity
+
+
+def _place(similarity: np.ndarray, start: int, product: np.ndarray) -> None:
+    """Write `product` (N - start, m), of all rows from `start` on with the first m of them, on both sides."""
+    m = product.shape[1]
+    similarity[start:, start : start + m] = product
+    similarity[start : start + m, start + m :] = product[m:].T
 
 
 def _product(rows: Tensor, columns: Tensor) -> Tensor:

@@ -105,7 +105,7 @@ def greedy_select(
         k: how many to choose.
         weight: of similarity against relevance.
         reduce: `"min"` or `"sum"` over the chosen ones.
-        similarity: (S, N, N) where it is known; overwritten.
+        similarity: (S, N, N) where it is known; overwritten. Its diagonal may hold anything but NaN.
         taken: (S, m) indices chosen before, m >= 1; they count as chosen and are not chosen again.
         available: (S, N) bool, False at what must not be chosen.
 

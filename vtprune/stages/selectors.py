@@ -61,7 +61,6 @@ class MaxMin:
         similarity.diagonal(dim1=1, dim2=2).fill_(float("-inf"))
         available = scores != float("-inf")
         isolation = similarity.amax(dim=2).neg_().masked_fill_(~available, float("-inf"))
-        similarity.diagonal(dim1=1, dim2=2).zero_()
         nothing = torch.zeros_like(isolation)
         return kernels.greedy_select(
             units, nothing, isolation, k, weight=1.0, similarity=similarity, taken=taken, available=available
