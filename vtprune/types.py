@@ -108,7 +108,7 @@ class Layout:
     @cached_property
     def row_lengths(self) -> tuple[int, ...]:
         """Real tokens per row, padding left out."""
-        return tuple(int(length) for length in self.valid.sum(axis=1))
+        return tuple(int(np.count_nonzero(row)) for row in self.valid)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -197,7 +197,7 @@ def vacated_below(ids: Tensor, was: Tensor, stays: Tensor) -> tuple[Tensor, Tens
 def cut_sequence(rows: Tensor, indices: Tensor) -> Tensor:
     """Rows (B, K, D) of `rows` (B, L, D) at `indices` (B, K)."""
     B, L, _ = rows.shape
-    return take_rows(rows, indices + torch.arange(0, B * L, L, device=indices.device)[:, None])
+    return take_rows(rows, indices if B == 1 else indices + torch.arange(0, B * L, L, device=indices.device)[:, None])
 
 
 def take_rows(rows: Tensor, at: Tensor) -> Tensor:

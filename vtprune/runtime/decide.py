@@ -51,7 +51,7 @@ def decide(
     base = layout.valid.copy()
     for unit in units:
         base.reshape(-1)[unit.at] = False
-    row_lengths = base.sum(axis=1).tolist()
+    row_lengths = [int(np.count_nonzero(row)) for row in base]
     for unit in units:
         row_lengths[unit.row] += unit.k
     kept = torch.from_numpy(base).to(embeds.device, non_blocking=True)
@@ -60,10 +60,10 @@ def decide(
     decided: dict[int, Tensor] = {}
     for numbers in _stacks(units, forced):
         stacked = [units[number] for number in numbers]
-        where = np.stack([unit.at for unit in stacked])
+        where = np.array([unit.at for unit in stacked])
         at = torch.from_numpy(where).to(embeds.device, non_blocking=True)
         decision = _decide_stack(pipeline, stacked, [forced[number] for number in numbers], embeds, where, at, scores)
-        kept.view(-1)[at] = decision > DROPPED
+        kept.view(-1).scatter_(0, at.view(-1), (decision > DROPPED).view(-1))
         decided.update(zip(numbers, decision.unbind(), strict=True))
     return Decision(
         kept=kept,
@@ -134,12 +134,8 @@ def _features(embeds: Tensor, where: np.ndarray, at: Tensor) -> Tensor:
 
 def _of_units(units: list[Unit], per_segment: list[Tensor]) -> Tensor:
     """Scores (S, N) of stacked units, from scores per segment."""
-    return torch.stack(
-        [
-            kernels.joined([per_segment[piece.segment][piece.start : piece.stop] for piece in unit.pieces])
-            for unit in units
-        ]
-    )
+    pieces = [per_segment[piece.segment][piece.start : piece.stop] for unit in units for piece in unit.pieces]
+    return kernels.joined(pieces).reshape(len(units), -1)
 
 
 def _evidence(prompt: Prompt, pipeline: Pipeline, given: Given | None, device: torch.device) -> dict[str, list[Tensor]]:

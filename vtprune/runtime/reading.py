@@ -32,12 +32,12 @@ class Prompt:
     inner: nn.Module
 
     @property
-    def pictures(self) -> tuple[int, ...]:
-        """Pictures of the conversation per row, those of this prompt included."""
-        own = [0] * len(self.layout.valid)
+    def pictures(self) -> np.ndarray:
+        """Pictures (B,) of the conversation per row, those of this prompt included."""
+        count = np.array(self.seen, dtype=np.int64)
         for segment in self.layout.segments:
-            own[segment.row] += 1
-        return tuple(before + new for before, new in zip(self.seen, own, strict=True))
+            count[segment.row] += 1
+        return count
 
     def encoder_scores(self, device: torch.device) -> list[Tensor]:
         """One 1-D tensor of scores per segment, separators left out; raises `MissingEvidence` without a probe."""

@@ -74,8 +74,8 @@ class MMR:
     lam: float = 0.5
 
     def __call__(self, tokens: VisualTokens, scores: Tensor, k: int, taken: Tensor | None) -> Tensor:
-        available = scores != float("-inf")
-        relevance = self.lam * scores.masked_fill(~available, 0.0)
-        first = relevance.masked_fill(~available, float("-inf"))
+        forbidden = scores == float("-inf")
+        relevance = self.lam * scores.masked_fill(forbidden, 0.0)
+        first = relevance.masked_fill(forbidden, float("-inf"))
         units = kernels.unit_rows(tokens.features)
-        return kernels.greedy_select(units, relevance, first, k, weight=1 - self.lam, taken=taken, available=available)
+        return kernels.greedy_select(units, relevance, first, k, weight=1 - self.lam, taken=taken, available=~forbidden)
