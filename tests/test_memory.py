@@ -64,11 +64,11 @@ def test_the_counter_counts() -> None:
 def test_selection_stays_within_its_memory(method: str, k: int, dtype: torch.dtype) -> None:
     N, D = 576, 512
     embeds = torch.randn(1, N + 60, D, generator=torch.Generator().manual_seed(0)).to(dtype)
-    rows, at = torch.zeros(1, 1, dtype=torch.long), torch.arange(20, 20 + N)[None]
+    at = torch.arange(20, 20 + N)[None]
     importance = torch.rand(1, N)
     with LiveBytes() as count:
         count.know(embeds)
-        stack = tokens(kernels.take_rows(embeds, rows, at), importance)
+        stack = tokens(kernels.take_rows(embeds, at), importance)
         build(method).run(stack, k)
     similarity = N * N * 4 if method == "divprune" or (method == "vtprune" and k == 144) else 0
     small = 64 * N * 8

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from vtprune.errors import InvalidOption, UnsupportedCall
+from vtprune.kernels import reference as kernels
 from vtprune.types import Selection, VisualTokens
 
 FORMAT = 1
@@ -76,7 +78,7 @@ class Pipeline:
         if not self.picks:
             raise InvalidOption(f"pipeline {self.name!r} has no picks: it would keep nothing")
 
-    @property
+    @cached_property
     def needs(self) -> frozenset[str]:
         """Names of the evidence its scorers read."""
         return frozenset().union(*(pick.scorer.needs for pick in self.picks))
@@ -102,7 +104,7 @@ class Pipeline:
             left -= count
             if count == 0:
                 continue
-            taken = torch.cat(chosen, dim=1) if chosen else None
+            taken = kernels.joined(chosen, dim=1) if chosen else None
             picked = self._pick(pick, tokens, count, taken)
             _check(f"the selector of pick {pick.name!r}", picked, (S, count), torch.long)
             chosen.append(picked)
@@ -110,8 +112,8 @@ class Pipeline:
         if not chosen:
             empty = torch.empty(S, 0, dtype=torch.long, device=tokens.features.device)
             return Selection(keep=empty, taken=empty)
-        keep, order = torch.cat(chosen, dim=1).sort(dim=1)
-        return Selection(keep=keep, taken=torch.cat(stage, dim=1).gather(1, order))
+        keep, order = kernels.joined(chosen, dim=1).sort(dim=1)
+        return Selection(keep=keep, taken=kernels.joined(stage, dim=1).gather(1, order))
 
     def _pick(self, pick: Pick, tokens: VisualTokens, count: int, taken: Tensor | None) -> Tensor:
         scores = pick.scorer(tokens)

@@ -24,9 +24,6 @@ def compact(positions: Tensor, before: Tensor, after: Tensor) -> tuple[Tensor, T
     """
     rows = positions if positions.ndim == 3 else positions[None]
     R, B, L = rows.shape
-    ids = rows.permute(1, 0, 2).reshape(B, R * L)
-    was = before.repeat(1, R)
-    stays = after.repeat(1, R)
+    ids, was, stays = (flags.expand(R, B, L).transpose(0, 1).reshape(B, R * L) for flags in (rows, before, after))
     shift, vacated = kernels.vacated_below(ids, was, stays)
-    moved = (ids - shift).view(B, R, L).permute(1, 0, 2)
-    return (moved if positions.ndim == 3 else moved[0]), vacated
+    return positions - shift.view(B, R, L).transpose(0, 1).view_as(positions), vacated

@@ -71,6 +71,13 @@ class Segment:
         """Prompt positions of all its tokens, separators included."""
         return np.concatenate([np.arange(start, stop) for start, stop in self.runs])
 
+    @cached_property
+    def candidates(self) -> np.ndarray:
+        """Prompt positions of the tokens that may be pruned."""
+        if self.separators == 0:
+            return self.positions
+        return self.positions[np.concatenate([part.candidates for part in self.parts])]
+
     @property
     def tokens(self) -> int:
         """Number of tokens that may be pruned."""
@@ -101,7 +108,7 @@ class Layout:
     @cached_property
     def row_lengths(self) -> tuple[int, ...]:
         """Real tokens per row, padding left out."""
-        return tuple(int(length) for length in self.valid.sum(axis=1))
+        return tuple(int(np.count_nonzero(row)) for row in self.valid)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +123,8 @@ class Ordinal:
 class VisualTokens:
     """All that a stage before the LLM may see. Rows have equal `N` and equal `parts`.
 
-    `features` (S, N, D) are the projected tokens, separators left out; every tensor of `evidence` is (S, N).
+    `features` (S, N, D) are the projected tokens, separators left out, perhaps in the memory of the prompt itself: they
+    are there to be read. Every tensor of `evidence` is (S, N).
     """
 
     features: Tensor

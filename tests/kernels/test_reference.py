@@ -65,10 +65,8 @@ def test_rows_are_cut_bit_for_bit() -> None:
         assert torch.equal(
             kernels.cut_sequence(rows, indices), torch.stack([r[i] for r, i in zip(rows, indices, strict=True)])
         )
-        batch = torch.tensor([[2], [0]])
-        assert torch.equal(
-            kernels.take_rows(rows, batch, indices[:2]), torch.stack([rows[2, indices[0]], rows[0, indices[1]]])
-        )
+        at = indices[:2] + torch.tensor([[2], [0]]) * rows.shape[1]
+        assert torch.equal(kernels.take_rows(rows, at), torch.stack([rows[2, indices[0]], rows[0, indices[1]]]))
 
 
 def test_top_select_breaks_ties_by_the_lower_index() -> None:

@@ -47,7 +47,7 @@ def build_layout(
     segments: list[Segment] = []
     beams = 1
     for kind, encoding in encodings.items():
-        placeholders = [np.flatnonzero(row) for row in ids == tokens[kind]]
+        placeholders = [row.nonzero()[0] for row in ids == tokens[kind]]
         parts = family.parts(inner, encoding)
         beams = _beams(placeholders, encoding)
         for entries in _match_rows(placeholders, encoding, beams):
@@ -124,9 +124,9 @@ def _groups(entries: _Entries, bounds: list[int], per_segment: int | None) -> It
 
 
 def _runs(positions: np.ndarray) -> tuple[tuple[int, int], ...]:
-    breaks = np.flatnonzero(np.diff(positions) != 1).tolist()
-    firsts, lasts = [0, *(last + 1 for last in breaks)], [*breaks, len(positions) - 1]
-    return tuple((int(positions[a]), int(positions[b]) + 1) for a, b in zip(firsts, lasts, strict=True))
+    (breaks,) = (positions[1:] != positions[:-1] + 1).nonzero()
+    starts, stops = positions[[0, *(breaks + 1)]], positions[[*breaks, -1]] + 1
+    return tuple(zip(starts.tolist(), stops.tolist(), strict=True))
 
 
 def _join(entries: list[tuple[Part, ...]], *, thumbnail_last: bool) -> tuple[Part, ...]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import Literal
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -67,7 +68,7 @@ def unit_rows(features: Tensor) -> Tensor:
     wide = features.float()
     length = wide.norm(dim=-1, keepdim=True).clamp_min_(1e-12)
     units = wide / length if wide is features else wide.div_(length)
-    return units.nan_to_num_(nan=0.0)
+    return units if host.holds(length) and host.is_finite(length) else units.nan_to_num_(nan=0.0)
 
 
 def cosine_similarity(units: Tensor) -> Tensor:
@@ -104,7 +105,7 @@ def greedy_select(
         k: how many to choose.
         weight: of similarity against relevance.
         reduce: `"min"` or `"sum"` over the chosen ones.
-        similarity: (S, N, N) where it is known; overwritten.
+        similarity: (S, N, N) where it is known; overwritten. Its diagonal may hold anything but NaN.
         taken: (S, m) indices chosen before, m >= 1; they count as chosen and are not chosen again.
         available: (S, N) bool, False at what must not be chosen.
 
@@ -195,11 +196,20 @@ def vacated_below(ids: Tensor, was: Tensor, stays: Tensor) -> tuple[Tensor, Tens
 
 def cut_sequence(rows: Tensor, indices: Tensor) -> Tensor:
     """Rows (B, K, D) of `rows` (B, L, D) at `indices` (B, K)."""
-    return take_rows(rows, torch.arange(rows.shape[0], device=indices.device)[:, None], indices)
+    B, L, _ = rows.shape
+    return take_rows(rows, indices if B == 1 else indices + torch.arange(0, B * L, L, device=indices.device)[:, None])
 
 
-def take_rows(rows: Tensor, batch: Tensor, indices: Tensor) -> Tensor:
-    """Rows (S, K, D) of `rows` (B, L, D): for each s those of batch row `batch` (S, 1) at `indices` (S, K)."""
-    B, L, D = rows.shape
-    flat = (indices + batch * L).view(-1)
-    return rows.reshape(B * L, D).index_select(0, flat).view(*indices.shape, D)
+def take_rows(rows: Tensor, at: Tensor) -> Tensor:
+    """Rows (S, K, D) of `rows` (B, L, D) at `at` (S, K), which counts through all B * L of them."""
+    return rows.reshape(-1, rows.shape[-1]).index_select(0, at.reshape(-1)).view(*at.shape, rows.shape[-1])
+
+
+def exact(device: torch.device) -> AbstractContextManager[Any]:
+    """A block in which autocast changes nothing."""
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
+
+
+def joined(tensors: list[Tensor], dim: int = 0) -> Tensor:
+    """Tensors one after the other along `dim`; a single one is no copy."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=dim)

@@ -50,25 +50,25 @@ def decide(
     forced = forced_tokens(units, given, layout)
     base = layout.valid.copy()
     for unit in units:
-        base[unit.row, unit.positions] = False
-    row_lengths = base.sum(axis=1)
+        base.reshape(-1)[unit.at] = False
+    row_lengths = [int(np.count_nonzero(row)) for row in base]
     for unit in units:
         row_lengths[unit.row] += unit.k
     kept = torch.from_numpy(base).to(embeds.device, non_blocking=True)
-    pruned = any(unit.k < len(unit.positions) for unit in units)
+    pruned = any(unit.k < len(unit.at) for unit in units)
     scores = _evidence(prompt, pipeline, given, embeds.device) if pruned else {}
     decided: dict[int, Tensor] = {}
     for numbers in _stacks(units, forced):
         stacked = [units[number] for number in numbers]
-        at = torch.from_numpy(np.stack([unit.positions for unit in stacked])).to(embeds.device, non_blocking=True)
-        rows = torch.tensor([[unit.row] for unit in stacked]).to(embeds.device, non_blocking=True)
-        decision = _decide_stack(pipeline, stacked, [forced[number] for number in numbers], embeds, rows, at, scores)
-        kept[rows, at] = decision > DROPPED
-        decided.update(zip(numbers, decision, strict=True))
+        where = np.array([unit.at for unit in stacked])
+        at = torch.from_numpy(where).to(embeds.device, non_blocking=True)
+        decision = _decide_stack(pipeline, stacked, [forced[number] for number in numbers], embeds, where, at, scores)
+        kept.view(-1).scatter_(0, at.view(-1), (decision > DROPPED).view(-1))
+        decided.update(zip(numbers, decision.unbind(), strict=True))
     return Decision(
         kept=kept,
-        size=int(row_lengths.max()),
-        row_lengths=tuple(int(length) for length in row_lengths),
+        size=max(row_lengths),
+        row_lengths=tuple(row_lengths),
         stages=_per_segment(units, decided, len(layout.segments)),
     )
 
@@ -76,10 +76,12 @@ def decide(
 def _per_segment(units: list[Unit], decided: Mapping[int, Tensor], count: int) -> tuple[Tensor, ...]:
     stages: dict[int, list[Tensor]] = defaultdict(list)
     for number, unit in enumerate(units):
-        parts = decided[number].split([piece.stop - piece.start for piece in unit.pieces])
-        for piece, part in zip(unit.pieces, parts, strict=True):
-            stages[piece.segment].append(part)
-    return tuple(torch.cat(stages[segment]) for segment in range(count))
+        start = 0
+        for piece in unit.pieces:
+            stop = start + piece.stop - piece.start
+            stages[piece.segment].append(decided[number][start:stop])
+            start = stop
+    return tuple(kernels.joined(stages[segment]) for segment in range(count))
 
 
 def _stacks(units: list[Unit], forced: list[Forced]) -> list[list[int]]:
@@ -94,11 +96,11 @@ def _decide_stack(
     units: list[Unit],
     forced: list[Forced],
     embeds: Tensor,
-    rows: Tensor,
+    where: np.ndarray,
     at: Tensor,
     scores: Mapping[str, list[Tensor]],
 ) -> Tensor:
-    """The pick that took each token (S, N), -2 where dropped."""
+    """The pick that took each token (S, N), -2 where dropped; `where` is `at` on the host."""
     S, N = at.shape
     k = units[0].k
     decision = torch.full((S, N), DROPPED, device=at.device)
@@ -111,21 +113,29 @@ def _decide_stack(
         banned = torch.tensor([force.forbid for force in forced]).to(at.device, non_blocking=True)
         evidence["forbid"] = torch.zeros(S, N, dtype=torch.bool, device=at.device).scatter_(1, banned, True)
     visual = VisualTokens(
-        features=kernels.take_rows(embeds, rows, at),
+        features=_features(embeds, where, at),
         parts=units[0].parts,
         ordinals=tuple(unit.ordinal for unit in units),
         evidence=evidence,
     )
-    with torch.autocast(embeds.device.type, enabled=False):
+    with kernels.exact(embeds.device):
         selection = pipeline.run(visual, k)
     return decision.scatter_(1, selection.keep, selection.taken)
 
 
+def _features(embeds: Tensor, where: np.ndarray, at: Tensor) -> Tensor:
+    """Tokens (S, N, D); those that lie one after the other need no copy."""
+    order = where.reshape(-1)
+    if not (order[1:] - order[:-1] == 1).all():
+        return kernels.take_rows(embeds, at)
+    start, D = int(order[0]), embeds.shape[-1]
+    return embeds.reshape(-1, D)[start : start + len(order)].view(*where.shape, D)
+
+
 def _of_units(units: list[Unit], per_segment: list[Tensor]) -> Tensor:
     """Scores (S, N) of stacked units, from scores per segment."""
-    return torch.stack(
-        [torch.cat([per_segment[piece.segment][piece.start : piece.stop] for piece in unit.pieces]) for unit in units]
-    )
+    pieces = [per_segment[piece.segment][piece.start : piece.stop] for unit in units for piece in unit.pieces]
+    return kernels.joined(pieces).reshape(len(units), -1)
 
 
 def _evidence(prompt: Prompt, pipeline: Pipeline, given: Given | None, device: torch.device) -> dict[str, list[Tensor]]:

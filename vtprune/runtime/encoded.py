@@ -97,6 +97,6 @@ def carry(output: ModelOutput, encoded: Encoded) -> None:
 
 def score(probe: Probe, query: Tensor, key: Tensor, segments: tuple[int, ...] | None) -> Tensor:
     """Scores (B, N) of queries and keys (B, H, N, d) by the rule of the probe."""
-    with torch.autocast(query.device.type, enabled=False):
+    with kernels.exact(query.device):
         rows: Literal["cls", "received"] = "cls" if probe.has_cls else "received"
         return kernels.attention_scores(query, key, scale=probe.scale, rows=rows, segments=segments)

@@ -145,7 +145,7 @@ def _in_unit(unit: Unit, per_segment: list[tuple[int, ...]]) -> tuple[int, ...]:
 
 
 def _check_forced(unit: Unit, protect: tuple[int, ...], forbid: tuple[int, ...]) -> Forced:
-    n = len(unit.positions)
+    n = len(unit.at)
     if set(protect) & set(forbid):
         raise UnsupportedCall("using(...): a token is both protected and forbidden")
     if len(protect) > unit.k:

@@ -218,7 +218,7 @@ class Pruner:
         with call.stopwatch.measure("select", like=embeds):
             decision = decide(prompt, embeds, pipeline=self.pipeline, budget=self.budget, given=self._thread.given)
         self._publish(call, prompt, decision, embeds)
-        pictures = torch.tensor(prompt.pictures).to(embeds.device, non_blocking=True)
+        pictures = torch.from_numpy(prompt.pictures).to(embeds.device, non_blocking=True)
         if decision.row_lengths == prompt.layout.row_lengths and not self._always_cut:
             if call.state is None:
                 return None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vtprune.adapters.base import Encoding, Family
 from vtprune.adapters.layout import build_layout
 from vtprune.errors import MissingEvidence
+from vtprune.kernels import reference as kernels
 from vtprune.runtime.encoded import Encoded, PendingScores
 from vtprune.types import Layout, Modality, Segment
 
@@ -31,12 +32,12 @@ class Prompt:
     inner: nn.Module
 
     @property
-    def pictures(self) -> tuple[int, ...]:
-        """Pictures of the conversation per row, those of this prompt included."""
-        own = [0] * len(self.layout.valid)
+    def pictures(self) -> np.ndarray:
+        """Pictures (B,) of the conversation per row, those of this prompt included."""
+        count = np.array(self.seen, dtype=np.int64)
         for segment in self.layout.segments:
-            own[segment.row] += 1
-        return tuple(before + new for before, new in zip(self.seen, own, strict=True))
+            count[segment.row] += 1
+        return count
 
     def encoder_scores(self, device: torch.device) -> list[Tensor]:
         """One 1-D tensor of scores per segment, separators left out; raises `MissingEvidence` without a probe."""
@@ -97,7 +98,7 @@ def placeholders_in(embeds: Tensor, lookup: nn.Module, tokens: list[int]) -> Ten
 
 def _to_host(tensors: list[Tensor]) -> list[np.ndarray]:
     device = tensors[0].device
-    flat = torch.cat([tensor.reshape(-1).to(device, torch.int64) for tensor in tensors]).cpu().numpy()
+    flat = kernels.joined([tensor.reshape(-1).to(device, torch.int64) for tensor in tensors]).cpu().numpy()
     arrays, start = [], 0
     for tensor in tensors:
         stop = start + tensor.numel()
@@ -107,8 +108,7 @@ def _to_host(tensors: list[Tensor]) -> list[np.ndarray]:
 
 
 def _of_segment(segment: Segment, mapped: list[Tensor]) -> Tensor:
-    pieces = [mapped[entry] for entry in segment.entries]
-    scores = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    scores = kernels.joined([mapped[entry] for entry in segment.entries])
     if segment.separators == 0:
         return scores
     offsets = np.concatenate([part.candidates for part in segment.parts])

@@ -152,7 +152,7 @@ def _incoming_positions(given: Mapping[str, Any], state: CacheState | None, past
     embeds, positions = given["inputs_embeds"], given.get("position_ids")
     if positions is None:
         logical = past + (state.removed if state is not None else 0)
-        positions = torch.arange(embeds.shape[1], device=embeds.device)[None] + logical
+        positions = torch.arange(logical, logical + embeds.shape[1], device=embeds.device)[None]
     if state is not None and state.shift is not None:
         positions = positions - state.shift
     return positions
@@ -177,7 +177,7 @@ def _outgoing_positions(new: Tensor, cut: Cut, past: int, scheme: Scheme) -> tup
 
     Gaps in the ids would be read as packed sequences, so the model counts contiguously and the rotary is told the ids.
     """
-    contiguous = (cut.valid.cumsum(dim=1) - 1).clamp(min=0) + past
+    contiguous = (cut.valid.cumsum(dim=1) + (past - 1)).clamp(min=past)
     if scheme.counts_text(new):
         return torch.cat([contiguous[None], new[1:]]), None
     if new.ndim == 2 and scheme.rotary and not scheme.axes:

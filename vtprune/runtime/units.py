@@ -21,10 +21,10 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
-    """Tokens that share one budget: `positions` (N,) in the prompt row, `k` of which stay."""
+    """Tokens that share one budget, `k` of which stay; `at` (N,) says where, prompt rows lying one after the other."""
 
     row: int
-    positions: np.ndarray
+    at: np.ndarray
     parts: tuple[Part, ...]
     pieces: tuple[Piece, ...]
     ordinal: Ordinal
@@ -33,7 +33,7 @@ class Unit:
     @property
     def shape(self) -> tuple[object, ...]:
         """Units of equal shape can be stacked."""
-        return (len(self.positions), self.k, tuple((part.kind, part.grid) for part in self.parts))
+        return (len(self.at), self.k, tuple((part.kind, part.grid) for part in self.parts))
 
 
 def make_units(layout: Layout, budget: Budget, seen: tuple[int, ...]) -> list[Unit]:
@@ -70,19 +70,15 @@ def _prompt_units(layout: Layout, budget: Budget, seen: tuple[int, ...]) -> list
 
 
 def _unit(layout: Layout, budget: Budget, pieces: tuple[Piece, ...], parts: tuple[Part, ...], ordinal: Ordinal) -> Unit:
-    positions = np.concatenate([candidates(layout, piece) for piece in pieces])
+    segments = [layout.segments[piece.segment] for piece in pieces]
+    row = segments[0].row
+    found = [segment.candidates[piece.start : piece.stop] for segment, piece in zip(segments, pieces, strict=True)]
+    positions = np.concatenate(found)
     return Unit(
-        row=layout.segments[pieces[0].segment].row,
-        positions=positions,
+        row=row,
+        at=positions + row * layout.length,
         parts=parts,
         pieces=pieces,
         ordinal=ordinal,
         k=budget.resolve(len(positions)),
     )
-
-
-def candidates(layout: Layout, piece: Piece) -> np.ndarray:
-    """Prompt positions of the tokens of a piece."""
-    segment = layout.segments[piece.segment]
-    offsets = np.concatenate([part.candidates for part in segment.parts])
-    return segment.positions[offsets[piece.start : piece.stop]]

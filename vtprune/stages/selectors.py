@@ -61,7 +61,6 @@ class MaxMin:
         similarity.diagonal(dim1=1, dim2=2).fill_(float("-inf"))
         available = scores != float("-inf")
         isolation = similarity.amax(dim=2).neg_().masked_fill_(~available, float("-inf"))
-        similarity.diagonal(dim1=1, dim2=2).zero_()
         nothing = torch.zeros_like(isolation)
         return kernels.greedy_select(
             units, nothing, isolation, k, weight=1.0, similarity=similarity, taken=taken, available=available
@@ -75,8 +74,8 @@ class MMR:
     lam: float = 0.5
 
     def __call__(self, tokens: VisualTokens, scores: Tensor, k: int, taken: Tensor | None) -> Tensor:
-        available = scores != float("-inf")
-        relevance = self.lam * scores.masked_fill(~available, 0.0)
-        first = relevance.masked_fill(~available, float("-inf"))
+        forbidden = scores == float("-inf")
+        relevance = self.lam * scores.masked_fill(forbidden, 0.0)
+        first = relevance.masked_fill(forbidden, float("-inf"))
         units = kernels.unit_rows(tokens.features)
-        return kernels.greedy_select(units, relevance, first, k, weight=1 - self.lam, taken=taken, available=available)
+        return kernels.greedy_select(units, relevance, first, k, weight=1 - self.lam, taken=taken, available=~forbidden)
