@@ -22,8 +22,10 @@ def compact(positions: Tensor, before: Tensor, after: Tensor) -> tuple[Tensor, T
     Returns:
         `(new ids, shape of positions; shift (B, 1): number of vacated ids, by which later tokens move down)`.
     """
-    rows = positions if positions.ndim == 3 else positions[None]
-    R, B, L = rows.shape
-    ids, was, stays = (flags.expand(R, B, L).transpose(0, 1).reshape(B, R * L) for flags in (rows, before, after))
+    if positions.ndim == 2:
+        shift, vacated = kernels.vacated_below(positions, before, after)
+        return positions - shift, vacated
+    R, B, L = positions.shape
+    ids, was, stays = (flags.expand(R, B, L).transpose(0, 1).reshape(B, R * L) for flags in (positions, before, after))
     shift, vacated = kernels.vacated_below(ids, was, stays)
-    return positions - shift.view(B, R, L).transpose(0, 1).view_as(positions), vacated
+    return positions - shift.view(B, R, L).transpose(0, 1), vacated

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,29 +19,25 @@ DROPPED = -2
 
 
 class Stopwatch:
-    """Seconds per named part: by CUDA events where the work runs on a GPU, read when asked for, else by the clock."""
+    """Seconds per named part: by CUDA events where the work runs on a GPU, read when asked for, else by the clock.
+
+    To be used where nothing is compiled.
+    """
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         self._open: dict[str, Any] = {}
 
-    @contextmanager
-    def measure(self, part: str, *, like: nn.Module | Tensor) -> Iterator[None]:
+    def measure(self, part: str, *, like: nn.Module | Tensor) -> _Measured:
         """Add the time of the block to `part`; `like` tells the device."""
-        self.start(part, like=like)
-        try:
-            yield
-        finally:
-            self.stop(part)
+        return _Measured(self, part, like)
 
-    @torch.compiler.disable
     def start(self, part: str, *, like: nn.Module | Tensor) -> None:
         """Begin to time `part`."""
         device = like.device if isinstance(like, Tensor) else next(like.parameters()).device
         self._open[part] = _cuda_event() if device.type == "cuda" else time.perf_counter()
 
-    @torch.compiler.disable
     def stop(self, part: str) -> None:
         """Add the time since `start` to `part`; nothing where it was not started."""
         begin = self._open.pop(part, None)
@@ -66,6 +61,21 @@ class Stopwatch:
             end.synchronize()
             total[part] = total.get(part, 0.0) + begin.elapsed_time(end) / 1000
         return total
+
+
+class _Measured:
+    """A block that a stopwatch measures."""
+
+    def __init__(self, stopwatch: Stopwatch, part: str, like: nn.Module | Tensor) -> None:
+        self._stopwatch = stopwatch
+        self._part = part
+        self._like = like
+
+    def __enter__(self) -> None:
+        self._stopwatch.start(self._part, like=self._like)
+
+    def __exit__(self, *error: object) -> None:
+        self._stopwatch.stop(self._part)
 
 
 def _cuda_event() -> torch.cuda.Event:

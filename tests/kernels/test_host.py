@@ -46,7 +46,8 @@ def test_similarity_of_a_picture_does_not_depend_on_its_stack() -> None:
 @pytest.mark.parametrize("known", [True, False])
 def test_greedy_choice_is_that_of_the_reference(k: int, m: int, reduce: str, known: bool) -> None:
     tensors, options = greedy(3, 200, m)
-    options |= {"reduce": reduce, "similarity": kernels.cosine_similarity(tensors[0]) if known else None}
+    worths = kernels.cosine_similarity(tensors[0]).mul_(-0.7).add_(tensors[1][:, None])
+    options |= {"reduce": reduce, "worths": worths if known else None}
     expected = by_reference(kernels.greedy_select, *tensors, k, **options)
     chosen = kernels.greedy_select(*tensors, k, **options)
     assert torch.equal(chosen, expected)

@@ -62,22 +62,22 @@ def greedy_select(
     *,
     weight: float,
     reduce: Literal["min", "sum"],
-    similarity: Tensor | None,
+    worths: Tensor | None,
     taken: Tensor | None,
     available: Tensor | None,
 ) -> Tensor:
     """What `reference.greedy_select` says, row by row in numpy: a step costs a tenth of what torch would take."""
     S, N, _ = units.shape
-    if similarity is None and 3 * k > N:
-        similarity = cosine_similarity(units)
+    if worths is None and 3 * k > N:
+        worths = cosine_similarity(units).mul_(-weight).add_(relevance[:, None])
     merge, neutral = (np.minimum, np.inf) if reduce == "min" else (np.add, 0.0)
     base, starts, chosen = _values(relevance), _values(first), np.empty((S, k), dtype=np.int64)
     for row in range(S):
-        seen_from = _worths(units[row], None if similarity is None else similarity[row], base[row], weight)
+        seen_from = _Worths(units[row], base[row], weight).seen_from if worths is None else _known(worths[row])
         worth = np.full(N, neutral, dtype=np.float32)
         if available is not None:
             worth[~_values(available[row])] = -np.inf
-        promise, candidates = base[row], starts[row]
+        promise, candidates = base[row], merge(starts[row], worth)
         unseen = [] if taken is None else taken[row].tolist()
         for step in range(k):
             for index in unseen:
@@ -120,22 +120,10 @@ def _values(tensor: Tensor) -> np.ndarray:
     return tensor.detach().numpy()
 
 
-def _worths(
-    units: Tensor, similarity: Tensor | None, relevance: np.ndarray, weight: float
-) -> Callable[[int, np.ndarray], np.ndarray]:
-    """What all are worth (N,), seen from the one at an index; a second array (N,) is high where to expect the next."""
-    if similarity is None:
-        return _Worths(units, relevance, weight).seen_from
-    table = _weighed(similarity, relevance, weight)
+def _known(worths: Tensor) -> Callable[[int, np.ndarray], np.ndarray]:
+    """`_Worths.seen_from` where all rows `worths` (N, N) are known."""
+    table = _values(worths)
     return lambda index, promise: table[index]
-
-
-def _weighed(similarity: Tensor, relevance: np.ndarray, weight: float) -> np.ndarray:
-    """`relevance - weight * similarity`, in the memory of `similarity` (n, N)."""
-    rows = _values(similarity)
-    rows *= -weight
-    rows += relevance
-    return rows
 
 
 class _Worths:
@@ -162,12 +150,13 @@ class _Worths:
     def _compute(self, index: int, promise: np.ndarray) -> None:
         N = self._units.shape[0]
         if 2 * len(self._known) >= N:
-            wanted, similarity = range(N), cosine_similarity(self._units[None])[0]
+            wanted, rows = range(N), _values(cosine_similarity(self._units[None])[0].mul_(-self._weight))
         else:
             likely = promise.copy()
             likely[list(self._known)] = -np.inf
             likely[index] = np.inf
             guesses = np.argpartition(likely, -min(_ROWS_AT_ONCE, N))[-_ROWS_AT_ONCE:]
             product = _product(self._units, self._units.index_select(0, torch.from_numpy(guesses)))
-            wanted, similarity = guesses.tolist(), product.T.contiguous()
-        self._known.update(zip(wanted, _weighed(similarity, self._relevance, self._weight), strict=True))
+            wanted, rows = guesses.tolist(), np.multiply(_values(product).T, -self._weight, order="C")
+        rows += self._relevance
+        self._known.update(zip(wanted, rows, strict=True))

@@ -87,9 +87,9 @@ def greedy_select(
     first: Tensor,
     k: int,
     *,
-    weight: float,
+    weight: float = 1.0,
     reduce: Literal["min", "sum"] = "min",
-    similarity: Tensor | None = None,
+    worths: Tensor | None = None,
     taken: Tensor | None = None,
     available: Tensor | None = None,
 ) -> Tensor:
@@ -101,11 +101,12 @@ def greedy_select(
     Args:
         units: (S, N, D) from `unit_rows`.
         relevance: (S, N).
-        first: (S, N) worth of being the first choice; unused where `taken` is given.
+        first: (S, N) worth of being the first choice, where available; unused where `taken` is given.
         k: how many to choose.
         weight: of similarity against relevance.
         reduce: `"min"` or `"sum"` over the chosen ones.
-        similarity: (S, N, N) where it is known; overwritten. Its diagonal may hold anything but NaN.
+        worths: (S, N, N) where known: what each (last axis) is worth, seen from each; overwritten. Its diagonal may
+            hold anything but NaN. `units`, `relevance` and `weight` are not read then.
         taken: (S, m) indices chosen before, m >= 1; they count as chosen and are not chosen again.
         available: (S, N) bool, False at what must not be chosen.
 
@@ -114,20 +115,14 @@ def greedy_select(
     """
     if host.holds(units):
         return host.greedy_select(
-            units,
-            relevance,
-            first,
-            k,
-            weight=weight,
-            reduce=reduce,
-            similarity=similarity,
-            taken=taken,
-            available=available,
+            units, relevance, first, k, weight=weight, reduce=reduce, worths=worths, taken=taken, available=available
         )
     S, N, _ = units.shape
-    table = cosine_similarity(units) if similarity is None else similarity
-    table.mul_(-weight).add_(relevance[:, None, :]).diagonal(dim1=1, dim2=2).fill_(float("-inf"))
+    table = cosine_similarity(units).mul_(-weight).add_(relevance[:, None]) if worths is None else worths
+    table.diagonal(dim1=1, dim2=2).fill_(float("-inf"))
     start = torch.arange(S, device=units.device) * N
+    if available is not None:
+        first = first.masked_fill(~available, float("-inf"))
 
     def seen_from(best: Tensor) -> Tensor:
         return table.view(S * N, N).index_select(0, best + start)

@@ -99,7 +99,7 @@ class EncoderTap:
             if self._thread.scores is not None:
                 return original(*args, **kwargs)
             stopwatch = Stopwatch()
-            with stopwatch.measure("encode", like=self._inner), self._recording() as scores:
+            with self._recording(stopwatch) as scores:
                 output = original(*args, **kwargs)
             if isinstance(output, ModelOutput):
                 given = signature.bind_partial(*args, **kwargs).arguments
@@ -143,15 +143,26 @@ class EncoderTap:
         )
 
     @contextmanager
-    def _recording(self) -> Iterator[list[Tensor | PendingScores]]:
-        scores: list[Tensor | PendingScores] = []
-        self._thread.scores = scores
+    def _recording(self, stopwatch: Stopwatch) -> Iterator[list[Tensor | PendingScores]]:
+        """Listen during the block, and measure it."""
+        self._begin(stopwatch)
+        assert self._thread.scores is not None
         try:
-            yield scores
+            yield self._thread.scores
         finally:
-            self._thread.scores = None
-            self._thread.projections.clear()
-            self._thread.call.clear()
+            self._end(stopwatch)
+
+    @torch.compiler.disable
+    def _begin(self, stopwatch: Stopwatch) -> None:
+        stopwatch.start("encode", like=self._inner)
+        self._thread.scores = []
+
+    @torch.compiler.disable
+    def _end(self, stopwatch: Stopwatch) -> None:
+        stopwatch.stop("encode")
+        self._thread.scores = None
+        self._thread.projections.clear()
+        self._thread.call.clear()
 
     def _hook(self, probe: Probe) -> None:
         """Hook the projections of one attention, and keep it eager inside a model that is compiled later.

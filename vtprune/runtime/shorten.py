@@ -90,7 +90,7 @@ def shorten(
     stored = _stored(mask, state, past, L, B, embeds.device)
     uneven = any(length != decision.size for length in decision.row_lengths)
     padded = uneven or (state.padded if state is not None else past > 0 and torch.is_tensor(mask))
-    seen, rotary_positions = _outgoing_positions(new, cut, past, scheme)
+    seen, rotary_positions = _outgoing_positions(new, _contiguous(cut, past, uneven), scheme)
     arguments = {name: value if name in _CUT_APART else _cut_extra(value, cut) for name, value in given.items()}
     arguments["inputs_embeds"] = kernels.cut_sequence(embeds, cut.indices)
     arguments["position_ids"] = seen
@@ -172,12 +172,19 @@ def _cut_positions(positions: Tensor, cut: Cut, real: Tensor, scheme: Scheme) ->
     return positions.gather(-1, cut.indices.expand(*positions.shape[:-1], -1)), shift
 
 
-def _outgoing_positions(new: Tensor, cut: Cut, past: int, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
+def _contiguous(cut: Cut, past: int, uneven: bool) -> Tensor:
+    """Ids (B, K) that count stored tokens; where rows are `uneven`, padding before a row repeats its first id."""
+    if uneven:
+        return (cut.valid.cumsum(dim=1) + (past - 1)).clamp(min=past)
+    B, K = cut.valid.shape
+    return torch.arange(past, past + K, device=cut.valid.device).expand(B, K)
+
+
+def _outgoing_positions(new: Tensor, contiguous: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
     """Ids for the language model and, apart from them, for its rotary embedding.
 
     Gaps in the ids would be read as packed sequences, so the model counts contiguously and the rotary is told the ids.
     """
-    contiguous = (cut.valid.cumsum(dim=1) + (past - 1)).clamp(min=past)
     if scheme.counts_text(new):
         return torch.cat([contiguous[None], new[1:]]), None
     if new.ndim == 2 and scheme.rotary and not scheme.axes:

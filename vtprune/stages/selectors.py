@@ -57,14 +57,11 @@ class MaxMin:
 
     def __call__(self, tokens: VisualTokens, scores: Tensor, k: int, taken: Tensor | None) -> Tensor:
         units = kernels.unit_rows(tokens.features)
-        similarity = kernels.cosine_similarity(units)
-        similarity.diagonal(dim1=1, dim2=2).fill_(float("-inf"))
+        distances = kernels.cosine_similarity(units).neg_()
+        distances.diagonal(dim1=1, dim2=2).fill_(float("inf"))
+        isolation = distances.amin(dim=2)
         available = scores != float("-inf")
-        isolation = similarity.amax(dim=2).neg_().masked_fill_(~available, float("-inf"))
-        nothing = torch.zeros_like(isolation)
-        return kernels.greedy_select(
-            units, nothing, isolation, k, weight=1.0, similarity=similarity, taken=taken, available=available
-        )
+        return kernels.greedy_select(units, isolation, isolation, k, worths=distances, taken=taken, available=available)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +73,7 @@ class MMR:
     def __call__(self, tokens: VisualTokens, scores: Tensor, k: int, taken: Tensor | None) -> Tensor:
         forbidden = scores == float("-inf")
         relevance = self.lam * scores.masked_fill(forbidden, 0.0)
-        first = relevance.masked_fill(forbidden, float("-inf"))
         units = kernels.unit_rows(tokens.features)
-        return kernels.greedy_select(units, relevance, first, k, weight=1 - self.lam, taken=taken, available=~forbidden)
+        return kernels.greedy_select(
+            units, relevance, relevance, k, weight=1 - self.lam, taken=taken, available=~forbidden
+        )
