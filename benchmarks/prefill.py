@@ -31,10 +31,9 @@ import torch
 import transformers
 from rich.progress import track
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import vtprune
+from vtprune._torchvision import heal
 
 IMAGE = 5
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -73,6 +72,8 @@ class Row:
 
 def build_model(hidden: int, layers: int, device: str) -> nn.Module:
     """Random LLaVA: a CLIP tower of 24 x 24 patches, `hidden` wide, and a Llama of `layers` layers."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
     vision = CLIPVisionConfig(
         hidden_size=256,
         intermediate_size=1024,
@@ -141,6 +142,8 @@ class Calls:
 
     def short_prompt(self, kept: int) -> Callable[[], Any]:
         """Transformers alone on a prompt with `kept` placeholders and as many features: nothing left to prune."""
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
         ids = self.inputs["input_ids"]
         text = ids[ids != IMAGE]
         short = torch.cat([text[:TEXT_BEFORE], ids.new_full((kept,), IMAGE), text[TEXT_BEFORE:]])[None]
@@ -271,6 +274,7 @@ def main() -> None:
     parser.add_argument("--keep", nargs="+", type=float, default=[0.5, 0.25, 0.11])
     parser.add_argument("--csv", type=Path, help="append the rows to this file")
     options = parser.parse_args()
+    heal()
     torch.set_num_threads(options.threads)
     allocator = "keeps what is freed" if keep_freed_memory() else "as it comes"
     device = "cuda" if torch.cuda.is_available() else "cpu"

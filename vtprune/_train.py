@@ -22,7 +22,7 @@ where it was stopped when it is called again with the same folder. It takes half
 
   vtprune train llava                                  pictures; into ./train-llava
   vtprune train llava_next_video                       clips; begins with the weights of the bundled llava
-  vtprune train qwen2_5_vl                             pictures, with M-RoPE and windows in its tower
+  vtprune train qwen2_5_vl                             pictures under M-RoPE; unfinished: "left of" is not learnt
   vtprune train llava --out runs/second --seed 1       another seed, another folder
   vtprune train llava --device cuda --workers 1
   vtprune eval --model train-llava/model               measure what came out

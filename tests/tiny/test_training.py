@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -23,10 +24,11 @@ from vtprune.errors import BackendUnavailable, InvalidOption, VtpruneError
 from vtprune.eval.questions import draw_items
 from vtprune.eval.subject import Subject
 from vtprune.tiny import loading
+from vtprune.tiny.clips import CLIP_KINDS, FRAMES, draw_clip
 from vtprune.tiny.drawing import Stream
-from vtprune.tiny.scenes import KINDS, TRAIN, ask, draw_scene
+from vtprune.tiny.scenes import KINDS, SHAPES, TRAIN, ask, draw_scene
 from vtprune.tiny.training import run
-from vtprune.tiny.training.batches import QUESTIONS, SEEDS, Chance, Source
+from vtprune.tiny.training.batches import QUESTIONS, SEEDS, Chance, ClipSource, Source
 from vtprune.tiny.training.concepts import UNSURE, label_cells
 from vtprune.tiny.training.curve import draw_curve
 from vtprune.tiny.training.dropping import choose_cells
@@ -35,7 +37,7 @@ from vtprune.tiny.training.loop import Plan, read_notes, run_stage
 from vtprune.tiny.training.optimizer import Optimizer
 from vtprune.tiny.training.packing import IGNORE, block_mask, pack_questions
 from vtprune.tiny.training.stages import Join, Read, See
-from vtprune.tiny.training.students import LlavaStudent
+from vtprune.tiny.training.students import ClipStudent, LlavaStudent
 from vtprune.tiny.training.workers import Worker
 from vtprune.tiny.words import END, IMAGE, WORD_IDS
 
@@ -103,6 +105,14 @@ def test_a_question_about_a_hidden_thing_has_no_say(student):
         seen = set(everything[i].tolist())
         for k, question in enumerate(row):
             assert answerable[i, k] == (set(question.about) <= seen)
+
+
+def test_a_step_that_nobody_can_answer_teaches_nothing_of_answers(student, monkeypatch):
+    batch = Source(seed=0, stage=1, patch=8).batch(0, range(2), 2)
+    monkeypatch.setattr(type(batch), "answerable", lambda self, owner: torch.zeros(2, QUESTIONS, dtype=torch.bool))
+    loss, metrics = Read().loss(student, batch, Chance.of(0, 0))
+    assert loss.item() == 0
+    assert metrics == {}
 
 
 def test_rows_of_workers_make_up_the_batch_and_seeds_stay_in_the_training_range():
@@ -351,3 +361,48 @@ def test_exported_weights_are_small_and_half_precision(tmp_path, student):
     for path in (tmp_path / "model.safetensors", tmp_path / "clip" / "model.safetensors"):
         assert path.stat().st_size < 10_000_000
         assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float16}
+
+
+def test_cells_of_a_clip_show_what_is_painted_on_them():
+    clip = draw_clip(11)
+    cells = label_cells([clip.views], 16)
+    assert cells.owner.shape == (1, FRAMES * 64)
+    for t in range(FRAMES):
+        for cell in range(64):
+            top, left = cell // 8 * 16, cell % 8 * 16
+            painted = clip.owner[t, top : top + 16, left : left + 16]
+            counts = [(painted == i).sum() for i in range(len(clip.things))]
+            label = int(cells.owner[0, t * 64 + cell])
+            assert label == (int(np.argmax(counts)) if max(counts) > 9.6 else -1)
+            thing = clip.things[label] if label >= 0 else None
+            expected = 0 if thing is None else 1 + SHAPES.index(thing.shape) if thing.shape else 9 + thing.digit
+            assert int(cells.what[0, t * 64 + cell]) == (UNSURE if thing is None and max(counts) > 0 else expected)
+        seen = sum(t in clip.frames_with(i) for i in range(len(clip.things)))
+        assert cells.centre[0, t * 64 : (t + 1) * 64].sum() == seen
+
+
+def test_clips_come_whole_thinned_out_and_as_one_frame():
+    source = ClipSource(seed=0, stage=1, patch=16)
+    for step, frames in enumerate((8, 4, 8, 1)):
+        batch = source.batch(step, range(3), 3)
+        assert batch.pixels().shape == (3, frames, 3, 128, 128)
+        assert batch.cells.owner.shape == (3, frames * 64)
+        for views, questions in zip(batch.views, batch.questions):
+            assert {question.kind for question in questions} <= set(CLIP_KINDS)
+            about = {i for question in questions for i in question.about}
+            assert all(any((view.owner == i).any() for view in views) for i in about)
+
+
+def test_blocks_of_a_clip_prefer_frames():
+    share = torch.zeros(600, 512)
+    kept = choose_cells(share, 128, Generator().manual_seed(0), side=8)
+    assert (kept.diff(dim=1) > 0).all()
+    most = torch.stack([(kept // 64 == t).sum(dim=1) for t in range(8)]).amax(dim=0)
+    assert (most > 40).float().mean() > 0.1
+    assert (most < 28).float().mean() > 0.3
+
+
+def test_a_clip_student_begins_with_the_bundled_weights():
+    bundled, student = loading.load_tiny_model("llava").state_dict(), ClipStudent().vlm.state_dict()
+    assert set(bundled) <= set(student)
+    assert all(torch.equal(weight, student[name]) for name, weight in bundled.items())

@@ -56,7 +56,9 @@ def draw_plot(rows: Sequence[Row], path: Path) -> None:
     axes.minorticks_off()
     axes.set_xlabel("visual tokens kept, %")
     axes.set_ylabel("accuracy, %")
-    axes.set_title(f"{rows[0]['model']}, {rows[0]['scenes']} {rows[0]['split']} scenes, {kind}", fontsize=10)
+    axes.set_title(
+        f"{rows[0]['model']}, {rows[0]['scenes']} {rows[0]['split']} {rows[0]['about']}, {kind}", fontsize=10
+    )
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, ncols=2)
     figure.savefig(path, metadata={"Software": None})

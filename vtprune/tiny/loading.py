@@ -17,7 +17,7 @@ _HOME = Path(__file__).parent
 _WEIGHTS = _HOME / "weights"
 _CLIP = "clip"
 _SUMS = "SHA256SUMS"
-_NAMES = ("llava",)
+_NAMES = ("llava", "llava_next_video")
 _WITH_VIDEO = ("llava_next_video", "qwen2_5_vl")
 """Models whose processors come with one for video."""
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)

@@ -158,15 +158,20 @@ def answer_loss(
     at, early = sighted.answer >= 0, sighted.early >= 0
     logits, target = student.words(hidden[at]), sighted.answer[at]
     ends = target == END
-    answers = cross_entropy(logits[~ends], target[~ends])
-    loss = answers + 0.1 * cross_entropy(logits[ends], target[ends])
-    loss = loss + 0.5 * cross_entropy(student.words(hidden[early]), sighted.early[early])
-    metrics = {}
+    answers = _entropy(logits[~ends], target[~ends])
+    loss = answers + 0.1 * _entropy(logits[ends], target[ends])
+    loss = loss + 0.5 * _entropy(student.words(hidden[early]), sighted.early[early])
+    metrics = {"loss": answers.item()} if answerable.any() else {}
     if reading.places:
         loss = loss + 0.2 * place_loss(reading.places, index)
         metrics["places right"] = places_right(reading.places, index)
     right = (logits.argmax(dim=-1) == target)[~ends]
-    return loss, {"loss": answers.item(), **metrics, **_by_kind(batch, answerable, right)}
+    return loss, metrics | _by_kind(batch, answerable, right)
+
+
+def _entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Mean cross-entropy, 0 where there is nothing to answer."""
+    return cross_entropy(logits, target, reduction="sum") / max(1, len(target))
 
 
 def _by_kind(batch: Batch, answerable: Tensor, right: Tensor) -> Metrics:
