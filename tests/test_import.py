@@ -15,7 +15,11 @@ HERE = Path(__file__).parents[1]
 ABSENT = ("triton", "gradio", "decord", "av", "open_clip", "timm", "torchvision", "ray", "peft", "vllm", "matplotlib")
 
 SNAPSHOT = """
-import json, logging, os, signal, socket, sys, threading, warnings
+import importlib.util, json, logging, os, signal, socket, sys, threading, warnings
+
+# As where there is no torchvision: transformers would import it by itself.
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name == "torchvision" else find_spec(name, package)
 
 def refuse(*args, **kwargs):
     raise AssertionError("network")
