@@ -33,7 +33,7 @@ def add_train(add: Callable[..., argparse.ArgumentParser]) -> None:
     """The parser; `add` is that of the subcommands."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = add("train", help="train a tiny model from a seed", epilog=_EXAMPLES, formatter_class=raw)
-    parser.add_argument("name", choices=_NAMES, help="which of the bundled models")
+    parser.add_argument("name", choices=_NAMES, help="which model (qwen2_5_vl is not bundled)")
     parser.add_argument("--out", metavar="DIR", help="states, learning curve and model (default: train-NAME)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and pictures (default: %(default)s)")
     parser.add_argument("--workers", type=int, help="processes (default: 2 where there are two cores, 1 on a GPU)")
@@ -73,7 +73,9 @@ def _train(options: argparse.Namespace, console: Console) -> None:
         console.print(f"learning curve saved to {folder / 'curve.png'}", markup=False, soft_wrap=True)
     except BackendUnavailable as error:
         warnings.warn(str(error), stacklevel=1)
-    console.print(f"model saved to {model}; measure it: vtprune eval --model {model}", markup=False, soft_wrap=True)
+    about = " --about clips" if options.name == "llava_next_video" else ""
+    measure = f"vtprune eval --model {model}{about}"
+    console.print(f"model saved to {model}; measure it: {measure}", markup=False, soft_wrap=True)
 
 
 class _Bars:

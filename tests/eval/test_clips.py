@@ -118,3 +118,14 @@ def test_blind_is_the_answer_to_the_next_clip() -> None:
 def test_the_prompt_of_a_clip_has_its_token() -> None:
     assert prompt_text(ClipProcessor(), "why ?", "video") == "<video>\nwhy ?"
     assert prompt_text(ClipProcessor(), "<video> why ?", "video") == "<video> why ?"
+
+
+def test_frames_that_cannot_be_told_are_refused() -> None:
+    for count in (3, 16):
+        with pytest.raises(UnsupportedCall, match=f"which of 8 frames {count} parts show"):
+            coverage(ITEMS[0].views, frames(count, 8))
+
+
+def test_averages_beyond_the_budget_are_refused() -> None:
+    with pytest.raises(UnsupportedCall, match="one average for each of 8 parts is more than the budget"):
+        arm_of("pool")(batch_of(subject(), FEW), 4)

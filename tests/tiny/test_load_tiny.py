@@ -136,3 +136,8 @@ def test_without_torchvision_a_processor_for_clips_is_asked_for_by_name(monkeypa
             vtprune.load_tiny(name)
         assert loading.load_tiny_model(name).config.model_type == name
     assert vtprune.load_tiny("llava")
+
+
+def test_a_model_without_a_text_tower_says_so() -> None:
+    with pytest.raises(InvalidOption, match="llava_next_video has no aligned text tower; there is one for: llava"):
+        load_tiny_clip("llava_next_video")

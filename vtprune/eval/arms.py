@@ -63,9 +63,11 @@ def oracle(batch: Batch, keep: float | int) -> Answers:
 
 def pool(batch: Batch, keep: float | int) -> Answers:
     """Averages over the cells of a coarser grid, the largest that has no more cells than the budget and none more than
-    twice as long as wide. Each lies at the token in the middle of its cell."""
+    twice as long as wide; of a clip, frame by frame. Each lies at the token in the middle of its cell."""
     grids = pool_grids(batch.parts, batch.count(keep))
     cells = pooled_cells(batch.parts, grids)
+    if len(cells) > batch.count(keep):
+        raise UnsupportedCall(f"one average for each of {len(batch.parts)} parts is more than the budget")
     inputs = pool_features(batch.shared(), batch.parts, grids)
     answers, _ = batch.subject.answer(inputs, "uniform", len(cells) / batch.n, protect=[cells] * len(batch.items))
     return dataclasses.replace(answers, tokens=None)

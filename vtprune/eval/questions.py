@@ -96,9 +96,11 @@ def coverage(views: Sequence[Scene], parts: Sequence[Part]) -> NDArray[np.float6
     Several frames of a clip that make one part count by their mean.
 
     Raises:
-        UnsupportedCall: for tiles, of which it is not known what they show.
+        UnsupportedCall: for tiles, and for frames that were left out or repeated: it is not known what they show.
     """
     frames = [part for part in parts if part.kind == "frame"]
+    if frames and len(views) % len(frames):
+        raise UnsupportedCall(f"it is not known which of {len(views)} frames {len(frames)} parts show")
     found = []
     for part in parts:
         if part.kind == "frame":

@@ -18,6 +18,8 @@ _WEIGHTS = _HOME / "weights"
 _CLIP = "clip"
 _SUMS = "SHA256SUMS"
 _NAMES = ("llava", "llava_next_video")
+_WITH_CLIP = ("llava",)
+"""Models with a text tower aligned to their vision tower."""
 _WITH_VIDEO = ("llava_next_video", "qwen2_5_vl")
 """Models whose processors come with one for video."""
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
@@ -83,10 +85,12 @@ def load_tiny_clip(name: str = "llava") -> tuple[CLIPModel, PreTrainedTokenizerB
     a question is about lie nearest to the question.
 
     Raises:
-        InvalidOption: for a name nobody knows, with the nearest one.
+        InvalidOption: for a name nobody knows, with the nearest one, or a model without such a text tower.
         VtpruneError: where the bundled files are missing or damaged.
     """
     folder = tiny_folder(name) / _CLIP
+    if name not in _WITH_CLIP:
+        raise InvalidOption(f"{name} has no aligned text tower; there is one for: {', '.join(_WITH_CLIP)}")
     _check_files(folder)
     heal()
     from transformers import AutoTokenizer, CLIPModel

@@ -84,7 +84,10 @@ class LlavaStudent(_ClipTowerStudent):
 
 
 class ClipStudent(_ClipTowerStudent):
-    """LLaVA-NeXT-Video, which begins with the weights of the bundled LLaVA and pools the cells of every frame."""
+    """LLaVA-NeXT-Video, which begins with the weights of the bundled LLaVA and pools the cells of every frame.
+
+    The stage that fits the projector rescales it first, as it does with a new one.
+    """
 
     patch = PATCH * FRAME_STRIDE
     source = ClipSource
@@ -92,7 +95,8 @@ class ClipStudent(_ClipTowerStudent):
     def __init__(self) -> None:
         super().__init__()
         self.vlm = build_llava_next_video()
-        self.vlm.load_state_dict(load_tiny_model("llava").state_dict(), strict=False)
+        found = self.vlm.load_state_dict(load_tiny_model("llava").state_dict(), strict=False)
+        assert (found.missing_keys, found.unexpected_keys) == (["model.image_newline"], [])
         self.ideal = IdealTokens(self.side, self.language.embed_tokens.weight.detach(), placed=True)
 
     def look(self, pixels: Tensor) -> Sight:
