@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from vtprune.types import Modality
 
 _KEEP = ("0.5", "0.25", "0.11", "0.05")
+_FOR_CLIPS = ("llava_next_video", "video_llava")
 _EXAMPLES = """Drawn scenes with questions whose answers are known: how often is the model right from fewer tokens?
 Always in the table: the unpruned model (identity), random and uniform tokens, averages (pool), a smaller picture
 (downsample), tokens chosen by who knows where the things are (oracle), and another picture (blind).
@@ -47,7 +48,9 @@ def add_eval(add: Callable[..., argparse.ArgumentParser]) -> None:
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="names from `vtprune methods` (default: all)")
     parser.add_argument("--keep", nargs="+", default=_KEEP, help=f"shares or numbers (default: {' '.join(_KEEP)})")
     parser.add_argument(
-        "--about", choices=("scenes", "clips"), help="what is asked about (default: what a tiny model was trained on)"
+        "--about",
+        choices=("scenes", "clips"),
+        help="what is asked about (default: clips where the model is made for them)",
     )
     parser.add_argument("--split", choices=("test", "dev"), default="test", help="which scenes (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other scenes (default: %(default)s)")
@@ -103,8 +106,6 @@ def _check(options: argparse.Namespace) -> None:
 
         if options.model.startswith("tiny:"):
             tiny_folder(options.model.removeprefix("tiny:"))
-        if options.about is None:
-            options.about = "clips" if options.model == "tiny:llava_next_video" else "scenes"
         options.steps = plan(options.methods, options.keep)
 
 
@@ -141,11 +142,12 @@ def _run(options: argparse.Namespace) -> list[Row]:
             torch.set_num_threads(options.threads)
         device = helpers.choose_device(options.device)
         helpers.quiet_transformers()
-        status.update("drawing scenes")
-        modality: Modality = "video" if options.about == "clips" else "image"
-        items = draw_items(options.split, options.seed * options.samples, options.samples, modality)
         status.update(f"loading {options.model}")
         model, processor = helpers.load_model(options.model, device)
+        options.about = options.about or ("clips" if model.config.model_type in _FOR_CLIPS else "scenes")
+        status.update(f"drawing {options.about}")
+        modality: Modality = "video" if options.about == "clips" else "image"
+        items = draw_items(options.split, options.seed * options.samples, options.samples, modality)
         length = options.max_new_tokens or (3 if options.model.startswith("tiny:") else 8)
         subject = Subject(
             model=model,

@@ -73,9 +73,7 @@ def _train(options: argparse.Namespace, console: Console) -> None:
         console.print(f"learning curve saved to {folder / 'curve.png'}", markup=False, soft_wrap=True)
     except BackendUnavailable as error:
         warnings.warn(str(error), stacklevel=1)
-    about = " --about clips" if options.name == "llava_next_video" else ""
-    measure = f"vtprune eval --model {model}{about}"
-    console.print(f"model saved to {model}; measure it: {measure}", markup=False, soft_wrap=True)
+    console.print(f"model saved to {model}; measure it: vtprune eval --model {model}", markup=False, soft_wrap=True)
 
 
 class _Bars:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import functools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,9 @@ from transformers import BatchFeature
 
 from tests import models
 from tests.eval.common import batch_of
+from vtprune import _console
 from vtprune._prompts import prompt_text
+from vtprune.cli import main
 from vtprune.errors import UnsupportedCall
 from vtprune.eval.arms import arm_of
 from vtprune.eval.questions import coverage, draw_items, in_turn, object_tokens
@@ -129,3 +133,11 @@ def test_frames_that_cannot_be_told_are_refused() -> None:
 def test_averages_beyond_the_budget_are_refused() -> None:
     with pytest.raises(UnsupportedCall, match="one average for each of 8 parts is more than the budget"):
         arm_of("pool")(batch_of(subject(), FEW), 4)
+
+
+def test_a_model_for_clips_is_asked_about_clips(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(_console, "load_model", lambda source, device: (subject().model, subject().processor))
+    table = tmp_path / "out.csv"
+    assert main(["eval", "--samples", "1", "--methods", "uniform", "--keep", "0.25", "--csv", str(table)]) == 0
+    with table.open(encoding="utf-8") as file:
+        assert {row["about"] for row in csv.DictReader(file)} == {"clips"}

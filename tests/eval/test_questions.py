@@ -24,9 +24,9 @@ def test_a_run_is_told_by_split_seed_and_samples() -> None:
     for number in range(4):
         own = [item for item in items if item.number == number]
         assert 0 < len(own) <= QUESTIONS
-        following = next((item.scene for item in items if item.number == number + 1), own[0].other[0])
+        following = next((item.views[0] for item in items if item.number == number + 1), own[0].other[0])
         assert (own[0].other[0].pixels == following.pixels).all()
-        assert (own[0].other[0].pixels != own[0].scene.pixels).any()
+        assert (own[0].other[0].pixels != own[0].views[0].pixels).any()
 
 
 @pytest.mark.parametrize("numbers", [("test", 0, 0), ("test", -1, 3), ("dev", len(TEST) - 3, 3), ("train", 0, 1)])
@@ -43,20 +43,20 @@ def test_the_first_word_is_judged() -> None:
 
 @pytest.mark.parametrize("side", [4, 8, 16])
 def test_coverage_is_that_of_the_scene_where_cells_are_whole_pixels(side: int) -> None:
-    scene = draw_items("test", 0, 1)[0].scene
+    scene = draw_items("test", 0, 1)[0].views[0]
     expected = scene.coverage(128 // side).reshape(len(scene.things), -1)
     np.testing.assert_allclose(coverage([scene], [grid(side, side)]), expected, atol=1e-12)
 
 
 def test_cells_that_cut_pixels_share_them() -> None:
-    scene = draw_items("test", 0, 1)[0].scene
+    scene = draw_items("test", 0, 1)[0].views[0]
     covered = coverage([scene], [grid(5, 7)])
     painted = [(scene.owner == i).mean() for i in range(len(scene.things))]
     np.testing.assert_allclose(covered.mean(axis=1), painted)
 
 
 def test_every_part_shows_the_whole_picture_and_tiles_are_not_known() -> None:
-    scene = draw_items("test", 0, 1)[0].scene
+    scene = draw_items("test", 0, 1)[0].views[0]
     both = coverage([scene], [grid(4, 4, "thumbnail"), grid(8, 8, "crop", 16)])
     np.testing.assert_allclose(both, np.hstack([coverage([scene], [grid(4, 4)]), coverage([scene], [grid(8, 8)])]))
     assert coverage([scene], [grid(4, 4, "tile")]).shape == (len(scene.things), 16)
@@ -65,7 +65,7 @@ def test_every_part_shows_the_whole_picture_and_tiles_are_not_known() -> None:
 
 
 def test_object_tokens_are_covered_by_a_sixth_or_so() -> None:
-    scene = draw_items("test", 0, 1)[0].scene
+    scene = draw_items("test", 0, 1)[0].views[0]
     shown = object_tokens([scene], [grid(16, 16)]).reshape(16, 16)
     share = (scene.owner >= 0).reshape(16, 8, 16, 8).mean(axis=(1, 3))
     assert (shown == (share >= 0.15)).all()

@@ -189,7 +189,7 @@ def mismatched(items: list[Item]) -> list[tuple[Item, Item]]:
 def relevance(model: nn.Module, tokenizer: object, item: Item, question: str) -> Tensor:
     """Cosine of every patch with the question, as methods on CLIP compute it: from the second to last layer."""
     mean, std = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
-    pixels = (torch.from_numpy(item.scene.pixels).permute(2, 0, 1) / 255 - mean[:, None, None]) / std[:, None, None]
+    pixels = (torch.from_numpy(item.views[0].pixels).permute(2, 0, 1) / 255 - mean[:, None, None]) / std[:, None, None]
     vision = model.vision_model(pixel_values=pixels[None], output_hidden_states=True)
     patches = model.visual_projection(model.vision_model.post_layernorm(vision.hidden_states[-2][0, 1:]))
     text = model.get_text_features(**tokenizer(question, return_tensors="pt"))

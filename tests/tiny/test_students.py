@@ -14,10 +14,10 @@ from vtprune.tiny.training.batches import ClipSource
 from vtprune.tiny.training.models import MERGE, QWEN_PATCH, build_qwen2_5_vl
 from vtprune.tiny.training.packing import pack_questions
 from vtprune.tiny.training.student import Shown, Student
-from vtprune.tiny.training.students import ClipStudent, LlavaStudent, QwenStudent, normalized, patchify
+from vtprune.tiny.training.students import LlavaStudent, QwenStudent, VideoStudent, normalized, patchify
 from vtprune.tiny.words import IMAGE, VIDEO, WORD_IDS, encode
 
-STUDENTS = (LlavaStudent, ClipStudent, QwenStudent)
+STUDENTS = (LlavaStudent, VideoStudent, QwenStudent)
 
 
 @pytest.fixture(scope="module", params=STUDENTS, ids=lambda student: student.__name__)
@@ -42,8 +42,8 @@ def as_transformers_takes_it(student: Student, pixels: Tensor, token: int, count
             "image_grid_thw": grid,
             "mm_token_type_ids": (ids == token).int(),
         }
-    name = "pixel_values_videos" if isinstance(student, ClipStudent) else "pixel_values"
-    return {"input_ids": ids, name: given if isinstance(student, ClipStudent) else given[:, 0]}
+    name = "pixel_values_videos" if isinstance(student, VideoStudent) else "pixel_values"
+    return {"input_ids": ids, name: given if isinstance(student, VideoStudent) else given[:, 0]}
 
 
 @torch.no_grad()
@@ -55,7 +55,7 @@ def test_a_packed_question_gets_the_logits_of_a_prompt_of_its_own(student):
     shown = Shown(tokens=tokens, index=torch.arange(count)[None], of=count, compact=False)
     blocks = pack_questions([questions], torch.device("cpu"))
     packed = student.words(student.read(shown, blocks).blocks)[0]
-    token = VIDEO if isinstance(student, ClipStudent) else IMAGE
+    token = VIDEO if isinstance(student, VideoStudent) else IMAGE
     for number, question in enumerate(questions, start=1):
         inputs = as_transformers_takes_it(student, pixels, token, count, f"{question.text} assistant :")
         single = student.vlm(**inputs).logits[0, -1]

@@ -37,7 +37,7 @@ from vtprune.tiny.training.loop import Plan, read_notes, run_stage
 from vtprune.tiny.training.optimizer import Optimizer
 from vtprune.tiny.training.packing import IGNORE, block_mask, pack_questions
 from vtprune.tiny.training.stages import Join, Read, See
-from vtprune.tiny.training.students import ClipStudent, LlavaStudent
+from vtprune.tiny.training.students import LlavaStudent, VideoStudent
 from vtprune.tiny.training.workers import Worker
 from vtprune.tiny.words import END, IMAGE, WORD_IDS
 
@@ -82,7 +82,7 @@ def test_labels_say_what_is_drawn():
 @pytest.mark.parametrize("count", [1, 14, 255, 256])
 def test_chosen_cells_are_ascending_and_as_many_as_asked_for(count):
     share = (torch.rand(8, 256, generator=Generator().manual_seed(1)) < 0.1).float()
-    index = choose_cells(share, count, Generator().manual_seed(2))
+    index = choose_cells(share, count, Generator().manual_seed(2), 16)
     assert index.shape == (8, count)
     assert (index.diff(dim=1) > 0).all()
 
@@ -90,7 +90,7 @@ def test_chosen_cells_are_ascending_and_as_many_as_asked_for(count):
 def test_dropout_is_a_mixture_of_denser_and_sparser_choices():
     share = torch.zeros(400, 256)
     share[:, 100:126] = 1
-    kept = choose_cells(share, 64, Generator().manual_seed(0))
+    kept = choose_cells(share, 64, Generator().manual_seed(0), 16)
     dense = ((kept >= 100) & (kept < 126)).sum(dim=1)
     assert (dense > 22).float().mean() > 0.1
     assert (dense < 2).float().mean() > 0.05
@@ -403,6 +403,6 @@ def test_blocks_of_a_clip_prefer_frames():
 
 
 def test_a_clip_student_begins_with_the_bundled_weights():
-    bundled, student = loading.load_tiny_model("llava").state_dict(), ClipStudent().vlm.state_dict()
+    bundled, student = loading.load_tiny_model("llava").state_dict(), VideoStudent().vlm.state_dict()
     assert set(bundled) <= set(student)
     assert all(torch.equal(weight, student[name]) for name, weight in bundled.items())

@@ -38,11 +38,6 @@ class Item:
     other: tuple[Scene, ...]
     question: Question
 
-    @property
-    def scene(self) -> Scene:
-        """The scene; of a clip its first frame."""
-        return self.views[0]
-
 
 def draw_items(split: str, first: int, samples: int, modality: Modality = "image") -> tuple[Item, ...]:
     """Questions about the scenes (or clips) `first` to `first + samples - 1` of a split, at most `QUESTIONS` of each.

@@ -23,7 +23,6 @@ class Caption(Stage):
 
     name: ClassVar[str] = "caption"
     parts: ClassVar[tuple[str, ...]] = ("aligned",)
-    crowded: ClassVar[bool] = False
 
     def loss(self, student: Student, batch: Batch, chance: Chance) -> tuple[Tensor, dict[str, float]]:
         assert isinstance(student, LlavaStudent)

@@ -12,7 +12,7 @@ from torch.nn.functional import interpolate
 ODDS = {"uniform": 0.45, "blocks": 0.2, "things": 0.25, "ground": 0.1}
 
 
-def choose_cells(share: Tensor, count: int, generator: Generator, side: int = 16) -> Tensor:
+def choose_cells(share: Tensor, count: int, generator: Generator, side: int) -> Tensor:
     """Ascending indices of `count` of N cells, (B, count); every row draws a way.
 
     Args:

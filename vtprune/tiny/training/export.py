@@ -16,7 +16,7 @@ from vtprune.tiny.training.models import MERGE, PATCH, QWEN_PATCH
 from vtprune.tiny.words import BEGIN, END, PAD, build_tokenizer
 
 if TYPE_CHECKING:
-    from vtprune.tiny.training.students import ClipStudent, LlavaStudent, QwenStudent
+    from vtprune.tiny.training.students import LlavaStudent, QwenStudent, VideoStudent
 
 CLIP_FOLDER = "clip"
 """Beneath the model: its vision tower with the aligned text tower, as a CLIPModel."""
@@ -57,7 +57,7 @@ def export_llava(student: LlavaStudent, folder: Path) -> None:
     _save(student.vlm, processor, folder)
 
 
-def export_clips(student: ClipStudent, folder: Path) -> None:
+def export_clips(student: VideoStudent, folder: Path) -> None:
     """Weights in fp16, configuration, processor, checksums. The student is left in fp16."""
     from transformers import LlavaNextImageProcessor, LlavaNextVideoProcessor, LlavaNextVideoVideoProcessor
 

@@ -23,7 +23,7 @@ from vtprune.tiny.training.loop import Plan, load_parts, run_stage, state_path
 from vtprune.tiny.training.optimizer import check_torch
 from vtprune.tiny.training.stages import Join, Meet, Read, See, Watch
 from vtprune.tiny.training.student import Student
-from vtprune.tiny.training.students import ClipStudent, LlavaStudent, QwenStudent
+from vtprune.tiny.training.students import LlavaStudent, QwenStudent, VideoStudent
 from vtprune.tiny.training.workers import Worker
 
 Phases = tuple[tuple[Plan, ...], ...]
@@ -55,22 +55,26 @@ class Recipe:
         return tuple(plan for phase in self.phases for plan in phase)
 
 
+def _from_scratch(*, see: int, read: int, meet: int, join: int) -> Phases:
+    """The steps of a model of which nothing is trained yet: it learns to see and to read side by side."""
+    return (
+        (Plan(stage=See(), number=0, steps=see, size=32), Plan(stage=Read(), number=1, steps=read)),
+        (Plan(stage=Meet(), number=2, steps=meet, matrix_rate=5e-3),),
+        (Plan(stage=Join(), number=3, steps=join, matrix_rate=3e-3, rate=5e-4),),
+    )
+
+
 RECIPES = {
     "llava": Recipe(
         student=LlavaStudent,
         phases=(
-            (
-                Plan(stage=See(), number=0, steps=1100, size=32),
-                Plan(stage=Read(), number=1, steps=1000),
-            ),
-            (Plan(stage=Meet(), number=2, steps=150, matrix_rate=5e-3),),
-            (Plan(stage=Join(), number=3, steps=550, matrix_rate=3e-3, rate=5e-4),),
+            *_from_scratch(see=1100, read=1000, meet=150, join=550),
             (Plan(stage=Caption(), number=4, steps=300),),
         ),
         export=export_llava,
     ),
     "llava_next_video": Recipe(
-        student=ClipStudent,
+        student=VideoStudent,
         phases=(
             (Plan(stage=Read(), number=0, steps=400, size=32, matrix_rate=0.01, rate=1e-3),),
             (Plan(stage=Meet(), number=1, steps=150, size=12, matrix_rate=5e-3),),
@@ -80,14 +84,7 @@ RECIPES = {
     ),
     "qwen2_5_vl": Recipe(
         student=QwenStudent,
-        phases=(
-            (
-                Plan(stage=See(), number=0, steps=550, size=32),
-                Plan(stage=Read(), number=1, steps=800),
-            ),
-            (Plan(stage=Meet(), number=2, steps=120, matrix_rate=5e-3),),
-            (Plan(stage=Join(), number=3, steps=380, matrix_rate=3e-3, rate=5e-4),),
-        ),
+        phases=_from_scratch(see=550, read=800, meet=120, join=380),
         export=export_qwen,
     ),
 }

@@ -27,7 +27,8 @@ class Stage(ABC):
 
     name: ClassVar[str]
     parts: ClassVar[tuple[str, ...]]
-    crowded: ClassVar[bool]
+    crowded: ClassVar[bool] = False
+    """Whether every second scene is full of things."""
 
     def begin(self, student: Student, batch: Batch) -> None:  # noqa: B027
         """Before the first step; `batch` is all of its pictures, the same for every worker."""
@@ -56,7 +57,6 @@ class Read(Stage):
 
     name: ClassVar[str] = "read"
     parts: ClassVar[tuple[str, ...]] = ("language", "ideal", "places")
-    crowded: ClassVar[bool] = False
     shares: ClassVar[tuple[int, ...]] = (14, 28, 48, 64, 96)
     """How many of every 256 cells are kept: one of them for all pictures of a step."""
     blur: ClassVar[float] = 0.3
@@ -75,7 +75,6 @@ class Meet(Stage):
 
     name: ClassVar[str] = "meet"
     parts: ClassVar[tuple[str, ...]] = ("projector",)
-    crowded: ClassVar[bool] = False
 
     def begin(self, student: Student, batch: Batch) -> None:
         """Scale the projector to what it gets and to what it is to give: these differ by orders of magnitude."""
@@ -96,7 +95,6 @@ class Join(Stage):
 
     name: ClassVar[str] = "join"
     parts: ClassVar[tuple[str, ...]] = ("tower", "projector", "language", "probes", "places")
-    crowded: ClassVar[bool] = False
 
     def loss(self, student: Student, batch: Batch, chance: Chance) -> tuple[Tensor, Metrics]:
         sight = student.look(batch.pixels())
@@ -111,7 +109,6 @@ class Watch(Stage):
 
     name: ClassVar[str] = "watch"
     parts: ClassVar[tuple[str, ...]] = ("projector", "language")
-    crowded: ClassVar[bool] = False
 
     def loss(self, student: Student, batch: Batch, chance: Chance) -> tuple[Tensor, Metrics]:
         with torch.no_grad():

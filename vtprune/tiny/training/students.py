@@ -83,7 +83,7 @@ class LlavaStudent(_ClipTowerStudent):
         return Sight(cells=features[:, 1:], whole=features[:, 0], last=last)
 
 
-class ClipStudent(_ClipTowerStudent):
+class VideoStudent(_ClipTowerStudent):
     """LLaVA-NeXT-Video, which begins with the weights of the bundled LLaVA and pools the cells of every frame.
 
     The stage that fits the projector rescales it first, as it does with a new one.
