@@ -253,7 +253,7 @@ def test_doctor_names_what_a_model_cannot_do(capsys: pytest.CaptureFixture[str],
     assert main(["doctor", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert "no encoder attention, features only" in shown
-    assert "unsupported fastervlm: method 'fastervlm' needs encoder attention" in shown.replace("\n", " ")
+    assert "unsupported fastervlm: method 'fastervlm' needs 'importance'" in shown.replace("\n", " ")
     assert "divprune" in " ".join(row(shown, "methods"))
 
 

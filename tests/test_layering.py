@@ -18,8 +18,8 @@ import vtprune
 ROOT = Path(vtprune.__file__).parent
 ROWS = (
     ("errors",),
-    ("types",),
-    ("kernels", "_torchvision"),
+    ("types", "readings"),
+    ("kernels", "protocols", "_torchvision"),
     ("stages", "pipeline", "positions", "report", "viz", "_prompts"),
     ("cache", "methods", "adapters", "tiny"),
     ("catalog", "seam"),

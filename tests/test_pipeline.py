@@ -14,11 +14,12 @@ from vtprune import Pick, Pipeline
 from vtprune.catalog import build, list_methods
 from vtprune.errors import InvalidOption, UnsupportedCall
 from vtprune.stages import STAGES
+from vtprune.stages.diverse import Dispersion
 from vtprune.stages.scorers import Constant, Importance
-from vtprune.stages.selectors import MMR, MaxMin, Random, Stride, TopK
+from vtprune.stages.selectors import MMR, Random, Stride, TopK
 from vtprune.types import VisualTokens
 
-SELECTORS = [TopK(), Stride(), Random(), MaxMin(), MMR()]
+SELECTORS = [TopK(), Stride(), Random(), Dispersion(reduce="min", first="isolated"), MMR()]
 
 
 def staged(first: object, second: object, share: float = 0.5) -> Pipeline:
@@ -65,7 +66,7 @@ def test_protected_tokens_stay_and_forbidden_ones_go(selector: object) -> None:
 
 def test_budgets_of_one_and_none() -> None:
     for k in (0, 1, 2):
-        assert staged(TopK(), MaxMin()).run(stack(), k).keep.shape == (3, k)
+        assert staged(TopK(), Dispersion(reduce="min", first="isolated")).run(stack(), k).keep.shape == (3, k)
 
 
 def test_a_choice_does_not_depend_on_batch_mates() -> None:
@@ -94,7 +95,7 @@ def test_unknown_formats_and_stages_are_refused() -> None:
     data = build("divprune").to_dict()
     with pytest.raises(InvalidOption, match="format"):
         Pipeline.from_dict({**data, "format": 99}, stages=STAGES)
-    with pytest.raises(InvalidOption, match="MaxMin"):
+    with pytest.raises(InvalidOption, match="Dispersion"):
         Pipeline.from_dict(data, stages={"Constant": Constant})
 
 

@@ -47,8 +47,9 @@ def model(source: str) -> Iterator[tuple[str, str]]:
         if kind == "video" and (token is None or not hasattr(type(inner), "get_video_features")):
             yield kind, "none: this model reads no clips"
             continue
-        probe = family.probe(inner, kind)
-        evidence = probe.evidence if probe is not None else "no encoder attention, features only"
+        tower = family.tower(inner, kind)
+        attention = "cls_attention" if tower is not None and tower.has_cls else "received_attention"
+        evidence = attention if tower is not None else "no encoder attention, features only"
         yield kind, f"placeholder id {token}; {evidence}"
     yield "positions", "auto keeps the ids (M-RoPE)" if rope_axes(inner.config) else "auto closes the gaps (1-D RoPE)"
     yield "cache", _cache(skeleton)

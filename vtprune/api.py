@@ -17,7 +17,7 @@ from vtprune.errors import InvalidOption, MissingEvidence, UnsupportedModel
 from vtprune.kernels import choose_backend
 from vtprune.pipeline import Pipeline
 from vtprune.report import PruneReport
-from vtprune.runtime.evidence import FROM_ENCODER
+from vtprune.runtime.evidence import readings_of
 from vtprune.runtime.pruner import Pruner
 from vtprune.seam import HANDLE, find_base, shells
 from vtprune.types import Budget, Per
@@ -110,21 +110,19 @@ def _check_options(pipeline: Pipeline, budget: Budget, history: int, on_report: 
 
 
 def _check_evidence(pipeline: Pipeline, budget: Budget, family: Family, inner: nn.Module) -> None:
-    wanted = pipeline.needs & FROM_ENCODER
-    if not wanted or budget.keeps_all:
-        return
-    for kind in family.kinds:
-        probe = family.probe(inner, kind)
-        if probe is None:
-            raise MissingEvidence(
-                f"method {pipeline.name!r} needs encoder attention, and there is no probe for the {kind} encoder of "
-                f"{type(inner).__name__} (family {family.name!r}); methods without it: {', '.join(features_only())}"
-            )
-        named = wanted - {"importance", probe.evidence}
-        if named:
-            raise MissingEvidence(
-                f"method {pipeline.name!r} needs {', '.join(named)}, the {kind} encoder gives {probe.evidence}"
-            )
+    """Refuse a method whose readings an encoder of the model does not have."""
+    readings = {} if budget.keeps_all else readings_of(pipeline)
+    for kind in family.kinds if readings else ():
+        tower = family.tower(inner, kind)
+        encoder = f"the {kind} encoder of {type(inner).__name__} (family {family.name!r})"
+        for name, reading in readings.items():
+            if tower is None or (reading.rule.of == "projector" and tower.projector is None):
+                raise MissingEvidence(
+                    f"method {pipeline.name!r} needs {name!r}, and it is not known how to read that of {encoder}; "
+                    f"methods that need features only: {', '.join(features_only())}"
+                )
+            if reading.rule.needs_cls and not tower.has_cls:
+                raise MissingEvidence(f"method {pipeline.name!r} needs {name!r}, and {encoder} has no CLS token")
 
 
 def _compacts(positions: str, inner: nn.Module) -> bool:

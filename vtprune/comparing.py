@@ -15,7 +15,7 @@ from vtprune.catalog import build, list_methods
 from vtprune.pipeline import Pipeline
 from vtprune.report import PruneReport
 from vtprune.runtime.encoder import encode_once
-from vtprune.runtime.evidence import FROM_ENCODER
+from vtprune.runtime.evidence import readings_of
 from vtprune.seam import find_base
 
 
@@ -67,8 +67,8 @@ def compare(
         with pruning(model, pipeline, keep=budget, **options):
             pass
     inner = find_base(model)
-    probing = any(pipeline.needs & FROM_ENCODER for pipeline in pipelines)
-    shared = encode_once(model, inner, family_of(inner.config), inputs, probing=probing)
+    readings = {name: reading for pipeline in pipelines for name, reading in readings_of(pipeline).items()}
+    shared = encode_once(model, inner, family_of(inner.config), inputs, readings=readings)
     rows: list[Comparison] = []
     unpruned: Tensor | None = None
     for pipeline, budget in arms:

@@ -5,40 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vtprune.errors import InvalidOption, UnsupportedCall
 from vtprune.kernels import reference as kernels
-from vtprune.types import Selection, VisualTokens
+from vtprune.protocols import Counter, Debiaser, Merger, Scorer, Selector
+from vtprune.readings import Reading
+from vtprune.types import Merged, Selection, VisualTokens
 
 FORMAT = 1
-
-
-class Scorer(Protocol):
-    """Scores (S, N) of tokens, higher is better. `needs` names the evidence it reads."""
-
-    @property
-    def needs(self) -> frozenset[str]: ...
-
-    def __call__(self, tokens: VisualTokens) -> Tensor: ...
-
-
-class Debiaser(Protocol):
-    """Scores (S, N) with a known bias removed."""
-
-    def __call__(self, tokens: VisualTokens, scores: Tensor) -> Tensor: ...
-
-
-class Selector(Protocol):
-    """Indices (S, k), distinct, none of them in `taken` (S, m). Scores of -inf must not be picked.
-
-    That they are distinct is not checked: it would wait for the device.
-    """
-
-    def __call__(self, tokens: VisualTokens, scores: Tensor, k: int, taken: Tensor | None) -> Tensor: ...
+_WHOLE = ("merger", "counter")
+"""Stages of a pipeline that belong to none of its picks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,11 +46,15 @@ class Pick:
 class Pipeline:
     """A method: its picks run one after the other, each on what the earlier ones left.
 
+    A `merger` gives dropped tokens a place in kept ones. A `counter` makes the method adaptive: the budget is only the
+    most that stays, and one more wait for the device tells how much it is.
     A pipeline compares, prints and stores as a value: see `to_dict` and `from_dict`.
     """
 
     name: str
     picks: tuple[Pick, ...]
+    merger: Merger | None = None
+    counter: Counter | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.picks, tuple) or not all(isinstance(pick, Pick) for pick in self.picks):
@@ -80,8 +64,21 @@ class Pipeline:
 
     @cached_property
     def needs(self) -> frozenset[str]:
-        """Names of the evidence its scorers read."""
-        return frozenset().union(*(pick.scorer.needs for pick in self.picks))
+        """Names of the evidence its stages read."""
+        return frozenset(need.name if isinstance(need, Reading) else need for need in self._wanted)
+
+    @cached_property
+    def readings(self) -> dict[str, Reading]:
+        """How to take evidence from the vision encoder, by name; what is not there comes from elsewhere."""
+        return {need.name: need for need in self._wanted if isinstance(need, Reading)}
+
+    @cached_property
+    def _wanted(self) -> frozenset[str | Reading]:
+        """What the stages need; only scorers must say so."""
+        stages: list[Any] = [self.merger, self.counter]
+        for pick in self.picks:
+            stages += [pick.scorer, *pick.debiasers, pick.selector]
+        return frozenset().union(*(getattr(stage, "needs", ()) for stage in stages))
 
     def run(self, tokens: VisualTokens, k: int) -> Selection:
         """Choose `k` of the `N` tokens of every row.
@@ -98,10 +95,12 @@ class Pipeline:
             chosen.append(protect)
             stage.append(torch.full_like(protect, -1))
         left = k - sum(indices.shape[1] for indices in chosen)
+        counts: list[int] = []
         for number, pick in enumerate(self.picks):
             last = number == len(self.picks) - 1
             count = left if last else min(left, int(pick.share * k + 0.5))
             left -= count
+            counts.append(count)
             if count == 0:
                 continue
             taken = kernels.joined(chosen, dim=1) if chosen else None
@@ -111,9 +110,9 @@ class Pipeline:
             stage.append(torch.full_like(picked, number))
         if not chosen:
             empty = torch.empty(S, 0, dtype=torch.long, device=tokens.features.device)
-            return Selection(keep=empty, taken=empty)
+            return Selection(keep=empty, taken=empty, counts=tuple(counts))
         keep, order = kernels.joined(chosen, dim=1).sort(dim=1)
-        return Selection(keep=keep, taken=kernels.joined(stage, dim=1).gather(1, order))
+        return Selection(keep=keep, taken=kernels.joined(stage, dim=1).gather(1, order), counts=tuple(counts))
 
     def _pick(self, pick: Pick, tokens: VisualTokens, count: int, taken: Tensor | None) -> Tensor:
         scores = pick.scorer(tokens)
@@ -129,9 +128,31 @@ class Pipeline:
             scores = scores.scatter(1, taken, float("-inf"))
         return pick.selector(tokens, scores, count, taken)
 
+    def merge(self, tokens: VisualTokens, selection: Selection) -> Merged | None:
+        """What the kept tokens become; None without a merger."""
+        if self.merger is None:
+            return None
+        weights = self.merger(tokens, selection)
+        S, N = tokens.features.shape[:2]
+        _check("the merger", weights, (S, selection.keep.shape[1], N))
+        share, into = weights.max(dim=1)
+        return Merged(
+            rows=(weights @ tokens.features.float()).to(tokens.features.dtype),
+            into=into.masked_fill(share <= 0, -1),
+        )
+
+    def count(self, tokens: VisualTokens, k: int) -> Tensor:
+        """How many tokens (S,) stay where the method is adaptive, at most `k`."""
+        assert self.counter is not None
+        counts = self.counter(tokens, k)
+        _check("the counter", counts, tokens.features.shape[:1], torch.long)
+        return counts.clamp(max=k)
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready description with everything needed to rebuild it."""
-        return {"format": FORMAT, "name": self.name, "picks": [_stage_to_dict(pick) for pick in self.picks]}
+        stages = {name: getattr(self, name) for name in _WHOLE if getattr(self, name) is not None}
+        described = {name: _stage_to_dict(stage) for name, stage in {"picks": self.picks, **stages}.items()}
+        return {"format": FORMAT, "name": self.name, **described}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, stages: Mapping[str, type]) -> Pipeline:
@@ -145,7 +166,8 @@ class Pipeline:
         if not {"name", "picks"} <= data.keys():
             raise InvalidOption(f"a stored pipeline needs 'name' and 'picks', this one has {', '.join(data)}")
         known = {**stages, "Pick": Pick}
-        return cls(name=data["name"], picks=tuple(_stage_from_dict(pick, known) for pick in data["picks"]))
+        found = {name: _stage_from_dict(data[name], known) for name in ("picks", *_WHOLE) if name in data}
+        return cls(name=data["name"], **found)
 
 
 def _check(who: str, tensor: object, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> None:

@@ -86,12 +86,16 @@ def _cuda_event() -> torch.cuda.Event:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SegmentReport:
-    """One picture or clip: `stages` (n,) says which pick took each token (-1 protected, -2 dropped)."""
+    """One picture or clip: `stages` (n,) says which pick took each token (-1 protected, -2 dropped).
+
+    `into` (n,), where the method merges, says which token of the budget's unit took each over, -1 where it is lost.
+    """
 
     row: int
     kind: Modality
     parts: tuple[Part, ...]
     stages: Tensor = field(repr=False)
+    into: Tensor | None = field(default=None, repr=False)
 
     @property
     def n(self) -> int:
@@ -118,6 +122,11 @@ class SegmentReport:
         """Tokens kept."""
         return len(self.keep)
 
+    @cached_property
+    def merged(self) -> int:
+        """Dropped tokens that live on in a kept one."""
+        return 0 if self.into is None else int(((self.into >= 0) & (self.stages <= DROPPED)).sum())
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         parts = [{"kind": p.kind, "grid": list(p.grid), "separators": len(p.separators)} for p in self.parts]
@@ -129,6 +138,7 @@ class SegmentReport:
             "parts": parts,
             "keep": self.keep.tolist(),
             "taken": self.taken.tolist(),
+            **({} if self.into is None else {"into": self.into.tolist()}),
         }
 
 
@@ -164,6 +174,11 @@ class PruneReport:
     def kept(self) -> int:
         """Tokens kept of them."""
         return sum(segment.k for segment in self.segments)
+
+    @property
+    def merged(self) -> int:
+        """Dropped tokens that live on in kept ones."""
+        return sum(segment.merged for segment in self.segments)
 
     @property
     def separators(self) -> int:
@@ -206,7 +221,8 @@ class PruneReport:
         pictures = f"{len(self.segments)} picture{'s' if len(self.segments) > 1 else ''}"
         separators = f" (+{self.separators} separators)" if self.separators else ""
         saved = f"{self.kv_bytes_saved / 2**20:.2f} MiB of KV cache saved"
-        kept = f"kept {self.kept} of {self.tokens} tokens{separators} of {pictures}"
+        merged = f", {self.merged} of the others merged into them" if self.merged else ""
+        kept = f"kept {self.kept} of {self.tokens} tokens{separators} of {pictures}{merged}"
         return f"{self.method} on {self.family}: {kept}, {saved}"
 
 

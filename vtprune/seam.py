@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NoReturn
 
 from torch import nn
 
 from vtprune.adapters import FAMILIES
 from vtprune.adapters.base import language_model, placeholder_id
-from vtprune.errors import UnsupportedModel
+from vtprune.errors import UnsupportedCall, UnsupportedModel
 
 HANDLE = "vtprune"
 
@@ -65,3 +66,11 @@ def without_adapters(model: nn.Module) -> nn.Module:
     """The transformers model inside a PEFT model, or the model itself."""
     get_base_model: Callable[[], nn.Module] | None = getattr(model, "get_base_model", None)
     return model if get_base_model is None else get_base_model()
+
+
+def refuse_copy(*args: object) -> NoReturn:
+    """Raise `UnsupportedCall`: a copy of a wrapped model, or of a part of it, would carry hooks of the original."""
+    raise UnsupportedCall(
+        "a wrapped model cannot be copied or pickled (its hooks would stay on the original): call "
+        "vtprune.unwrap(model) first, or save it with model.save_pretrained(...)"
+    )

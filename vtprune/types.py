@@ -135,10 +135,23 @@ class VisualTokens:
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """A decision: `keep` (S, K) ascending indices into `N`; `taken` (S, K) says which pick took each of them."""
+    """A decision: `keep` (S, K) ascending indices into `N`; `taken` (S, K) says which pick took each of them.
+
+    `counts` is how many each pick took, known from shapes.
+    """
 
     keep: Tensor
     taken: Tensor
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merged:
+    """What kept tokens became: `rows` (S, K, D) in their order, `into` (S, N) the index into K of the kept token that
+    swallowed a token most of all, its own at a kept one, -1 where it is lost."""
+
+    rows: Tensor
+    into: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)

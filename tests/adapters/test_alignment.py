@@ -111,7 +111,7 @@ def painted(case: Case, paint: Callable[[int, int], Tensor]) -> Iterator[None]:
 
     Towers with a CLS token put -1000 there.
     """
-    patches = case.family.probe(case.inner, case.kind)
+    patches = case.family.tower(case.inner, case.kind)
 
     def tower(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         rows, n, width = output.last_hidden_state.shape
@@ -138,6 +138,14 @@ def painted(case: Case, paint: Callable[[int, int], Tensor]) -> Iterator[None]:
         yield
 
 
+def rows_of(case: Case, raw: Tensor, encoding: Encoding) -> list[Tensor]:
+    """Scores of patches (rows, N) as scores of tokens; twice side by side, to see that columns stay apart."""
+    both = case.family.rows(case.inner, torch.stack([raw, 2 * raw], dim=-1), encoding)
+    for entry in both:
+        torch.testing.assert_close(2 * entry[:, 0], entry[:, 1], equal_nan=True)
+    return [entry[:, 0] for entry in both]
+
+
 def separators(parts: tuple[Part, ...]) -> set[int]:
     return {offset for part in parts for offset in part.separators}
 
@@ -152,7 +160,7 @@ def test_scores_land_on_their_tokens(case: Case) -> None:
     with painted(case, paint):
         pooled = case.encode().pooler_output
     encoding = case.encoding(pooled)
-    scores = case.family.scores(case.inner, painting[-1], encoding)
+    scores = rows_of(case, painting[-1], encoding)
     parts = case.family.parts(case.inner, encoding)
     assert len(scores) == len(parts) == len(encoding.lengths) == len(pooled)
     for entry, features, packed in zip(scores, pooled, parts):
@@ -182,7 +190,7 @@ def test_grids_are_in_raster_order(case: Case, axis: str) -> None:
 
     with painted(case, paint):
         encoding = case.encoding(case.encode().pooler_output)
-    scores = case.family.scores(case.inner, maps[-1], encoding)
+    scores = rows_of(case, maps[-1], encoding)
     for entry, packed in zip(scores, case.family.parts(case.inner, encoding)):
         for part in packed:
             if part.grid[0] == 1 < part.grid[1] == part.tokens and "crop" not in part.kind and case.grids is None:
@@ -230,8 +238,9 @@ def crop_places(case: Case) -> Iterator[tuple[int, int]]:
 
 def test_probe_reads_the_towers_attention(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = case.encode().pooler_output
-    probe = case.family.probe(case.inner, case.kind)
-    assert probe is not None
+    tower = case.family.tower(case.inner, case.kind)
+    assert tower is not None
+    probe = tower.probe
     raw, features = probed(case, probe)
     assert all(torch.equal(a, b) for a, b in zip(plain, features, strict=True))
     torch.testing.assert_close(raw, eager_scores(case, probe, monkeypatch), atol=1e-5, rtol=0)
@@ -309,7 +318,7 @@ def test_probe_is_the_layer_that_makes_the_features() -> None:
     for name, options in (("llava", {}), ("llava", {"vision_feature_layer": 2}), ("llava_onevision", {})):
         model = models.build(name, layers=1, **options)
         case = Case(model=model, kind="image", batch=models.inputs(name))
-        probe = case.family.probe(case.inner, "image")
+        probe = case.family.tower(case.inner, "image").probe
         layers = case.tower.encoder.layers
         number = next(i for i, layer in enumerate(layers) if layer.self_attn is probe.attention)
         before = case.encode().pooler_output
@@ -322,7 +331,7 @@ def test_probe_is_the_layer_that_makes_the_features() -> None:
 
 def test_qwen2_5_reads_the_last_full_block() -> None:
     model = models.build("qwen2_5_vl", layers=1)
-    probe = FAMILIES["qwen2_5_vl"].probe(model.model, "image")
+    probe = FAMILIES["qwen2_5_vl"].tower(model.model, "image").probe
     assert probe.attention is model.model.visual.blocks[1].attn
 
 
@@ -343,19 +352,19 @@ def test_a_convolutional_pooler_pools_scores_by_their_mean() -> None:
         model = models.build("llava_next_video", layers=1, spatial_pool_mode=mode)
         clips = {key: value[:2] for key, value in models.inputs("llava_next_video", kind="video").items()}
         case = Case(model=model, kind="video", batch=clips)
-        maps.append(torch.stack(case.family.scores(case.inner, raw, case.encoding(case.encode().pooler_output))))
+        maps.append(torch.stack(rows_of(case, raw, case.encoding(case.encode().pooler_output))))
     torch.testing.assert_close(*maps)
 
 
-def test_an_unknown_tower_has_no_probe() -> None:
+def test_an_unknown_tower_is_not_read() -> None:
     model = models.build("llava", layers=1)
     model.model.vision_tower.config.model_type = "pixtral"
-    assert FAMILIES["llava"].probe(model.model, "image") is None
+    assert FAMILIES["llava"].tower(model.model, "image") is None
 
 
-def test_a_tower_read_at_its_embedding_has_no_probe() -> None:
+def test_a_tower_that_gives_its_embedding_is_not_read() -> None:
     model = models.build("llava", layers=1, vision_feature_layer=0)
-    assert FAMILIES["llava"].probe(model.model, "image") is None
+    assert FAMILIES["llava"].tower(model.model, "image") is None
 
 
 @pytest.mark.parametrize("name", ["llava", "llava_next", "llava_onevision", "video_llava", "qwen2_vl"])

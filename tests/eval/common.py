@@ -11,7 +11,9 @@ from transformers import LlavaForConditionalGeneration as Llava
 
 import vtprune
 from tests import models
+from vtprune.catalog import build
 from vtprune.eval.subject import Batch, Subject
+from vtprune.runtime.evidence import readings_of
 from vtprune.tiny.loading import tiny_folder
 
 SIDE, PATCH = 128, 32
@@ -91,4 +93,4 @@ def bundled() -> Subject:
 
 
 def batch_of(subject: Subject, items: Any) -> Batch:
-    return Batch(subject=subject, items=tuple(items))
+    return Batch(subject=subject, items=tuple(items), readings=readings_of(build("vtprune")))

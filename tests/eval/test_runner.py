@@ -12,7 +12,7 @@ from transformers import CLIPVisionModel
 
 from tests.eval.common import llava
 from vtprune.adapters import family_of
-from vtprune.adapters.base import no_probe
+from vtprune.adapters.base import no_tower
 from vtprune.errors import InvalidOption, UnsupportedModel
 from vtprune.eval.arms import plan
 from vtprune.eval.questions import draw_items, object_tokens
@@ -52,12 +52,12 @@ def test_recall_is_the_share_of_object_tokens() -> None:
 
 
 def test_a_method_without_evidence_gets_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vtprune.api.family_of", lambda config: dataclasses.replace(family_of(config), probe=no_probe))
+    monkeypatch.setattr("vtprune.api.family_of", lambda config: dataclasses.replace(family_of(config), tower=no_tower))
     results = {(result.method, result.keep): result for result in run()}
     for keep in (0.5, 3):
         row = results["fastervlm", keep]
         assert (row.note, row.words, row.kept) == ("no evidence", [], [])
-        assert "needs encoder attention" in row.reason
+        assert "needs 'importance'" in row.reason
         assert results["divprune", keep].words and not results["divprune", keep].note
 
 

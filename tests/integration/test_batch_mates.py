@@ -17,7 +17,7 @@ from tests import models
 from tests.contracts.cases import choices, model_of
 from tests.models import Prompt
 from vtprune import Pick, Pipeline, PruneReport
-from vtprune.kernels import reference as kernels
+from vtprune.runtime import encoded
 from vtprune.stages.scorers import Importance
 from vtprune.stages.selectors import TopK
 from vtprune.types import VisualTokens
@@ -123,9 +123,9 @@ class Peak(TorchDispatchMode):
 @contextmanager
 def one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Score the whole call as one picture, as if the lengths were not known."""
-    score = kernels.attention_scores
+    apart = encoded.by_segment
     with monkeypatch.context() as patch:
-        patch.setattr(kernels, "attention_scores", lambda *a, **k: score(*a, **{**k, "segments": None}))
+        patch.setattr(encoded, "by_segment", lambda rule, seen, lengths: apart(rule, seen, (sum(lengths),)))
         yield
 
 

@@ -17,14 +17,15 @@ from tests.models import Prompt
 from vtprune import Pick, Pipeline
 from vtprune.errors import InvalidOption, UnsupportedCall
 from vtprune.stages.debiasers import MinMax
+from vtprune.stages.diverse import Dispersion
 from vtprune.stages.scorers import Constant
-from vtprune.stages.selectors import MMR, MaxMin, Random, Stride, TopK
+from vtprune.stages.selectors import MMR, Random, Stride, TopK
 from vtprune.types import Ordinal, Part, VisualTokens
 
 NAN, INF = float("nan"), float("inf")
 N, K = 16, 5
 ONE = (Prompt(images=((32, 32),), seed=2),)
-SELECTORS = (TopK(), Stride(), Random(seed=3), MaxMin(), MMR())
+SELECTORS = (TopK(), Stride(), Random(seed=3), Dispersion(reduce="min", first="isolated"), MMR())
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,11 @@ import torch
 
 from tests.fidelity import loops
 from vtprune.errors import BackendUnavailable
-from vtprune.kernels import choose_backend, host
+from vtprune.kernels import attention, choose_backend, host
 from vtprune.kernels import reference as kernels
+from vtprune.readings import BlockAttention
+from vtprune.runtime.encoded import by_segment
+from vtprune.stages.rules import Received
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -18,7 +21,7 @@ def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize(("B", "H", "N", "d"), [(1, 1, 2, 1), (2, 3, 7, 5), (1, 4, 33, 8)])
 def test_cls_attention_is_the_loop(B: int, H: int, N: int, d: int) -> None:
     query, key = drawn(B, H, N, d), drawn(B, H, N, d, seed=1)
-    got = kernels.attention_scores(query, key, scale=d**-0.5, rows="cls")
+    got = attention.cls_attention(query, key, scale=d**-0.5)
     expected = [loops.cls_attention(q.numpy(), k.numpy(), d**-0.5) for q, k in zip(query, key, strict=True)]
     torch.testing.assert_close(got, torch.tensor(expected).float(), atol=1e-6, rtol=1e-5)
 
@@ -26,9 +29,10 @@ def test_cls_attention_is_the_loop(B: int, H: int, N: int, d: int) -> None:
 @pytest.mark.parametrize("pictures", [[7], [3, 4], [1, 5, 1]])
 @pytest.mark.parametrize("block", [2, 256])
 def test_received_attention_is_the_loop(pictures: list[int], block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_QUERIES_PER_BLOCK", block)
+    monkeypatch.setattr(attention, "_QUERIES_PER_BLOCK", block)
     query, key = drawn(1, 2, 7, 4), drawn(1, 2, 7, 4, seed=1)
-    got = kernels.attention_scores(query, key, scale=0.5, rows="received", segments=pictures)
+    seen = BlockAttention(query=query, key=key, scale=0.5, has_cls=False)
+    got = by_segment(Received(), seen, tuple(pictures))
     expected = loops.received_attention(query[0].numpy(), key[0].numpy(), 0.5, pictures)
     torch.testing.assert_close(got[0], torch.tensor(expected).float(), atol=1e-6, rtol=1e-5)
     assert got.sum() == pytest.approx(len(pictures), abs=1e-5)
@@ -36,9 +40,8 @@ def test_received_attention_is_the_loop(pictures: list[int], block: int, monkeyp
 
 def test_attention_of_low_precision_inputs_is_accumulated_in_fp32() -> None:
     query, key = drawn(1, 2, 9, 16).bfloat16(), drawn(1, 2, 9, 16, seed=1).bfloat16()
-    for rows in ("cls", "received"):
-        low = kernels.attention_scores(query, key, scale=0.25, rows=rows)
-        high = kernels.attention_scores(query.float(), key.float(), scale=0.25, rows=rows)
+    for read in (attention.cls_attention, attention.received_attention, attention.attention_from):
+        low, high = read(query, key, scale=0.25), read(query.float(), key.float(), scale=0.25)
         assert low.dtype == torch.float32
         assert torch.equal(low, high)
 

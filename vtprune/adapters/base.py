@@ -1,8 +1,8 @@
 """What an adapter says about a family of models: values and pure functions, no hooks.
 
-A `Family` describes where a model can be cut, which attention of its vision encoder is worth reading (`Probe`), how
-the tokens of a picture are packed (`parts`) and how a score per patch becomes a score per token (`scores`). The
-runtime installs the hooks.
+A `Family` describes where a model can be cut, how the attention of its vision encoder can be read (`Tower`, `Probe`),
+how the tokens of a picture are packed (`parts`) and how a row per patch becomes a row per token (`rows`). The runtime
+installs the hooks.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class Probe:
     `attention` is the module; `query` and `key` name its projections, or `fused` the joint one. `normalise` and
     `rotate` are what the family does to q and k (B, H, N, d) before the product; `rotate` receives the keyword
     arguments of the attention call. `has_cls` says that token 0 is a CLS token. Where all pictures of a call share one
-    sequence, `segments` gives the lengths of what attends to itself alone (pictures, frames).
+    sequence, `segments` gives the lengths of what attends to itself alone (pictures, frames). `whole` is False where
+    attention stays within windows: such a block is not read.
     """
 
     attention: nn.Module
@@ -59,21 +60,45 @@ class Probe:
     normalise: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     rotate: Callable[[Tensor, Tensor, dict[str, Any]], tuple[Tensor, Tensor]] | None = None
     segments: Callable[[Encoding], tuple[int, ...]] | None = None
+    whole: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tower:
+    """A vision encoder: one probe for every block, first to last, which block makes the features, and the projector.
+
+    `projector` turns what the encoder gives, (..., N, C), into tokens; None where it is not known to do so patch by
+    patch.
+    """
+
+    blocks: tuple[Probe, ...]
+    features: int
+    projector: nn.Module | None = None
 
     @property
-    def evidence(self) -> str:
-        """Name of the evidence it yields: `cls_attention`, or `received_attention` where there is no CLS token."""
-        return "cls_attention" if self.has_cls else "received_attention"
+    def probe(self) -> Probe:
+        """That of the block that makes the features, or of the one before it that sees whole pictures."""
+        return self.blocks[self.seeing_whole(self.features)]
+
+    @property
+    def has_cls(self) -> bool:
+        """Whether token 0 is a CLS token."""
+        return self.probe.has_cls
+
+    def seeing_whole(self, block: int) -> int:
+        """The last block up to `block` that sees whole pictures, or the first one after it."""
+        whole = [number for number, probe in enumerate(self.blocks) if probe.whole]
+        return max((number for number in whole if number <= block), default=whole[0])
 
 
-def no_probe(inner: Host, kind: Modality) -> Probe | None:
-    """The probe of a family that serves features-only methods."""
+def no_tower(inner: Host, kind: Modality) -> Tower | None:
+    """The tower of a family that serves features-only methods."""
     return None
 
 
-def same_scores(inner: Host, scores: Tensor, encoding: Encoding) -> list[Tensor]:
-    """Score-to-token map of families whose encoder rows are the tokens: (rows, N) -> one 1-D tensor each."""
-    return list(scores)
+def same_rows(inner: Host, raw: Tensor, encoding: Encoding) -> list[Tensor]:
+    """Patch-to-token map of families whose encoder rows are the tokens: (rows, N, C) -> one (n, C) each."""
+    return list(raw)
 
 
 def square_grid(n: int) -> tuple[int, int]:
@@ -98,16 +123,16 @@ class Family:
 
     `parts(inner, encoding)` gives the parts of each entry of `encoding.lengths`. `entries(encoding)` says how many
     entries make one picture or clip (frames of a clip, say), or None where all entries of one run of placeholders do
-    (tiles); with `thumbnail_last` the last of several tiles is a thumbnail. `scores(inner, raw, encoding)` maps raw
-    scores (rows, N) to one 1-D tensor per entry, NaN at separators.
+    (tiles); with `thumbnail_last` the last of several tiles is a thumbnail. `rows(inner, raw, encoding)` maps what was
+    read of patches, (rows, N, C), to one (n, C) per entry, NaN at separators.
     """
 
     name: str
     model_types: tuple[str, ...]
     tested: str
-    probe: Callable[[Host, Modality], Probe | None] = no_probe
+    tower: Callable[[Host, Modality], Tower | None] = no_tower
     parts: Callable[[Host, Encoding], list[tuple[Part, ...]]] = single_parts
-    scores: Callable[[Host, Tensor, Encoding], list[Tensor]] = same_scores
+    rows: Callable[[Host, Tensor, Encoding], list[Tensor]] = same_rows
     entries: Callable[[Encoding], int | None] = one_entry
     thumbnail_last: bool = False
     kinds: tuple[Modality, ...] = ("image",)

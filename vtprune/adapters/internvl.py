@@ -6,24 +6,26 @@ import math
 
 from torch import Tensor
 
-from vtprune.adapters.base import Encoding, Family, Host, Probe
+from vtprune.adapters.base import Encoding, Family, Host, Tower
 from vtprune.adapters.packing import Parts, checked, square_parts
-from vtprune.adapters.towers import tower_probe
+from vtprune.adapters.towers import vision_tower
 from vtprune.types import Modality
 
 
-def _probe(inner: Host, kind: Modality) -> Probe | None:
-    return tower_probe(inner.vision_tower, inner.config.vision_feature_layer)
+def _tower(inner: Host, kind: Modality) -> Tower | None:
+    return vision_tower(inner.vision_tower, inner.config.vision_feature_layer, inner.multi_modal_projector)
 
 
 def _parts(inner: Host, encoding: Encoding) -> list[Parts]:
     return checked(square_parts("tile", encoding), encoding)
 
 
-def _scores(inner: Host, raw: Tensor, encoding: Encoding) -> list[Tensor]:
+def _rows(inner: Host, raw: Tensor, encoding: Encoding) -> list[Tensor]:
+    if raw.shape[:2].numel() == sum(encoding.lengths):
+        return list(raw)
     side = math.isqrt(raw.shape[1])
-    grid = raw.reshape(-1, side, side, 1)
-    return list(inner.pixel_shuffle(grid, scale_factor=inner.config.downsample_ratio).mean(-1).flatten(1))
+    shuffled = inner.pixel_shuffle(raw.unflatten(1, (side, side)), scale_factor=inner.config.downsample_ratio)
+    return list(shuffled.unflatten(-1, (-1, raw.shape[2])).mean(-2).flatten(1, 2))
 
 
 def _one_run(encoding: Encoding) -> None:
@@ -34,9 +36,9 @@ INTERNVL = Family(
     name="internvl",
     model_types=("internvl",),
     tested="tiny random models, one and several tiles",
-    probe=_probe,
+    tower=_tower,
     parts=_parts,
-    scores=_scores,
+    rows=_rows,
     entries=_one_run,
     thumbnail_last=True,
     notes="the frames of a clip are pictures of one tile each",

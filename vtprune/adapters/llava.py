@@ -9,25 +9,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtprune.adapters.base import Encoding, Family, Host, Probe
+from vtprune.adapters.base import Encoding, Family, Host, Tower
 from vtprune.adapters.packing import (
     Parts,
     checked,
     frame_parts,
     patch_part,
-    patch_scores,
+    patch_rows,
     rows_part,
     square_parts,
     unpadded,
     vision_grid,
 )
-from vtprune.adapters.towers import tower_probe
+from vtprune.adapters.towers import vision_tower
 from vtprune.errors import UnsupportedCall
 from vtprune.types import Modality, Part
 
 
-def _probe(inner: Host, kind: Modality) -> Probe | None:
-    return tower_probe(inner.vision_tower, inner.config.vision_feature_layer)
+def _tower(inner: Host, kind: Modality) -> Tower | None:
+    return vision_tower(inner.vision_tower, inner.config.vision_feature_layer, inner.multi_modal_projector)
 
 
 def _llava_parts(inner: Host, encoding: Encoding) -> list[Parts]:
@@ -39,8 +39,8 @@ def _llava_parts(inner: Host, encoding: Encoding) -> list[Parts]:
     return checked([(patch_part(n, grid),) for n, grid in zip(encoding.lengths, grids, strict=True)], encoding)
 
 
-def _llava_scores(inner: Host, raw: Tensor, encoding: Encoding) -> list[Tensor]:
-    return list(patch_scores(raw, encoding.lengths[0]))
+def _llava_rows(inner: Host, raw: Tensor, encoding: Encoding) -> list[Tensor]:
+    return list(patch_rows(raw, encoding.lengths[0]))
 
 
 def _crop_counts(inner: Host, encoding: Encoding) -> list[tuple[int, int]]:
@@ -82,12 +82,12 @@ def _anyres_parts(inner: Host, encoding: Encoding, limit: int | None = None) -> 
 
 
 def _pack(inner: Host, raw: Tensor, encoding: Encoding, options: Mapping[str, Any]) -> list[Tensor]:
-    """The scores through transformers' own packing, as features of width 1 with NaN for a newline."""
+    """Rows of patches through transformers' own packing, with NaN for a newline."""
     counts = [1 + rows * columns for rows, columns in _crop_counts(inner, encoding)]
-    newline = torch.full((1,), float("nan"), device=raw.device)
-    rows = list(raw[..., None].split(counts))
+    newline = torch.full(raw.shape[2:], float("nan"), device=raw.device)
+    rows = list(raw.split(counts))
     packed, _ = inner.pack_image_features(rows, list(encoding.sizes), image_newline=newline, **options)
-    return [entry[:, 0] for entry in packed]
+    return list(packed)
 
 
 def _next_parts(inner: Host, encoding: Encoding) -> list[Parts]:
@@ -98,15 +98,17 @@ def _next_parts(inner: Host, encoding: Encoding) -> list[Parts]:
     return checked([frame_parts(encoding.pixels[1], (h, w))] * len(encoding.lengths), encoding)
 
 
-def _next_scores(inner: Host, raw: Tensor, encoding: Encoding) -> list[Tensor]:
+def _next_rows(inner: Host, raw: Tensor, encoding: Encoding) -> list[Tensor]:
     if encoding.kind == "image":
         return _pack(inner, raw, encoding, {"vision_feature_select_strategy": "full"})
-    if inner.config.spatial_pool_mode == "conv":
-        grid = raw.unflatten(1, vision_grid(inner.config))
-        pooled = nn.functional.avg_pool2d(grid, inner.config.spatial_pool_stride).flatten(1)
+    if raw.shape[:2].numel() == sum(encoding.lengths):
+        pooled = raw
+    elif inner.config.spatial_pool_mode == "conv":
+        grid = raw.unflatten(1, vision_grid(inner.config)).movedim(-1, 1)
+        pooled = nn.functional.avg_pool2d(grid, inner.config.spatial_pool_stride).flatten(2).transpose(1, 2)
     else:
-        pooled = inner.vision_resampler(raw[..., None])[..., 0]
-    return list(pooled.unflatten(0, (-1, encoding.pixels[1])).flatten(1))
+        pooled = inner.vision_resampler(raw)
+    return list(pooled.unflatten(0, (-1, encoding.pixels[1])).flatten(1, 2))
 
 
 def _onevision_parts(inner: Host, encoding: Encoding) -> list[Parts]:
@@ -117,38 +119,37 @@ def _onevision_parts(inner: Host, encoding: Encoding) -> list[Parts]:
     return checked([frame_parts(encoding.pixels[1], (h, w), newline=True)] * len(encoding.lengths), encoding)
 
 
-def _onevision_scores(inner: Host, raw: Tensor, encoding: Encoding) -> list[Tensor]:
+def _onevision_rows(inner: Host, raw: Tensor, encoding: Encoding) -> list[Tensor]:
     if encoding.kind == "image":
         return _pack(inner, raw, encoding, {"vision_aspect_ratio": inner.config.vision_aspect_ratio})
-    pooled = inner.apply_pooling(raw[..., None])[..., 0]
-    clips = pooled.unflatten(0, (-1, encoding.pixels[1])).flatten(1)
-    return list(nn.functional.pad(clips, (0, 1), value=float("nan")))
+    clips = inner.apply_pooling(raw).unflatten(0, (-1, encoding.pixels[1])).flatten(1, 2)
+    return list(nn.functional.pad(clips, (0, 0, 0, 1), value=float("nan")))
 
 
 LLAVA = Family(
     name="llava",
     model_types=("llava",),
     tested="tiny random models with CLIP and SigLIP towers",
-    probe=_probe,
+    tower=_tower,
     parts=_llava_parts,
-    scores=_llava_scores,
+    rows=_llava_rows,
     notes="Pixtral and other towers: methods that need features only",
 )
 LLAVA_NEXT = Family(
     name="llava_next",
     model_types=("llava_next",),
     tested="tiny random models, crop grids 1x2, 2x2 and 1x3",
-    probe=_probe,
+    tower=_tower,
     parts=_next_parts,
-    scores=_next_scores,
+    rows=_next_rows,
 )
 LLAVA_NEXT_VIDEO = Family(
     name="llava_next_video",
     model_types=("llava_next_video",),
     tested="tiny random models, images and clips",
-    probe=_probe,
+    tower=_tower,
     parts=_next_parts,
-    scores=_next_scores,
+    rows=_next_rows,
     kinds=("image", "video"),
     notes="a convolutional pooler pools scores by their mean",
 )
@@ -156,8 +157,8 @@ LLAVA_ONEVISION = Family(
     name="llava_onevision",
     model_types=("llava_onevision",),
     tested="tiny random models, images (one and several a prompt) and clips",
-    probe=_probe,
+    tower=_tower,
     parts=_onevision_parts,
-    scores=_onevision_scores,
+    rows=_onevision_rows,
     kinds=("image", "video"),
 )

@@ -1,4 +1,4 @@
-"""What several families share: grids, crops and frames as parts, and scores next to a CLS token."""
+"""What several families share: grids, crops and frames as parts, and rows next to a CLS token."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ def patch_part(n: int, grid: tuple[int, int], *, kind: PartKind = "image", start
     )
 
 
-def patch_scores(raw: Tensor, n: int) -> Tensor:
-    """Scores (rows, N) as `n` tokens a row: NaN at a CLS token, or without the first patch where it is cropped."""
+def patch_rows(raw: Tensor, n: int) -> Tensor:
+    """Rows of patches (rows, N, C) as those of `n` tokens: NaN at a CLS token, or without a first patch that is cut."""
     if n == raw.shape[1] + 1:
-        return torch.nn.functional.pad(raw, (1, 0), value=float("nan"))
+        return torch.nn.functional.pad(raw, (0, 0, 1, 0), value=float("nan"))
     return raw[:, 1:] if n == raw.shape[1] - 1 else raw
 
 

@@ -6,14 +6,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vtprune.adapters.base import Encoding, Family, Host, Probe
+from vtprune.adapters.base import Encoding, Family, Host, Tower
 from vtprune.adapters.packing import Parts, checked, frame_parts
-from vtprune.adapters.towers import qwen_probe
+from vtprune.adapters.towers import qwen_tower
 from vtprune.types import Modality, Part
 
 
-def _probe(inner: Host, kind: Modality) -> Probe:
-    return qwen_probe(inner.visual)
+def _tower(inner: Host, kind: Modality) -> Tower:
+    return qwen_tower(inner.visual)
 
 
 def _token_grids(inner: Host, encoding: Encoding) -> list[tuple[int, int, int]]:
@@ -32,16 +32,16 @@ def _parts(inner: Host, encoding: Encoding) -> list[Parts]:
     return checked(entries, encoding)
 
 
-def _scores(inner: Host, raw: Tensor, encoding: Encoding) -> list[Tensor]:
+def _rows(inner: Host, raw: Tensor, encoding: Encoding) -> list[Tensor]:
     return list(_merged(inner, raw).split(encoding.lengths))
 
 
 def _merged(inner: Host, raw: Tensor) -> Tensor:
-    """Scores of patches (1, N) as scores of tokens (N / merge²,): the patches of a token stand next to each other."""
-    return raw.reshape(-1, inner.config.vision_config.spatial_merge_size**2).mean(1)
+    """Rows of patches (1, N, C) as those of tokens (N / merge², C): the patches of a token stand next to each other."""
+    return raw[0].unflatten(0, (-1, inner.config.vision_config.spatial_merge_size**2)).mean(1)
 
 
-def _windowed_scores(inner: Host, raw: Tensor, encoding: Encoding) -> list[Tensor]:
+def _windowed_rows(inner: Host, raw: Tensor, encoding: Encoding) -> list[Tensor]:
     """Qwen2.5-VL orders its patches by attention windows; only the merged tokens return to raster order."""
     vision = inner.config.vision_config
     window = vision.window_size // vision.spatial_merge_size // vision.patch_size
@@ -64,18 +64,18 @@ QWEN2_VL = Family(
     name="qwen2_vl",
     model_types=("qwen2_vl",),
     tested="tiny random models, images and clips",
-    probe=_probe,
+    tower=_tower,
     parts=_parts,
-    scores=_scores,
+    rows=_rows,
     kinds=("image", "video"),
 )
 QWEN2_5_VL = Family(
     name="qwen2_5_vl",
     model_types=("qwen2_5_vl",),
     tested="tiny random models, images and clips",
-    probe=_probe,
+    tower=_tower,
     parts=_parts,
-    scores=_windowed_scores,
+    rows=_windowed_rows,
     kinds=("image", "video"),
     notes="reads the last block with full attention",
 )
@@ -83,9 +83,9 @@ QWEN3_VL = Family(
     name="qwen3_vl",
     model_types=("qwen3_vl", "qwen3_vl_moe"),
     tested="tiny random models, dense and mixture of experts, images and clips",
-    probe=_probe,
+    tower=_tower,
     parts=_parts,
-    scores=_scores,
+    rows=_rows,
     kinds=("image", "video"),
     notes="a clip lies in one run of placeholders per temporal patch; deepstack rows are cut with their tokens",
 )

@@ -1,4 +1,4 @@
-"""Probes of the vision towers: which attention makes the features, and how its queries and keys are made."""
+"""The vision towers: their blocks, which of them makes the features, and how queries and keys are made."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtprune.adapters.base import Encoding, Host, Probe
+from vtprune.adapters.base import Encoding, Host, Probe, Tower
 
 _HAS_CLS = {
     "clip_vision_model": True,
@@ -17,20 +17,31 @@ _HAS_CLS = {
 }
 
 
-def tower_probe(tower: Host, feature_layer: int | list[int] | tuple[int, ...]) -> Probe | None:
-    """Probe of a CLIP, SigLIP or InternViT tower, or None for any other.
+def vision_tower(
+    tower: Host, feature_layer: int | list[int] | tuple[int, ...], projector: nn.Module | None = None
+) -> Tower | None:
+    """A CLIP, SigLIP or InternViT tower, or None for any other.
 
     Args:
         tower: the vision tower.
         feature_layer: `vision_feature_layer` of the config: an index into `hidden_states`, whose entry 0 is the
             embedding; of a list, the last entry is taken.
+        projector: what turns its features into tokens.
     """
     has_cls = _HAS_CLS.get(getattr(tower.config, "model_type", ""))
     if has_cls is None:
         return None
-    layer = _layer_of(tower, feature_layer)
-    if layer is None:
+    encoder: Host = (tower.vision_model if hasattr(tower, "vision_model") else tower).encoder
+    layers = encoder.layers if hasattr(encoder, "layers") else encoder.layer
+    index = feature_layer if isinstance(feature_layer, int) else feature_layer[-1]
+    features = index + len(layers) if index < 0 else index - 1
+    if not 0 <= features < len(layers):
         return None
+    probes = tuple(_layer_probe(layer, has_cls) for layer in layers)
+    return Tower(blocks=probes, features=features, projector=projector)
+
+
+def _layer_probe(layer: Host, has_cls: bool) -> Probe:
     attention: Host = layer.self_attn if hasattr(layer, "self_attn") else layer.attention
     return Probe(
         attention=attention,
@@ -41,33 +52,28 @@ def tower_probe(tower: Host, feature_layer: int | list[int] | tuple[int, ...]) -
     )
 
 
-def qwen_probe(tower: Host) -> Probe:
-    """Probe of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL tower: its last block that sees whole pictures."""
-    full = [index for index in getattr(tower.config, "fullatt_block_indexes", ()) if index < len(tower.blocks)]
-    attention = tower.blocks[max(full, default=-1)].attn
-    return Probe(
-        attention=attention,
-        has_cls=False,
-        fused="qkv",
-        heads=attention.num_heads,
-        scale=attention.scaling,
-        rotate=_rotate,
-        segments=_frames,
+def qwen_tower(tower: Host) -> Tower:
+    """The tower of Qwen2-VL, Qwen2.5-VL or Qwen3-VL, with the merger as its projector."""
+    whole = getattr(tower.config, "fullatt_block_indexes", None)
+    probes = tuple(
+        Probe(
+            attention=block.attn,
+            has_cls=False,
+            fused="qkv",
+            heads=block.attn.num_heads,
+            scale=block.attn.scaling,
+            rotate=_rotate,
+            segments=_frames,
+            whole=whole is None or number in whole,
+        )
+        for number, block in enumerate(tower.blocks)
     )
+    return Tower(blocks=probes, features=len(probes) - 1, projector=tower.merger)
 
 
 def _frames(encoding: Encoding) -> tuple[int, ...]:
     """Patches of every frame of every picture: the blocks with full attention see one frame at a time."""
     return tuple(h * w for t, h, w in encoding.sizes for _ in range(t))
-
-
-def _layer_of(tower: Host, feature_layer: int | list[int] | tuple[int, ...]) -> Host | None:
-    """The layer whose output is the hidden state of that index; None for the embedding."""
-    encoder: Host = (tower.vision_model if hasattr(tower, "vision_model") else tower).encoder
-    layers = encoder.layers if hasattr(encoder, "layers") else encoder.layer
-    index = feature_layer if isinstance(feature_layer, int) else feature_layer[-1]
-    index = index + len(layers) if index < 0 else index - 1
-    return layers[index] if 0 <= index < len(layers) else None
 
 
 def _joint_norm(attention: Host) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from vtprune.adapters.base import Encoding, Family, Host, Probe
-from vtprune.adapters.packing import Parts, checked, patch_part, patch_scores, vision_grid
-from vtprune.adapters.towers import tower_probe
+from vtprune.adapters.base import Encoding, Family, Host, Tower
+from vtprune.adapters.packing import Parts, checked, patch_part, patch_rows, vision_grid
+from vtprune.adapters.towers import vision_tower
 from vtprune.types import Modality, PartKind
 
 
-def _probe(inner: Host, kind: Modality) -> Probe | None:
+def _tower(inner: Host, kind: Modality) -> Tower | None:
     tower = inner.image_tower if kind == "image" else inner.video_tower
-    return tower_probe(tower, inner.config.vision_feature_layer)
+    return vision_tower(tower, inner.config.vision_feature_layer, inner.multi_modal_projector)
 
 
 def _parts(inner: Host, encoding: Encoding) -> list[Parts]:
@@ -21,8 +21,8 @@ def _parts(inner: Host, encoding: Encoding) -> list[Parts]:
     return checked([(patch_part(n, grid, kind=kind),) for n in encoding.lengths], encoding)
 
 
-def _scores(inner: Host, raw: Tensor, encoding: Encoding) -> list[Tensor]:
-    return list(patch_scores(raw, encoding.lengths[0]))
+def _rows(inner: Host, raw: Tensor, encoding: Encoding) -> list[Tensor]:
+    return list(patch_rows(raw, encoding.lengths[0]))
 
 
 def _entries(encoding: Encoding) -> int:
@@ -33,9 +33,9 @@ VIDEO_LLAVA = Family(
     name="video_llava",
     model_types=("video_llava",),
     tested="tiny random models, images and clips",
-    probe=_probe,
+    tower=_tower,
     parts=_parts,
-    scores=_scores,
+    rows=_rows,
     entries=_entries,
     kinds=("image", "video"),
     notes="every frame of a clip keeps its CLS token, as a separator",

@@ -16,7 +16,8 @@ from vtprune.errors import InvalidOption, UnsupportedCall, VtpruneError
 from vtprune.eval.pooling import pool_features, pool_grid, pool_grids, pooled_cells
 from vtprune.eval.questions import Item, coverage, in_turn
 from vtprune.eval.subject import Answers, Batch, Inputs
-from vtprune.runtime.evidence import FROM_ENCODER
+from vtprune.readings import Reading
+from vtprune.runtime.evidence import readings_of
 from vtprune.types import Budget, Ordinal, VisualTokens
 
 Arm = Callable[[Batch, float | int], Answers]
@@ -164,9 +165,10 @@ def arm_of(name: str) -> Arm:
     return {**WHOLE, **OWN}.get(name) or functools.partial(method_arm, name)
 
 
-def probes(steps: Sequence[Step]) -> bool:
-    """Whether any method of the plan reads what a probe of the encoder sees."""
-    return any(build(name).needs & FROM_ENCODER for name, _ in steps if name not in OWN and name not in WHOLE)
+def readings(steps: Sequence[Step]) -> dict[str, Reading]:
+    """What the methods of the plan take from the encoder."""
+    methods = [build(name) for name, _ in steps if name not in OWN and name not in WHOLE]
+    return {name: reading for method in methods for name, reading in readings_of(method).items()}
 
 
 def about(name: str) -> str:

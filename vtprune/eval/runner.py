@@ -9,7 +9,7 @@ from typing import Any
 
 from vtprune.catalog import build
 from vtprune.errors import MissingEvidence, UnsupportedCall, VtpruneError
-from vtprune.eval.arms import OWN, REVISION, WHOLE, Step, arm_of, probes
+from vtprune.eval.arms import OWN, REVISION, WHOLE, Step, arm_of, readings
 from vtprune.eval.questions import Item, object_tokens
 from vtprune.eval.store import Record, Store
 from vtprune.eval.subject import Answers, Batch, Subject
@@ -55,9 +55,9 @@ def evaluate(
     find_base(subject.model)
     store = Store(None, {}) if store is None else store
     results = [Result(method=method, keep=keep) for method, keep in steps]
-    probing, total, done = probes(steps), math.ceil(len(items) / batch) * len(steps), 0
+    wanted, total, done = readings(steps), math.ceil(len(items) / batch) * len(steps), 0
     for first in range(0, len(items), batch):
-        asked = Batch(subject=subject, items=tuple(items[first : first + batch]), probing=probing)
+        asked = Batch(subject=subject, items=tuple(items[first : first + batch]), readings=wanted)
         for result in results:
             if not result.note:
                 _run(result, asked, first, store)

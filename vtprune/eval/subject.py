@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +16,7 @@ from vtprune.api import pruning
 from vtprune.errors import UnsupportedCall
 from vtprune.eval.questions import Item, judged
 from vtprune.pipeline import Pipeline
+from vtprune.readings import Reading
 from vtprune.runtime.encoder import encode_once
 from vtprune.seam import find_base
 from vtprune.tiny.scenes import Scene
@@ -75,11 +76,16 @@ class Subject:
         moved: Inputs = made.to(self.model.device, self.model.dtype)
         return moved
 
-    def encode(self, inputs: Inputs, *, probing: bool = False, options: Mapping[str, Any] | None = None) -> Any:
+    def encode(
+        self,
+        inputs: Inputs,
+        *,
+        readings: Mapping[str, Reading] | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> Any:
         """Encode the pictures now: each call of the result gives inputs for one `answer`."""
-        return encode_once(
-            self.model, self.base, family_of(self.base.config), inputs, probing=probing, options=options or {}
-        )
+        family = family_of(self.base.config)
+        return encode_once(self.model, self.base, family, inputs, readings=readings or {}, options=options or {})
 
     def answer(
         self,
@@ -118,7 +124,7 @@ class Batch:
 
     subject: Subject
     items: tuple[Item, ...]
-    probing: bool = True
+    readings: Mapping[str, Reading] = field(default_factory=dict)
 
     @cached_property
     def inputs(self) -> Inputs:
@@ -128,7 +134,7 @@ class Batch:
     @cached_property
     def shared(self) -> Callable[[], Inputs]:
         """Inputs with the pictures encoded; call it once for each run."""
-        encoded: Callable[[], Inputs] = self.subject.encode(self.inputs, probing=self.probing)
+        encoded: Callable[[], Inputs] = self.subject.encode(self.inputs, readings=self.readings)
         return encoded
 
     @cached_property

@@ -26,6 +26,11 @@ def is_finite(tensor: Tensor) -> bool:
     return bool(np.isfinite(_values(tensor)).all())
 
 
+def read_counts(counts: Tensor) -> list[int]:
+    """Numbers (S,) that depend on what tokens hold: the one place that waits for the device to learn them."""
+    return [int(count) for count in counts.tolist()]
+
+
 def cosine_similarity(units: Tensor) -> Tensor:
     """Products (S, N, N) of all rows of `units` (S, N, D); blocks above the diagonal are mirrored, not multiplied."""
     S, N, _ = units.shape

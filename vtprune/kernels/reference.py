@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -12,55 +10,6 @@ import torch
 from torch import Tensor
 
 from vtprune.kernels import host
-
-_QUERIES_PER_BLOCK = 256
-
-
-def attention_scores(
-    query: Tensor,
-    key: Tensor,
-    *,
-    scale: float,
-    rows: Literal["cls", "received"],
-    segments: Sequence[int] | None = None,
-) -> Tensor:
-    """Attention that each patch gets, averaged over heads: from the CLS row, or over all queries.
-
-    Args:
-        query: (B, H, N, d), after norm and RoPE.
-        key: (B, H, N, d).
-        scale: factor on the product of query and key.
-        rows: `"cls"` reads the row of token 0 and leaves its own column out; `"received"` averages all rows.
-        segments: lengths of the pictures or frames that share the sequence (B = 1); none sees another.
-
-    Returns:
-        (B, N - 1) for `"cls"`, (B, N) for `"received"`, fp32. Of each attention matrix at most 256 rows exist at once.
-    """
-    if segments is not None and len(segments) > 1:
-        return _segment_scores(query, key, scale=scale, rows=rows, segments=segments)
-    key = key.float().transpose(-1, -2)
-    if rows == "cls":
-        row = torch.softmax(query[:, :, :1].float() @ key * scale, dim=-1)
-        return row.mean(dim=1)[:, 0, 1:]
-    received = key.new_zeros(query.shape[0], query.shape[2])
-    for start in range(0, query.shape[2], _QUERIES_PER_BLOCK):
-        logits = query[:, :, start : start + _QUERIES_PER_BLOCK].float() @ key * scale
-        received += torch.softmax(logits, dim=-1).mean(dim=1).sum(dim=1)
-    return received / query.shape[2]
-
-
-def _segment_scores(
-    query: Tensor, key: Tensor, *, scale: float, rows: Literal["cls", "received"], segments: Sequence[int]
-) -> Tensor:
-    """Runs of segments of equal length become a batch."""
-    scores, start = [], 0
-    for length, run in itertools.groupby(segments):
-        count = len(list(run))
-        stop = start + count * length
-        stacked = [x[0, :, start:stop].unflatten(1, (count, length)).transpose(0, 1) for x in (query, key)]
-        scores.append(attention_scores(*stacked, scale=scale, rows=rows).flatten())
-        start = stop
-    return torch.cat(scores)[None]
 
 
 def unit_rows(features: Tensor) -> Tensor:

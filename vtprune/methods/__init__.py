@@ -4,18 +4,49 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from vtprune.methods.cdpruner import cdpruner
+from vtprune.methods.dart import dart
 from vtprune.methods.divprune import divprune
 from vtprune.methods.fastervlm import fastervlm
+from vtprune.methods.fopru import fopru_rank, fopru_row
+from vtprune.methods.hiprune import hiprune
+from vtprune.methods.holov import holov
 from vtprune.methods.identity import identity
+from vtprune.methods.pool import pool
+from vtprune.methods.prumerge_plus import prumerge_plus
+from vtprune.methods.prunesid import prunesid
 from vtprune.methods.random import random
+from vtprune.methods.scope import scope
+from vtprune.methods.text_dominance import text_dominance
+from vtprune.methods.todre_select import todre_select
 from vtprune.methods.uniform import uniform
+from vtprune.methods.vflowopt_select import vflowopt_select
+from vtprune.methods.visionzip import visionzip
+from vtprune.methods.vispruner import vispruner
+from vtprune.methods.vtc_cls import vtc_cls
 from vtprune.methods.vtprune import vtprune
 from vtprune.pipeline import Pipeline
 
 METHODS: dict[str, Callable[..., Pipeline]] = {
     "vtprune": vtprune,
     "fastervlm": fastervlm,
+    "vtc_cls": vtc_cls,
+    "fopru_rank": fopru_rank,
+    "fopru_row": fopru_row,
+    "text_dominance": text_dominance,
+    "hiprune": hiprune,
+    "holov": holov,
     "divprune": divprune,
+    "todre_select": todre_select,
+    "vispruner": vispruner,
+    "scope": scope,
+    "cdpruner": cdpruner,
+    "prunesid": prunesid,
+    "dart": dart,
+    "visionzip": visionzip,
+    "vflowopt_select": vflowopt_select,
+    "prumerge_plus": prumerge_plus,
+    "pool": pool,
     "random": random,
     "uniform": uniform,
     "identity": identity,

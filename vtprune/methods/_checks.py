@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from numbers import Integral, Real
 
 from vtprune.errors import InvalidOption
 
 
-def check_share(name: str, value: object) -> None:
-    """`value` must be a number in [0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
-        raise InvalidOption(f"{name}={value!r}: expected a number in [0, 1]")
+def check_share(name: str, value: object, *, above: float | None = None, below: float | None = None) -> None:
+    """`value` must be a number in [0, 1], without the end that `above` or `below` names."""
+    inside = isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) <= 1
+    if not inside or value in (above, below):
+        ends = ("(" if above == 0 else "[") + "0, 1" + (")" if below == 1 else "]")
+        raise InvalidOption(f"{name}={value!r}: expected a number in {ends}")
 
 
-def check_whole(name: str, value: object) -> None:
-    """`value` must be a whole number."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise InvalidOption(f"{name}={value!r}: expected a whole number")
+def check_positive(name: str, value: object, *, zero: bool = False) -> None:
+    """`value` must be a finite number above 0, or 0 where that is allowed."""
+    number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(float(value))
+    if not number or float(value) < 0 or (float(value) == 0 and not zero):  # type: ignore[arg-type]
+        raise InvalidOption(f"{name}={value!r}: expected a number {'of 0 or more' if zero else 'above 0'}")
+
+
+def check_whole(name: str, value: object, *, least: int | None = None) -> None:
+    """`value` must be a whole number, not below `least`."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or (least is not None and value < least):
+        raise InvalidOption(
+            f"{name}={value!r}: expected a whole number" + ("" if least is None else f" from {least} on")
+        )

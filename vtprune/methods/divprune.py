@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from vtprune.pipeline import Pick, Pipeline
+from vtprune.stages.diverse import Dispersion
 from vtprune.stages.scorers import Constant
-from vtprune.stages.selectors import MaxMin
 
 
 def divprune() -> Pipeline:
@@ -15,4 +15,5 @@ def divprune() -> Pipeline:
     Deviations: newline tokens are kept and not counted (the authors: candidates). Distances are fp32. A chosen token
         cannot be chosen again, also where duplicates leave no distance (the authors' code can).
     """
-    return Pipeline(name="divprune", picks=(Pick(name="k-center", scorer=Constant(), selector=MaxMin()),))
+    selector = Dispersion(reduce="min", first="isolated")
+    return Pipeline(name="divprune", picks=(Pick(name="k-center", scorer=Constant(), selector=selector),))

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vtprune.errors import MissingEvidence
+from vtprune.kernels import host
 from vtprune.kernels import reference as kernels
 from vtprune.pipeline import Pipeline
 from vtprune.report import DROPPED
-from vtprune.runtime.evidence import FROM_ENCODER, Forced, Given, forced_tokens
+from vtprune.runtime.evidence import Forced, Given, forced_tokens, readings_of
 from vtprune.runtime.reading import Prompt
 from vtprune.runtime.units import Unit, make_units
 from vtprune.types import Budget, VisualTokens
@@ -22,15 +23,20 @@ from vtprune.types import Budget, VisualTokens
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """What stays: `kept` (B, L) bool, at most `size` a row; `stages` (n,) per segment, -2 where dropped."""
+    """What stays: `kept` (B, L) bool, at most `size` a row; `stages` (n,) per segment, -2 where dropped.
+
+    `merged` are rows (m, D) that take the place of tokens, each with where they are, (m,), counted through all B * L.
+    `into` (n,) per segment says which token of its unit swallowed each token; empty where nothing is merged.
+    """
 
     kept: Tensor
     size: int
     row_lengths: tuple[int, ...]
     stages: tuple[Tensor, ...]
+    merged: tuple[tuple[Tensor, Tensor], ...] = ()
+    into: tuple[Tensor, ...] = ()
 
 
-@torch.no_grad()
 def decide(
     prompt: Prompt,
     embeds: Tensor,
@@ -48,6 +54,11 @@ def decide(
     layout = prompt.layout
     units = make_units(layout, budget, prompt.seen)
     forced = forced_tokens(units, given, layout)
+    pruned = any(unit.k < len(unit.at) for unit in units)
+    scores = _evidence(prompt, pipeline, given, embeds.device) if pruned else {}
+    stacker = _Stacker(embeds=embeds, scores=scores)
+    if pruned and pipeline.counter is not None:
+        units = _counted(pipeline, budget, units, forced, stacker)
     base = layout.valid.copy()
     for unit in units:
         base.reshape(-1)[unit.at] = False
@@ -55,22 +66,42 @@ def decide(
     for unit in units:
         row_lengths[unit.row] += unit.k
     kept = torch.from_numpy(base).to(embeds.device, non_blocking=True)
-    pruned = any(unit.k < len(unit.at) for unit in units)
-    scores = _evidence(prompt, pipeline, given, embeds.device) if pruned else {}
     decided: dict[int, Tensor] = {}
+    swallowed: dict[int, Tensor] = {}
+    merged: list[tuple[Tensor, Tensor]] = []
     for numbers in _stacks(units, forced):
-        stacked = [units[number] for number in numbers]
-        where = np.array([unit.at for unit in stacked])
-        at = torch.from_numpy(where).to(embeds.device, non_blocking=True)
-        decision = _decide_stack(pipeline, stacked, [forced[number] for number in numbers], embeds, where, at, scores)
-        kept.view(-1).scatter_(0, at.view(-1), (decision > DROPPED).view(-1))
-        decided.update(zip(numbers, decision.unbind(), strict=True))
+        stack = stacker.stack([units[number] for number in numbers], [forced[number] for number in numbers])
+        choice = _choose(pipeline, stack)
+        kept.view(-1).scatter_(0, stack.at.view(-1), (choice.stages > DROPPED).view(-1))
+        decided.update(zip(numbers, choice.stages.unbind(), strict=True))
+        swallowed.update(zip(numbers, choice.into.unbind(), strict=True))
+        if choice.rows is not None:
+            merged.append((choice.rows.flatten(0, 1), stack.at.gather(1, choice.keep).flatten()))
     return Decision(
         kept=kept,
         size=max(row_lengths),
         row_lengths=tuple(row_lengths),
         stages=_per_segment(units, decided, len(layout.segments)),
+        merged=tuple(merged),
+        into=_per_segment(units, swallowed, len(layout.segments)) if merged else (),
     )
+
+
+def _counted(
+    pipeline: Pipeline, budget: Budget, units: list[Unit], forced: list[Forced], stacker: _Stacker
+) -> list[Unit]:
+    """The units with as many tokens as an adaptive method wants, floor and forced ones at least."""
+    found = dict(enumerate(units))
+    for numbers in _stacks(units, forced):
+        stack = stacker.stack([units[number] for number in numbers], [forced[number] for number in numbers])
+        if stack.k == stack.at.shape[1]:
+            continue
+        with torch.no_grad(), kernels.exact(stack.at.device):
+            counts = host.read_counts(pipeline.count(stack.tokens, stack.k))
+        for number, count in zip(numbers, counts, strict=True):
+            least = max(budget.floor, len(forced[number].protect))
+            found[number] = replace(units[number], k=min(stack.k, max(least, count)))
+    return list(found.values())
 
 
 def _per_segment(units: list[Unit], decided: Mapping[int, Tensor], count: int) -> tuple[Tensor, ...]:
@@ -91,36 +122,67 @@ def _stacks(units: list[Unit], forced: list[Forced]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _decide_stack(
-    pipeline: Pipeline,
-    units: list[Unit],
-    forced: list[Forced],
-    embeds: Tensor,
-    where: np.ndarray,
-    at: Tensor,
-    scores: Mapping[str, list[Tensor]],
-) -> Tensor:
-    """The pick that took each token (S, N), -2 where dropped; `where` is `at` on the host."""
-    S, N = at.shape
-    k = units[0].k
-    decision = torch.full((S, N), DROPPED, device=at.device)
-    if k == N:
-        return decision.zero_()
-    evidence = {name: _of_units(units, per_segment) for name, per_segment in scores.items()}
-    if forced[0].protect:
-        evidence["protect"] = torch.tensor([force.protect for force in forced]).to(at.device, non_blocking=True)
-    if forced[0].forbid:
-        banned = torch.tensor([force.forbid for force in forced]).to(at.device, non_blocking=True)
-        evidence["forbid"] = torch.zeros(S, N, dtype=torch.bool, device=at.device).scatter_(1, banned, True)
-    visual = VisualTokens(
-        features=_features(embeds, where, at),
-        parts=units[0].parts,
-        ordinals=tuple(unit.ordinal for unit in units),
-        evidence=evidence,
-    )
-    with kernels.exact(embeds.device):
-        selection = pipeline.run(visual, k)
-    return decision.scatter_(1, selection.keep, selection.taken)
+@dataclass(frozen=True, kw_only=True)
+class _Stack:
+    """Equal units as tensors: `at` (S, N) says where their tokens are, `k` of them stay."""
+
+    tokens: VisualTokens
+    at: Tensor
+    k: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stacker:
+    """Builds stacks from the prompt and the evidence per segment."""
+
+    embeds: Tensor
+    scores: Mapping[str, list[Tensor]]
+
+    def stack(self, units: list[Unit], forced: list[Forced]) -> _Stack:
+        """What a pipeline gets to see of equal units."""
+        where = np.array([unit.at for unit in units])
+        at = torch.from_numpy(where).to(self.embeds.device, non_blocking=True)
+        evidence = {name: _of_units(units, per_segment) for name, per_segment in self.scores.items()}
+        if forced[0].protect:
+            evidence["protect"] = torch.tensor([force.protect for force in forced]).to(at.device, non_blocking=True)
+        if forced[0].forbid:
+            banned = torch.tensor([force.forbid for force in forced]).to(at.device, non_blocking=True)
+            evidence["forbid"] = torch.zeros(at.shape, dtype=torch.bool, device=at.device).scatter_(1, banned, True)
+        tokens = VisualTokens(
+            features=_features(self.embeds, where, at),
+            parts=units[0].parts,
+            ordinals=tuple(unit.ordinal for unit in units),
+            evidence=evidence,
+        )
+        return _Stack(tokens=tokens, at=at, k=units[0].k)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Choice:
+    """What became of a stack: `stages` and `into` (S, N); `keep` (S, K) and, where merged, `rows` (S, K, D)."""
+
+    stages: Tensor
+    into: Tensor
+    keep: Tensor
+    rows: Tensor | None = None
+
+
+def _choose(pipeline: Pipeline, stack: _Stack) -> _Choice:
+    """Run the pipeline on one stack; only merged rows are differentiable."""
+    stages = torch.full(stack.at.shape, DROPPED, device=stack.at.device)
+    own = torch.arange(stack.at.shape[1], device=stack.at.device).expand(stack.at.shape)
+    if stack.k == stack.at.shape[1]:
+        return _Choice(stages=stages.zero_(), into=own, keep=own)
+    with kernels.exact(stack.at.device):
+        with torch.no_grad():
+            selection = pipeline.run(stack.tokens, stack.k)
+        merged = pipeline.merge(stack.tokens, selection)
+    stages = stages.scatter_(1, selection.keep, selection.taken)
+    if merged is None:
+        return _Choice(stages=stages, into=own.masked_fill(stages == DROPPED, -1), keep=selection.keep)
+    into = selection.keep.gather(1, merged.into.clamp(min=0)).masked_fill(merged.into < 0, -1)
+    into = torch.where(stages > DROPPED, own, into)
+    return _Choice(stages=stages, into=into, keep=selection.keep, rows=merged.rows)
 
 
 def _features(embeds: Tensor, where: np.ndarray, at: Tensor) -> Tensor:
@@ -133,19 +195,20 @@ def _features(embeds: Tensor, where: np.ndarray, at: Tensor) -> Tensor:
 
 
 def _of_units(units: list[Unit], per_segment: list[Tensor]) -> Tensor:
-    """Scores (S, N) of stacked units, from scores per segment."""
+    """Evidence (S, N) or (S, N, C) of stacked units, from that per segment."""
     pieces = [per_segment[piece.segment][piece.start : piece.stop] for unit in units for piece in unit.pieces]
-    return kernels.joined(pieces).reshape(len(units), -1)
+    return kernels.joined(pieces).unflatten(0, (len(units), -1))
 
 
 def _evidence(prompt: Prompt, pipeline: Pipeline, given: Given | None, device: torch.device) -> dict[str, list[Tensor]]:
-    """Scores per segment of everything the pipeline reads."""
-    scores: dict[str, list[Tensor]] = {}
+    """Everything the pipeline reads, per segment: (n,), or (n, C) where a row has several numbers."""
+    found: dict[str, list[Tensor]] = {}
+    readings = readings_of(pipeline)
     for name in pipeline.needs:
         if given is not None and name in given.values:
-            scores[name] = given.scores(name, prompt.layout, device)
-        elif name in FROM_ENCODER:
-            scores[name] = prompt.encoder_scores(device)
+            found[name] = given.scores(name, prompt.layout, device)
+        elif name in readings:
+            found[name] = [rows[:, 0] if rows.shape[1] == 1 else rows for rows in prompt.read(name, device)]
         else:
             raise MissingEvidence(f"this method reads {name!r}: give it with `with model.vtprune.using({name}=[...])`")
-    return scores
+    return found

@@ -5,16 +5,20 @@ Inside `generate`, pictures are encoded before the loop and grids never reach `f
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+import functools
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.utils.generic import ModelOutput
 
-from vtprune.adapters.base import Encoding, Probe
+from vtprune.adapters.base import Encoding
 from vtprune.errors import UnsupportedCall
 from vtprune.kernels import reference as kernels
+from vtprune.readings import BlockAttention, Rule
 from vtprune.report import Stopwatch
 from vtprune.types import Modality
 
@@ -22,33 +26,33 @@ _CARRIED = "vtprune_encoded"
 
 
 @dataclass(kw_only=True)
-class PendingScores:
-    """Scores that wait for the lengths of the pictures, which come to the host with the layout.
+class Pending:
+    """A reading that waits for the lengths of the pictures, which come to the host with the layout."""
 
-    Holds the queries and keys (1, H, N, d) of one attention until then.
-    """
-
-    query: Tensor | None
-    key: Tensor | None
-    probe: Probe
-    scores: Tensor | None = None
+    rule: Rule
+    attention: BlockAttention | None
+    segments: Callable[[Encoding], tuple[int, ...]]
+    value: Tensor | None = None
 
     @torch.no_grad()
     def resolve(self, encoding: Encoding) -> Tensor:
-        """Scores (1, N); queries and keys are let go."""
-        if self.scores is None:
-            assert self.query is not None and self.key is not None and self.probe.segments is not None
-            self.scores = score(self.probe, self.query, self.key, self.probe.segments(encoding))
-            self.query = self.key = None
-        return self.scores
+        """(1, N) or (1, N, C); queries and keys are let go."""
+        if self.value is None:
+            assert self.attention is not None
+            self.value = by_segment(self.rule, self.attention, self.segments(encoding))
+            self.attention = None
+        return self.value
+
+
+Blocks = tuple[Tensor | Pending, ...]
+"""What was read, one entry for each block: (rows, N) or (rows, N, C)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """What one call of the encoder leaves for the cut. `sizes` and `scores` stay on their device.
+    """What one call of the encoder leaves for the cut. `sizes` and `readings` stay on their device.
 
-    `scores` (rows, N) are the raw probe scores, perhaps still pending, None where no probe was installed; `evidence`
-    names them.
+    `readings` are by name, not yet mapped to tokens; `has_cls` is that of the encoder they were taken from.
     """
 
     kind: Modality
@@ -57,9 +61,18 @@ class Encoded:
     pixels: tuple[int, ...]
     sizes: Tensor | None
     pictures_per_prompt: Tensor | None
-    scores: Tensor | PendingScores | None
-    evidence: str | None
+    readings: Mapping[str, Blocks]
+    has_cls: bool
     stopwatch: Stopwatch
+
+    def read(self, name: str, encoding: Encoding) -> Tensor | None:
+        """One reading (rows, N, C), summed over its blocks; None where it was not taken."""
+        found = self.readings.get(name)
+        if not found:
+            return None
+        values = [block.resolve(encoding) if isinstance(block, Pending) else block for block in found]
+        total = functools.reduce(torch.add, values)
+        return total if total.ndim == 3 else total[..., None]
 
     def on_host(self, sizes: tuple[tuple[int, ...], ...], pictures: tuple[int, ...] | None) -> Encoding:
         """The same as plain numbers, once the sizes are on the host."""
@@ -95,8 +108,17 @@ def carry(output: ModelOutput, encoded: Encoded) -> None:
     output[_CARRIED] = encoded
 
 
-def score(probe: Probe, query: Tensor, key: Tensor, segments: tuple[int, ...] | None) -> Tensor:
-    """Scores (B, N) of queries and keys (B, H, N, d) by the rule of the probe."""
-    with kernels.exact(query.device):
-        rows: Literal["cls", "received"] = "cls" if probe.has_cls else "received"
-        return kernels.attention_scores(query, key, scale=probe.scale, rows=rows, segments=segments)
+def by_segment(rule: Rule, attention: BlockAttention, lengths: tuple[int, ...]) -> Tensor:
+    """A rule on pictures or frames that share one sequence and do not see each other; runs of equal ones as a batch."""
+    values, start = [], 0
+    with kernels.exact(attention.query.device):
+        for length, run in itertools.groupby(lengths):
+            count = len(list(run))
+            stop = start + count * length
+            query, key = (
+                heads[0, :, start:stop].unflatten(1, (count, length)).transpose(0, 1)
+                for heads in (attention.query, attention.key)
+            )
+            values.append(rule(replace(attention, query=query, key=key)).flatten(0, 1))
+            start = stop
+    return torch.cat(values)[None]

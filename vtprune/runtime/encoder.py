@@ -1,24 +1,24 @@
-"""Listening to the vision encoder: grids, and attention of the layer that a probe names."""
+"""Around the feature calls of a model: grids, and what the readings of a method take from the encoder."""
 
 from __future__ import annotations
 
 import copy
 import functools
 import inspect
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import nn
 from transformers.utils.generic import ModelOutput
 
-from vtprune.adapters.base import Family, Probe, pooled_lengths
+from vtprune.adapters.base import Family, pooled_lengths
 from vtprune.errors import UnsupportedCall
+from vtprune.readings import Reading
 from vtprune.report import Stopwatch
-from vtprune.runtime.encoded import Encoded, PendingScores, carry, score
+from vtprune.runtime.encoded import Blocks, Encoded, carry
+from vtprune.runtime.listening import Listener
 from vtprune.seam import without_adapters
 from vtprune.types import Modality
 
@@ -32,79 +32,55 @@ _SIZES: dict[Modality, tuple[str, ...]] = {
 }
 
 
-class _Recording(threading.local):
-    """What one thread is encoding: scores so far (None: nothing), and the parts of the attention call under way."""
-
-    def __init__(self) -> None:
-        self.scores: list[Tensor | PendingScores] | None = None
-        self.projections: dict[str, Tensor] = {}
-        self.call: dict[str, Any] = {}
-
-
 class EncoderTap:
-    """Wraps `get_image_features` and `get_video_features` of one model, and hooks the probes a method needs."""
+    """Wraps `get_image_features` and `get_video_features` of one model, and listens to what a method needs."""
 
     def __init__(self, inner: nn.Module, family: Family) -> None:
-        self.probes: dict[Modality, Probe] = {}
         self.on_encoded: Callable[[Encoded], None] | None = None
         self._inner = inner
         self._family = family
         self.kinds: tuple[Modality, ...] = tuple(
             kind for kind in ("image", "video") if hasattr(type(inner), f"get_{kind}_features")
         )
-        self._handles: list[RemovableHandle] = []
-        self._forwards: list[tuple[nn.Module, Any, Any]] = []
-        self._thread = _Recording()
+        self._has_cls: dict[Modality, bool] = {}
+        self._listener = Listener()
 
-    def install(self, *, probing: bool) -> None:
-        """Wrap the feature calls; with `probing` also hook the attention named by the family's probes."""
+    def install(self, readings: Mapping[str, Reading]) -> None:
+        """Wrap the feature calls, and hook what `readings` are taken from."""
         for kind in self.kinds:
-            setattr(self._inner, f"get_{kind}_features", self._listening(kind))
-        if probing:
-            self.probe()
+            setattr(self._inner, f"get_{kind}_features", self._wrapped(kind))
+        self.listen(readings)
 
-    def probe(self) -> None:
-        """Hook the probes, once each."""
-        hooked: list[nn.Module] = []
-        for kind in self.kinds:
-            probe = self._family.probe(self._inner, kind)
-            if probe is None:
-                continue
-            self.probes[kind] = probe
-            if any(probe.attention is module for module in hooked):
-                continue
-            hooked.append(probe.attention)
-            self._hook(probe)
+    def listen(self, readings: Mapping[str, Reading]) -> None:
+        """Hook what `readings` are taken from."""
+        if readings:
+            found = {kind: self._family.tower(self._inner, kind) for kind in self.kinds}
+            towers = {kind: tower for kind, tower in found.items() if tower is not None}
+            self._has_cls = {kind: tower.has_cls for kind, tower in towers.items()}
+            self._listener.hook(list(towers.values()), readings)
 
     def remove(self) -> None:
         """Undo `install`."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        for attention, before, eager in self._forwards:
-            if attention.__dict__.get("forward") is eager:
-                attention.__dict__.pop("forward")
-                attention.__dict__.update({} if before is None else {"forward": before})
-        self._forwards.clear()
-        self.probes.clear()
+        self._listener.remove()
         for kind in self.kinds:
             self._inner.__dict__.pop(f"get_{kind}_features", None)
 
-    def _listening(self, kind: Modality) -> Callable[..., Any]:
+    def _wrapped(self, kind: Modality) -> Callable[..., Any]:
         original = getattr(self._inner, f"get_{kind}_features")
         signature = inspect.signature(original)
 
         @functools.wraps(original)
         def listen(*args: Any, **kwargs: Any) -> Any:
-            if self._thread.scores is not None:
+            if self._listener.recording:
                 return original(*args, **kwargs)
             stopwatch = Stopwatch()
-            with self._recording(stopwatch) as scores:
+            readings: dict[str, Blocks] = {}
+            with self._recording(readings, stopwatch):
                 output = original(*args, **kwargs)
             if isinstance(output, ModelOutput):
                 given = signature.bind_partial(*args, **kwargs).arguments
                 given = {**given, **given.get("kwargs", {})}
-                encoded = self._encoded(kind, given, output.get("pooler_output"), scores, stopwatch)
+                encoded = self._encoded(kind, given, output.get("pooler_output"), readings, stopwatch)
                 carry(output, encoded)
                 if self.on_encoded is not None:
                     self.on_encoded(encoded)
@@ -117,7 +93,7 @@ class EncoderTap:
         kind: Modality,
         given: dict[str, Any],
         pooled: Any,
-        scores: list[Tensor | PendingScores],
+        readings: Mapping[str, Blocks],
         stopwatch: Stopwatch,
     ) -> Encoded:
         if pooled is None:
@@ -129,7 +105,6 @@ class EncoderTap:
         pixels = _first(given, (*PIXELS[kind], "pixel_values"))
         sizes = _first(given, _SIZES[kind])
         pictures = given.get("batch_num_images")
-        probe = self.probes.get(kind)
         return Encoded(
             kind=kind,
             lengths=lengths,
@@ -137,101 +112,29 @@ class EncoderTap:
             pixels=() if pixels is None else tuple(pixels.shape),
             sizes=None if sizes is None else torch.as_tensor(sizes),
             pictures_per_prompt=None if pictures is None else torch.as_tensor(pictures),
-            scores=_joined(scores),
-            evidence=probe.evidence if probe and scores else None,
+            readings=readings,
+            has_cls=self._has_cls.get(kind, False),
             stopwatch=stopwatch,
         )
 
     @contextmanager
-    def _recording(self, stopwatch: Stopwatch) -> Iterator[list[Tensor | PendingScores]]:
-        """Listen during the block, and measure it."""
+    def _recording(self, readings: dict[str, Blocks], stopwatch: Stopwatch) -> Iterator[None]:
+        """Listen during the block, and measure it; afterwards `readings` holds what was heard."""
         self._begin(stopwatch)
-        assert self._thread.scores is not None
         try:
-            yield self._thread.scores
+            yield
         finally:
-            self._end(stopwatch)
+            self._end(readings, stopwatch)
 
     @torch.compiler.disable
     def _begin(self, stopwatch: Stopwatch) -> None:
         stopwatch.start("encode", like=self._inner)
-        self._thread.scores = []
+        self._listener.begin()
 
     @torch.compiler.disable
-    def _end(self, stopwatch: Stopwatch) -> None:
+    def _end(self, readings: dict[str, Blocks], stopwatch: Stopwatch) -> None:
         stopwatch.stop("encode")
-        self._thread.scores = None
-        self._thread.projections.clear()
-        self._thread.call.clear()
-
-    def _hook(self, probe: Probe) -> None:
-        """Hook the projections of one attention, and keep it eager inside a model that is compiled later.
-
-        Compiled code of the other blocks would be used for this one too, and pass its hooks by.
-        """
-        own = probe.attention.__dict__
-        eager = torch.compiler.disable(probe.attention.forward)
-        self._forwards.append((probe.attention, own.get("forward"), eager))
-        own["forward"] = eager
-        names = (probe.fused,) if probe.fused else (probe.query, probe.key)
-        projections = {name: probe.attention.get_submodule(name) for name in names}
-        before = functools.partial(self._before, projections)
-        self._handles.append(probe.attention.register_forward_pre_hook(before, with_kwargs=True))
-        for name, module in projections.items():
-            self._handles.append(module.register_forward_hook(functools.partial(self._projected, name)))
-        self._handles.append(probe.attention.register_forward_hook(functools.partial(self._attended, probe)))
-
-    def _before(
-        self, projections: dict[str, nn.Module], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        if self._thread.scores is None:
-            return
-        for name, hooked in projections.items():
-            if module.get_submodule(name) is not hooked:
-                raise UnsupportedCall(
-                    f"{name} of the vision encoder was replaced after wrap (by an adapter, say), so its attention "
-                    "cannot be read: unwrap, change the model, then wrap it again"
-                )
-        self._thread.call = dict(kwargs)
-
-    def _projected(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        if self._thread.scores is not None:
-            self._thread.projections[name] = output.detach()
-
-    @torch.no_grad()
-    def _attended(self, probe: Probe, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._thread.scores is None:
-            return
-        query, key = _split_heads(probe, self._thread.projections)
-        if probe.normalise is not None:
-            query, key = probe.normalise(query, key)
-        if probe.rotate is not None:
-            query, key = probe.rotate(query, key, self._thread.call)
-        dtype = next(iter(self._thread.projections.values())).dtype
-        if probe.segments is None:
-            self._thread.scores.append(score(probe, query, key, None))
-        else:
-            self._thread.scores.append(PendingScores(query=query.to(dtype), key=key.to(dtype), probe=probe))
-        self._thread.projections.clear()
-        self._thread.call.clear()
-
-
-def _joined(scores: list[Tensor | PendingScores]) -> Tensor | PendingScores | None:
-    """The scores of a call: all its crops together, or what is pending for the whole of it."""
-    ready = [entry for entry in scores if isinstance(entry, Tensor)]
-    return torch.cat(ready) if ready else next(iter(scores), None)
-
-
-def _split_heads(probe: Probe, projections: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    if probe.fused:
-        joint = projections[probe.fused]
-        joint = joint.view(*joint.shape[:-1], 3, probe.heads, -1)
-        query, key = joint[..., 0, :, :], joint[..., 1, :, :]
-    else:
-        query, key = (projections[name].unflatten(-1, (probe.heads, -1)) for name in (probe.query, probe.key))
-    if query.ndim == 3:
-        query, key = query[None], key[None]
-    return query.transpose(1, 2), key.transpose(1, 2)
+        readings.update(self._listener.end())
 
 
 def _first(given: dict[str, Any], names: tuple[str, ...]) -> Any:
@@ -244,7 +147,7 @@ def encode_once(
     family: Family,
     inputs: Mapping[str, Any],
     *,
-    probing: bool,
+    readings: Mapping[str, Reading],
     options: Mapping[str, Any] | None = None,
 ) -> Callable[[], dict[str, Any]]:
     """Encode the pictures of `inputs` now; each call of the result gives inputs for one `generate` that reuses them.
@@ -255,7 +158,7 @@ def encode_once(
     if "mm_encoder_outputs" not in inspect.signature(without_adapters(model).forward).parameters:
         return lambda: dict(inputs)
     tap = EncoderTap(inner, family)
-    tap.install(probing=probing)
+    tap.install(readings)
     outputs, pixels = {}, set()
     try:
         for kind in tap.kinds:

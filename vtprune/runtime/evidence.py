@@ -11,11 +11,19 @@ import torch
 from torch import Tensor
 
 from vtprune.errors import InvalidOption, UnsupportedCall
+from vtprune.pipeline import Pipeline
+from vtprune.readings import Reading
 from vtprune.runtime.units import Unit
+from vtprune.stages.rules import NAMED_RULES
 from vtprune.types import Layout, Segment
 
 _FORCED = ("protect", "forbid")
-FROM_ENCODER = frozenset({"importance", "cls_attention", "received_attention"})
+
+
+def readings_of(pipeline: Pipeline) -> dict[str, Reading]:
+    """What a method takes from the vision encoder, by the names of the evidence."""
+    named = {name: Reading(rule=NAMED_RULES[name]) for name in pipeline.needs & NAMED_RULES.keys()}
+    return {**named, **pipeline.readings}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,6 @@ from torch.utils.hooks import RemovableHandle
 
 from vtprune.adapters.base import Family, language_model, placeholder_id, rope_axes, sliding_window
 from vtprune.cache import check_prunable, mark_pruned
-from vtprune.errors import UnsupportedCall
 from vtprune.pipeline import Pipeline
 from vtprune.report import PruneReport, kv_bytes_per_token
 from vtprune.runtime import masks
@@ -28,11 +27,11 @@ from vtprune.runtime.calls import Call, bind
 from vtprune.runtime.decide import Decision, decide
 from vtprune.runtime.encoded import Encoded
 from vtprune.runtime.encoder import EncoderTap
-from vtprune.runtime.evidence import FROM_ENCODER, Given
+from vtprune.runtime.evidence import Given, readings_of
 from vtprune.runtime.reading import Prompt, placeholders_in, read_prompt
 from vtprune.runtime.reporting import report_of
 from vtprune.runtime.shorten import Scheme, resume, shorten
-from vtprune.seam import HANDLE
+from vtprune.seam import HANDLE, refuse_copy
 from vtprune.types import Budget
 
 
@@ -125,13 +124,13 @@ class Pruner:
             self.remove()
             raise
         for shell in shells:
-            shell.__dict__.update({HANDLE: self, "__getstate__": self.refuse_copy})
+            shell.__dict__.update({HANDLE: self, "__getstate__": refuse_copy})
         self._shells = tuple(shells)
 
     def _install(self) -> None:
         lm = self._lm
         assert lm is not None
-        self._tap.install(probing=bool(self.pipeline.needs & FROM_ENCODER) and not self.budget.keeps_all)
+        self._tap.install({} if self.budget.keeps_all else readings_of(self.pipeline))
         rotary = getattr(lm, "rotary_emb", None)
         self._scheme = Scheme(
             owner=self._owner,
@@ -160,13 +159,6 @@ class Pruner:
             handle.remove()
         self._handles.clear()
         self._tap.remove()
-
-    def refuse_copy(self, *args: object) -> NoReturn:
-        """Raise `UnsupportedCall`: a copy of a wrapped model, or of a part of it, would carry hooks of the original."""
-        raise UnsupportedCall(
-            "a wrapped model cannot be copied or pickled (its hooks would stay on the original): call "
-            "vtprune.unwrap(model) first, or save it with model.save_pretrained(...)"
-        )
 
     def __repr__(self) -> str:
         budget = f"keep={self.budget.keep}, per={self.budget.per!r}, positions={self.positions!r}"

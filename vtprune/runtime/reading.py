@@ -13,7 +13,7 @@ from vtprune.adapters.base import Encoding, Family
 from vtprune.adapters.layout import build_layout
 from vtprune.errors import MissingEvidence
 from vtprune.kernels import reference as kernels
-from vtprune.runtime.encoded import Encoded, PendingScores
+from vtprune.runtime.encoded import Encoded
 from vtprune.types import Layout, Modality, Segment
 
 
@@ -39,18 +39,21 @@ class Prompt:
             count[segment.row] += 1
         return count
 
-    def encoder_scores(self, device: torch.device) -> list[Tensor]:
-        """One 1-D tensor of scores per segment, separators left out; raises `MissingEvidence` without a probe."""
+    def read(self, name: str, device: torch.device) -> list[Tensor]:
+        """A reading of the encoder, one (n, C) per segment, separators left out.
+
+        Raises:
+            MissingEvidence: where it was not taken.
+        """
         mapped: dict[Modality, list[Tensor]] = {}
         for kind, encoding in self.encodings.items():
-            raw = self.encoded[kind].scores
+            raw = self.encoded[kind].read(name, encoding)
             if raw is None:
                 raise MissingEvidence(
-                    f"the {kind} features of this call were encoded without a probe: encode them while the model is "
-                    "wrapped with this method, or pass the pixels"
+                    f"the {kind} features of this call were encoded without reading {name!r}: encode them while the "
+                    "model is wrapped with this method, or pass the pixels"
                 )
-            scores = raw.resolve(encoding) if isinstance(raw, PendingScores) else raw
-            mapped[kind] = self.family.scores(self.inner, scores, encoding)
+            mapped[kind] = self.family.rows(self.inner, raw, encoding)
         return [_of_segment(segment, mapped[segment.kind]).to(device) for segment in self.layout.segments]
 
 
@@ -108,8 +111,8 @@ def _to_host(tensors: list[Tensor]) -> list[np.ndarray]:
 
 
 def _of_segment(segment: Segment, mapped: list[Tensor]) -> Tensor:
-    scores = kernels.joined([mapped[entry] for entry in segment.entries])
+    rows = kernels.joined([mapped[entry] for entry in segment.entries])
     if segment.separators == 0:
-        return scores
+        return rows
     offsets = np.concatenate([part.candidates for part in segment.parts])
-    return scores[torch.from_numpy(offsets).to(scores.device, non_blocking=True)]
+    return rows[torch.from_numpy(offsets).to(rows.device, non_blocking=True)]

@@ -7,7 +7,7 @@ from torch import Tensor
 from vtprune.pipeline import Pipeline
 from vtprune.report import PruneReport, SegmentReport, Stopwatch
 from vtprune.runtime.decide import Decision
-from vtprune.runtime.evidence import FROM_ENCODER, Given
+from vtprune.runtime.evidence import Given, readings_of
 from vtprune.runtime.reading import Prompt
 
 
@@ -34,13 +34,21 @@ def report_of(
         before, after = prompt.layout.row_lengths, decision.row_lengths
         stored = L if before == after else decision.size
         segments = tuple(
-            SegmentReport(row=segment.row, kind=segment.kind, parts=segment.parts, stages=stages)
-            for segment, stages in zip(prompt.layout.segments, decision.stages, strict=True)
+            SegmentReport(row=segment.row, kind=segment.kind, parts=segment.parts, stages=stages, into=into)
+            for segment, stages, into in zip(
+                prompt.layout.segments, decision.stages, decision.into or (None,) * len(decision.stages), strict=True
+            )
         )
-        if given is not None and pipeline.needs & FROM_ENCODER & given.values.keys():
+        readings = readings_of(pipeline)
+        if given is not None and readings.keys() & given.values.keys():
             sources = {"given"}
-        elif pipeline.needs & FROM_ENCODER:
-            sources = {entry.evidence for entry in prompt.encoded.values() if entry.evidence}
+        else:
+            sources = {
+                reading.source(entry.has_cls)
+                for entry in prompt.encoded.values()
+                for name, reading in readings.items()
+                if name in entry.readings
+            }
         for entry in prompt.encoded.values():
             stopwatch.absorb(entry.stopwatch)
     return PruneReport(

@@ -92,7 +92,7 @@ def shorten(
     padded = uneven or (state.padded if state is not None else past > 0 and torch.is_tensor(mask))
     seen, rotary_positions = _outgoing_positions(new, _contiguous(cut, past, uneven), scheme)
     arguments = {name: value if name in _CUT_APART else _cut_extra(value, cut) for name, value in given.items()}
-    arguments["inputs_embeds"] = kernels.cut_sequence(embeds, cut.indices)
+    arguments["inputs_embeds"] = _place_merged(kernels.cut_sequence(embeds, cut.indices), cut, decision)
     arguments["position_ids"] = seen
     optional = not padded and (cache is not None or rotary_positions is not None or scheme.counts_text(seen))
     arguments["attention_mask"] = _cut_mask(mask, cut, stored=stored, past=past, optional=optional)
@@ -146,6 +146,16 @@ def _plan(decision: Decision, layout: Layout) -> Cut:
     left = bool(layout.valid[:, -1].all())
     indices, valid, slots = kernels.kept_indices(decision.kept, decision.size, left_padded=left)
     return Cut(indices=indices, valid=valid, slots=slots, kept=decision.kept, left_padded=left)
+
+
+def _place_merged(short: Tensor, cut: Cut, decision: Decision) -> Tensor:
+    """Embeddings (B, K, D) of the short sequence, with merged rows where their tokens stand."""
+    B, K, D = short.shape
+    flat = short.reshape(-1, D)
+    for rows, at in decision.merged:
+        row = at // cut.slots.shape[1]
+        flat = flat.index_copy(0, row * K + cut.slots.reshape(-1)[at], rows.to(flat.dtype))
+    return flat.view(B, K, D)
 
 
 def _incoming_positions(given: Mapping[str, Any], state: CacheState | None, past: int) -> Tensor:

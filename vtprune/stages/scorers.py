@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from vtprune.errors import MissingEvidence
+from vtprune.errors import InvalidOption, MissingEvidence
+from vtprune.readings import Reading, Rule
+from vtprune.stages.rules import ClsOrReceived
+from vtprune.stages.vectors import FEATURES, needed_for, vectors_of
 from vtprune.types import VisualTokens
 
 
@@ -24,15 +28,79 @@ class Constant:
         return torch.zeros(S, N, device=tokens.features.device)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Read:
+    """What a rule makes of the vision encoder, of the block that makes the features or of others: see `Reading`."""
+
+    rule: Rule
+    at: float | None = None
+    since: float | None = None
+
+    @property
+    def reading(self) -> Reading:
+        """What is read where."""
+        return Reading(rule=self.rule, at=self.at, since=self.since)
+
+    @property
+    def needs(self) -> frozenset[str | Reading]:
+        return frozenset({self.reading})
+
+    def __call__(self, tokens: VisualTokens) -> Tensor:
+        return evidence_of(tokens, self.reading.name).float()
+
+
 @dataclass(frozen=True)
 class Importance:
     """Attention of the vision encoder: the CLS row, or received attention on encoders without a CLS token."""
 
     @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"importance"})
+    def needs(self) -> frozenset[str | Reading]:
+        return frozenset({ClsOrReceived().name})
 
     def __call__(self, tokens: VisualTokens) -> Tensor:
-        if "importance" not in tokens.evidence:
-            raise MissingEvidence("this method needs encoder attention, and none was recorded for these tokens")
-        return tokens.evidence["importance"].float()
+        return evidence_of(tokens, ClsOrReceived().name).float()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """Scores that the caller hands in for each call, with `using(...)`: their name, and whether low ones are good."""
+
+    name: str
+    sign: Literal[1, -1] = 1
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({self.name})
+
+    def __call__(self, tokens: VisualTokens) -> Tensor:
+        return self.sign * evidence_of(tokens, self.name).float()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Norm:
+    """Length of the vectors of a token, in the norm of order `p`."""
+
+    p: float = 2.0
+    vectors: str = FEATURES
+
+    def __post_init__(self) -> None:
+        if isinstance(self.p, bool) or not self.p > 0:
+            raise InvalidOption(f"p={self.p!r}: expected the order of a norm, above 0")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return needed_for(self.vectors)
+
+    def __call__(self, tokens: VisualTokens) -> Tensor:
+        return vectors_of(tokens, self.vectors).float().norm(p=self.p, dim=2)
+
+
+def evidence_of(tokens: VisualTokens, name: str) -> Tensor:
+    """Evidence of that name.
+
+    Raises:
+        MissingEvidence: where nobody recorded it.
+    """
+    if name not in tokens.evidence:
+        raise MissingEvidence(f"this method needs encoder attention or scores as {name!r}, and none was recorded")
+    return tokens.evidence[name]

@@ -51,19 +51,6 @@ class Random:
         return torch.rand(N, generator=torch.Generator().manual_seed(mixed))
 
 
-@dataclass(frozen=True)
-class MaxMin:
-    """Farthest-point choice on cosine distance, starting from the token whose nearest other token is farthest."""
-
-    def __call__(self, tokens: VisualTokens, scores: Tensor, k: int, taken: Tensor | None) -> Tensor:
-        units = kernels.unit_rows(tokens.features)
-        distances = kernels.cosine_similarity(units).neg_()
-        distances.diagonal(dim1=1, dim2=2).fill_(float("inf"))
-        isolation = distances.amin(dim=2)
-        available = scores != float("-inf")
-        return kernels.greedy_select(units, isolation, isolation, k, worths=distances, taken=taken, available=available)
-
-
 @dataclass(frozen=True, kw_only=True)
 class MMR:
     """Maximal marginal relevance: `lam` x score - (1 - `lam`) x highest cosine similarity to what is chosen."""

@@ -38,6 +38,17 @@ class Overview(nn.Module):
         self.last = nn.Linear(width, COMBINATIONS)
 
 
+class ThingReadings(nn.Module):
+    """Linear readings of the thing that a word names: its row and column, its colour, and what it is."""
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.row = nn.Linear(WIDTH, side)
+        self.column = nn.Linear(WIDTH, side)
+        self.hue = nn.Linear(WIDTH, HUES)
+        self.what = nn.Linear(WIDTH, WHATS)
+
+
 class IdealTokens(nn.Module):
     """The token of a perfect tower and projector: the sum of what, which colour, how many and, if `placed`, where.
 

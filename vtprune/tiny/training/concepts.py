@@ -79,6 +79,18 @@ def _label(scene: Scene, patch: int) -> tuple[Tensor, ...]:
     )
 
 
+def label_things(scenes: Sequence[Scene], patch: int) -> Tensor:
+    """Cell of the centre, hue and what of every thing: (B, things, 3), zeros where a scene has fewer."""
+    most = max(1, *(len(scene.things) for scene in scenes))
+    labels = torch.zeros(len(scenes), most, 3, dtype=torch.long)
+    for i, scene in enumerate(scenes):
+        side = len(scene.owner) // patch
+        for k, thing in enumerate(scene.things):
+            what, hue, _ = _classes(scene, thing)
+            labels[i, k] = torch.tensor([thing.y // patch * side + thing.x // patch, hue, what])
+    return labels
+
+
 def _classes(scene: Scene, thing: Thing) -> tuple[int, int, int]:
     """What, hue and peers."""
     if thing.shape is None or thing.color is None:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from vtprune.tiny.scenes import COLORS, SHAPES, Scene, Thing
-from vtprune.tiny.training.aids import COMBINATIONS, Overview
+from vtprune.tiny.training.aids import COMBINATIONS, Overview, ThingReadings
 from vtprune.tiny.training.batches import Batch
 from vtprune.tiny.training.concepts import UNSURE
 from vtprune.tiny.training.student import Sight, Student
@@ -59,6 +59,23 @@ def places_right(places: tuple[Tensor, ...], index: Tensor) -> float:
     side = places[0].shape[-1]
     read = places[0].argmax(dim=-1) * side + places[1].argmax(dim=-1)
     return (read == index % side**2).float().mean().item()
+
+
+def thing_loss(readings: ThingReadings, hidden: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """What is read wrongly of the things that words name, and the share of places and colours that is right.
+
+    Args:
+        hidden: (M, width), states of the words.
+        labels: (M, 3), cell, hue and what of the thing each of them names.
+    """
+    cell, hue, what = labels[None].unbind(2)
+    places = readings.row(hidden)[None], readings.column(hidden)[None]
+    hues, whats = readings.hue(hidden).float(), readings.what(hidden).float()
+    loss = place_loss(places, cell) + cross_entropy(hues, hue[0]) + cross_entropy(whats, what[0])
+    return loss, {
+        "things placed": places_right(places, cell),
+        "hues right": (hues.argmax(dim=-1) == hue[0]).float().mean().item(),
+    }
 
 
 def contents(scenes: list[Scene]) -> Tensor:

@@ -84,7 +84,7 @@ RECIPES = {
     ),
     "qwen2_5_vl": Recipe(
         student=QwenStudent,
-        phases=_from_scratch(see=550, read=800, meet=120, join=380),
+        phases=_from_scratch(see=550, read=1000, meet=120, join=380),
         export=export_qwen,
     ),
 }

@@ -12,10 +12,10 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 from vtprune.tiny.scenes import KINDS
 from vtprune.tiny.training.batches import Batch, Chance
-from vtprune.tiny.training.concepts import Cells
+from vtprune.tiny.training.concepts import Cells, label_things
 from vtprune.tiny.training.dropping import choose_cells
 from vtprune.tiny.training.packing import pack_questions
-from vtprune.tiny.training.probing import place_loss, places_right, probe_loss
+from vtprune.tiny.training.probing import place_loss, places_right, probe_loss, thing_loss
 from vtprune.tiny.training.student import Shown, Sight, Student
 from vtprune.tiny.words import END
 
@@ -56,7 +56,7 @@ class Read(Stage):
     """Language model: answer from ideal tokens, some of them dropped, all of them blurred."""
 
     name: ClassVar[str] = "read"
-    parts: ClassVar[tuple[str, ...]] = ("language", "ideal", "places")
+    parts: ClassVar[tuple[str, ...]] = ("language", "ideal", "places", "things")
     shares: ClassVar[tuple[int, ...]] = (14, 28, 48, 64, 96)
     """How many of every 256 cells are kept: one of them for all pictures of a step."""
     blur: ClassVar[float] = 0.3
@@ -94,7 +94,7 @@ class Join(Stage):
     """Everything at once: answer from the pictures, with tokens dropped in two steps of three."""
 
     name: ClassVar[str] = "join"
-    parts: ClassVar[tuple[str, ...]] = ("tower", "projector", "language", "probes", "places")
+    parts: ClassVar[tuple[str, ...]] = ("tower", "projector", "language", "probes", "places", "things")
 
     def loss(self, student: Student, batch: Batch, chance: Chance) -> tuple[Tensor, Metrics]:
         sight = student.look(batch.pixels())
@@ -162,6 +162,12 @@ def answer_loss(
     if reading.places:
         loss = loss + 0.2 * place_loss(reading.places, index)
         metrics["places right"] = places_right(reading.places, index)
+    named = sighted.named >= 0
+    if student.things is not None and reading.things is not None and named.any():
+        known = label_things(batch.scenes, student.patch).to(named.device)
+        asked = known.gather(1, sighted.named.clamp(min=0)[..., None].expand(-1, -1, 3))
+        aided, shares = thing_loss(student.things, reading.things[named], asked[named])
+        loss, metrics = loss + 0.5 * aided, metrics | shares
     right = (logits.argmax(dim=-1) == target)[~ends]
     return loss, metrics | _by_kind(batch, answerable, right)
 

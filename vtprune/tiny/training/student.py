@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from vtprune.positions import compact
 from vtprune.tiny.scenes import SIZE
-from vtprune.tiny.training.aids import IdealTokens, Probes
+from vtprune.tiny.training.aids import IdealTokens, Probes, ThingReadings
 from vtprune.tiny.training.batches import Source
 from vtprune.tiny.training.packing import Blocks, block_mask
 from vtprune.tiny.words import encode
 
 PLACES_AT = 2
+THINGS_AT = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,10 +48,14 @@ class Shown:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Reading:
-    """`blocks`: hidden states of the questions, B x T x width. `places`: logits of rows and columns, B x K x side."""
+    """`blocks`: hidden states of the questions, B x T x width. `places`: logits of rows and columns, B x K x side.
+
+    `things`: hidden states of the questions halfway, B x T x width, None where nothing is to be read from them.
+    """
 
     blocks: Tensor
     places: tuple[Tensor, ...]
+    things: Tensor | None
 
 
 class Student(nn.Module, ABC):
@@ -73,6 +78,8 @@ class Student(nn.Module, ABC):
         super().__init__()
         self.places = nn.ModuleList()
         """Readings of row and column after `PLACES_AT` decoder layers, where tokens tell no places by themselves."""
+        self.things: ThingReadings | None = None
+        """After `THINGS_AT` layers, of the words that name a thing: what it is and where."""
 
     @property
     def side(self) -> int:
@@ -111,8 +118,9 @@ class Student(nn.Module, ABC):
         """Positions of so many cells, (rows of ids, count), the least being 0."""
 
     def parts(self, names: tuple[str, ...]) -> list[nn.Module]:
-        """Modules by attribute name."""
-        return [getattr(self, name) for name in names]
+        """Modules by attribute name; those that this student does not have are left out."""
+        found = (getattr(self, name) for name in names)
+        return [module for module in found if module is not None]
 
     def read(self, shown: Shown, blocks: Blocks) -> Reading:
         """What the language model makes of visual tokens and questions."""
@@ -126,11 +134,12 @@ class Student(nn.Module, ABC):
             attention_mask=block_mask(blocks.block, start),
             position_ids=self.positions(shown, blocks.offset),
             use_cache=False,
-            output_hidden_states=len(self.places) > 0,
+            output_hidden_states=len(self.places) > 0 or self.things is not None,
         )
         seen = slice(first, first + shown.index.shape[1])
         places = tuple(place(output.hidden_states[PLACES_AT][:, seen]) for place in self.places)
-        return Reading(blocks=output.last_hidden_state[:, start:], places=places)
+        things = None if self.things is None else output.hidden_states[THINGS_AT][:, start:]
+        return Reading(blocks=output.last_hidden_state[:, start:], places=places, things=things)
 
     @cached_property
     def _around(self) -> tuple[list[int], list[int]]:

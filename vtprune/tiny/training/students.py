@@ -12,7 +12,7 @@ from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from vtprune.tiny.loading import load_tiny_model
 from vtprune.tiny.scenes import SIZE
-from vtprune.tiny.training.aids import IdealTokens, Probes
+from vtprune.tiny.training.aids import IdealTokens, Probes, ThingReadings
 from vtprune.tiny.training.aligned import AlignedText
 from vtprune.tiny.training.batches import ClipSource
 from vtprune.tiny.training.models import (
@@ -121,6 +121,7 @@ class QwenStudent(Student):
         self.probes = Probes(width, self.side, overview=False)
         self.ideal = IdealTokens(self.side, self.language.embed_tokens.weight.detach(), placed=False)
         self.places.extend(nn.Linear(WIDTH, self.side) for _ in range(2))
+        self.things = ThingReadings(self.side)
         for block in self.vlm.model.visual.blocks:
             block.attn.forward = partial(attend_at_once, block.attn)
 

@@ -1,0 +1,197 @@
+"""Time to choose: what a pick costs, next to the prefill that it saves.
+
+    python benchmarks/selection.py --csv benchmarks/results/selection.csv
+    python benchmarks/selection.py --width 512 --batch 2 --rounds 3        # a quick look
+
+Every pick takes 64 of the 576 tokens of each of 8 pictures, random features as wide as Llama-7B (4096) and random
+scores. What it saves is the prefill of 576 visual tokens less that of 64, each with 60 tokens of text, in a language
+model of the shape of Llama-7B. Of its 32 layers `--layers-measured` are run, with random weights, and their time is
+multiplied: all layers do the same work. `share` is the time of the pick over the time saved: at 0.01 a hundredth of the
+gain goes into choosing, above 1 pruning slows the prefill down. Encoder scores are on neither side.
+On a CPU the figure is process CPU time in fp32, on a GPU the time between CUDA events in bfloat16. In each round every
+arm runs once, in random order, and a share is held against the prefill of its own round: what drifts cancels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import platform
+import random
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from prefill import clock_ms, commit, keep_freed_memory
+from rich.progress import track
+
+from vtprune._torchvision import heal
+from vtprune.stages.diverse import DPP, Dispersion, Facility
+from vtprune.stages.selectors import MMR, TopK
+from vtprune.types import Ordinal, Part, VisualTokens
+
+PICKS = {
+    "top-k": TopK(),
+    "mmr": MMR(),
+    "k-center": Dispersion(reduce="min", first="isolated"),
+    "dpp": DPP(),
+    "facility": Facility(),
+}
+LONG, SHORT = "prefill of all", "prefill of the kept"
+WARM_UPS = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One pick with quartiles; `saved_ms` is the median of the prefill saved, `share` that of the ratios to it."""
+
+    pick: str
+    median_ms: float
+    low_ms: float
+    high_ms: float
+    saved_ms: float
+    share: float
+    share_low: float
+    share_high: float
+    batch: int
+    visual: int
+    keep: int
+    text: int
+    width: int
+    layers: int
+    layers_measured: int
+    clock: str
+    dtype: str
+    allocator: str
+    rounds: int
+    threads: int
+    device: str
+    torch: str
+    transformers: str
+    commit: str
+
+
+def pick_arms(options: argparse.Namespace, device: str, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
+    """Every pick on the same stack of pictures."""
+    S, N = options.batch, options.visual
+    generator = torch.Generator().manual_seed(0)
+    tokens = VisualTokens(
+        features=torch.randn(S, N, options.width, generator=generator).to(device, dtype),
+        parts=(Part(start=0, stop=N, kind="image", grid=(1, N)),),
+        ordinals=tuple(Ordinal(segment=number) for number in range(S)),
+    )
+    scores = torch.rand(S, N, generator=generator).to(device)
+    return {
+        name: lambda selector=selector: selector(tokens, scores, options.keep, None) for name, selector in PICKS.items()
+    }
+
+
+def prefill_arms(options: argparse.Namespace, device: str, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
+    """The measured layers on the long and on the short prompt."""
+    config = transformers.LlamaConfig(
+        hidden_size=options.width,
+        intermediate_size=options.width * 43 // 16,
+        num_hidden_layers=options.layers_measured,
+        num_attention_heads=options.width // 128,
+        vocab_size=8,
+        max_position_embeddings=4096,
+    )
+    torch.manual_seed(0)
+    model = transformers.LlamaModel(config).eval().to(device, dtype)
+
+    def prefill(visual: int) -> Callable[[], Any]:
+        embeds = torch.randn(options.batch, visual + options.text, options.width).to(device, dtype)
+        return lambda: model(inputs_embeds=embeds, use_cache=True)
+
+    return {LONG: prefill(options.visual), SHORT: prefill(options.keep)}
+
+
+def measure(arms: dict[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, list[float]]:
+    """Milliseconds of every arm in every round."""
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    names, shuffle = list(arms), random.Random(0)
+    for number in track(range(rounds + WARM_UPS), description="rounds"):
+        shuffle.shuffle(names)
+        for name in names:
+            milliseconds = clock_ms(device, arms[name])
+            if number >= WARM_UPS:
+                times[name].append(milliseconds)
+    return times
+
+
+def rows_of(times: dict[str, list[float]], options: argparse.Namespace, common: dict[str, Any]) -> list[Row]:
+    """Medians and quartiles, shares round by round."""
+    scale = options.layers / options.layers_measured
+    saved = [scale * (long - short) for long, short in zip(times[LONG], times[SHORT], strict=True)]
+    rows = []
+    for name in PICKS:
+        low, median, high = statistics.quantiles(times[name], n=4)
+        shares = [own / gain for own, gain in zip(times[name], saved, strict=True)]
+        share_low, share, share_high = statistics.quantiles(shares, n=4)
+        rows.append(
+            Row(
+                pick=name,
+                median_ms=round(median, 3),
+                low_ms=round(low, 3),
+                high_ms=round(high, 3),
+                saved_ms=round(statistics.median(saved), 1),
+                share=round(share, 6),
+                share_low=round(share_low, 6),
+                share_high=round(share_high, 6),
+                **common,
+            )
+        )
+    return rows
+
+
+def main() -> None:
+    """Run the benchmark and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5, help="counted rounds, 2 or more, after a warm-up")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
+    parser.add_argument("--batch", type=int, default=8, help="pictures")
+    parser.add_argument("--visual", type=int, default=576, help="tokens of a picture")
+    parser.add_argument("--keep", type=int, default=64, help="how many of them are kept")
+    parser.add_argument("--text", type=int, default=60, help="tokens of text beside them")
+    parser.add_argument("--width", type=int, default=4096, help="hidden size, a multiple of 128")
+    parser.add_argument("--layers", type=int, default=32, help="layers of the language model")
+    parser.add_argument("--layers-measured", type=int, default=1, help="how many of them are run")
+    parser.add_argument("--csv", type=Path, help="append the rows to this file")
+    options = parser.parse_args()
+    heal()
+    torch.set_num_threads(options.threads)
+    allocator = "keeps what is freed" if keep_freed_memory() else "as it comes"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    asked = ("batch", "visual", "keep", "text", "width", "layers", "layers_measured", "rounds", "threads")
+    common = {name: getattr(options, name) for name in asked} | {
+        "clock": "cuda events" if device == "cuda" else "process CPU time",
+        "dtype": str(dtype).removeprefix("torch."),
+        "allocator": allocator,
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU {platform.machine()}",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "commit": commit(),
+    }
+    with torch.no_grad():
+        arms = pick_arms(options, device, dtype) | prefill_arms(options, device, dtype)
+        rows = rows_of(measure(arms, options.rounds, device), options, common)
+    print(f"prefill saved: {rows[0].saved_ms:.1f} ms ({options.layers_measured} of {options.layers} layers measured)")
+    for row in rows:
+        spread = f"{row.low_ms:9.2f} .. {row.high_ms:9.2f}"
+        print(f"{row.pick:10s} {row.median_ms:9.2f} ms ({spread})  share {row.share:.4%} of what it saves")
+    if options.csv:
+        new = not options.csv.exists()
+        with options.csv.open("a", newline="") as file:
+            writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+            if new:
+                writer.writeheader()
+            writer.writerows(asdict(row) for row in rows)
+
+
+if __name__ == "__main__":
+    main()

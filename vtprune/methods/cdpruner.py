@@ -1,0 +1,37 @@
+"""CDPruner: the likeliest set of a determinantal point process, conditioned on the question."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from vtprune.errors import InvalidOption
+from vtprune.pipeline import Pick, Pipeline
+from vtprune.protocols import Scorer
+from vtprune.stages.debiasers import MinMax
+from vtprune.stages.diverse import DPP
+from vtprune.stages.scorers import Constant, Given, Importance
+
+_EVIDENCE: dict[str, Scorer] = {
+    "relevance": Given(name="relevance", sign=-1),
+    "importance": Importance(),
+    "none": Constant(),
+}
+
+
+def cdpruner(*, evidence: Literal["relevance", "importance", "none"] = "relevance") -> Pipeline:
+    """Greedy MAP of a k-DPP over similarity of the projected tokens and relevance to the question.
+
+    Title: Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs
+    Source: arXiv 2506.10967
+    Deviations: relevance is handed in, `using(relevance=...)` with the cosine of patches and question in the space of
+        CLIP, whose sign is turned as the authors do; it is scaled for each picture (the authors: over the batch). One
+        set a picture over all its crops; `per="part"` gives the authors' one for each crop. Where the budget exceeds
+        the rank of the features, the most relevant tokens follow (the authors' code takes roots of negative numbers).
+
+    Args:
+        evidence: "relevance" to the question; without text "importance" by the encoder; "none" for diversity alone.
+    """
+    if evidence not in _EVIDENCE:
+        raise InvalidOption(f"evidence={evidence!r}: expected one of {', '.join(_EVIDENCE)}")
+    pick = Pick(name="dpp", scorer=_EVIDENCE[evidence], debiasers=(MinMax(),), selector=DPP())
+    return Pipeline(name="cdpruner", picks=(pick,))

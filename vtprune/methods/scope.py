@@ -1,0 +1,22 @@
+"""SCOPE: salient tokens that stand for many others."""
+
+from __future__ import annotations
+
+from vtprune.methods._checks import check_positive
+from vtprune.pipeline import Pick, Pipeline
+from vtprune.stages.diverse import Facility
+from vtprune.stages.scorers import Importance
+
+
+def scope(*, alpha: float = 1.0) -> Pipeline:
+    """Greedy facility location on the projected tokens; each gain in coverage counts by the token's importance.
+
+    Title: SCOPE: Saliency-Coverage Oriented Token Pruning for Efficient Multimodal LLMs
+    Source: arXiv 2510.24214
+    Deviations: written from the formulas; gains are sums over all tokens of a picture, crops included.
+
+    Args:
+        alpha: exponent of importance; 0 selects by coverage alone.
+    """
+    check_positive("alpha", alpha, zero=True)
+    return Pipeline(name="scope", picks=(Pick(name="cover", scorer=Importance(), selector=Facility(alpha=alpha)),))

@@ -1,0 +1,97 @@
+"""Evidence that is read off the vision encoder while it runs: from the attention of a block, or at the projector."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from torch import Tensor
+
+from vtprune.errors import InvalidOption
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BlockAttention:
+    """One attention of the encoder: `query` and `key` (B, H, n, d) after norm and RoPE, `scale` on their product.
+
+    Token 0 is a CLS token where `has_cls`, so that n = N + 1 for N patches; n = N elsewhere.
+    """
+
+    query: Tensor
+    key: Tensor
+    scale: float
+    has_cls: bool
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Projection:
+    """What the projector gets, `inputs` (B, N, C), and the projector itself: (..., C) to (..., D)."""
+
+    inputs: Tensor
+    project: Callable[[Tensor], Tensor]
+
+
+class Rule(Protocol):
+    """What is read: `of` a `BlockAttention` or a `Projection` it makes (B, N), or (B, N, C), CLS token left out.
+
+    `name` is that of the evidence; `needs_cls` says that only an encoder with a CLS token has it.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def of(self) -> Literal["attention", "projector"]: ...
+    @property
+    def needs_cls(self) -> bool: ...
+    def __call__(self, seen: Any) -> Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """One piece of evidence: a rule, and the block it is applied to.
+
+    By default that is the block that makes the features. `at` names another one by its share of the depth of the
+    encoder, 0 the first and 1 the last; `since` takes the sum over all blocks from that share of the depth up to the
+    one that makes the features.
+
+    Raises:
+        InvalidOption: for both, one out of range, or either with a rule that reads the projector.
+    """
+
+    rule: Rule
+    at: float | None = None
+    since: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, share in (("at", self.at), ("since", self.since)):
+            if share is not None and (isinstance(share, bool) or not 0 <= share <= 1):
+                raise InvalidOption(f"{name}={share!r} of reading {self.rule.name!r}: expected a share of the depth")
+        if self.at is not None and self.since is not None:
+            raise InvalidOption(f"reading {self.rule.name!r}: give `at` or `since`, not both")
+        if self.rule.of == "projector" and (self.at, self.since) != (None, None):
+            raise InvalidOption(f"reading {self.rule.name!r} is taken at the projector: it has no `at` and no `since`")
+
+    @property
+    def name(self) -> str:
+        """What the evidence is called in `VisualTokens.evidence` and `using(...)`."""
+        return self.rule.name + self._place
+
+    def source(self, has_cls: bool) -> str:
+        """What it is called in reports: of "importance" which of the two it was."""
+        if self.rule.name != "importance":
+            return self.name
+        return ("cls_attention" if has_cls else "received_attention") + self._place
+
+    @property
+    def _place(self) -> str:
+        if self.at is not None:
+            return f"@{self.at:.2f}"
+        return "" if self.since is None else f"@{self.since:.2f}+"
+
+    def blocks(self, count: int, features: int) -> range:
+        """Numbers of the blocks it is taken from, out of `count`, of which `features` makes the features."""
+        if self.since is not None:
+            return range(min(features, int(self.since * count)), features + 1)
+        block = features if self.at is None else min(count - 1, int(self.at * count))
+        return range(block, block + 1)

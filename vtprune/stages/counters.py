@@ -1,0 +1,77 @@
+"""Counters: how many tokens a picture is worth, from what it holds. They make a method adaptive."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from vtprune.errors import InvalidOption
+from vtprune.protocols import Scorer
+from vtprune.readings import Reading
+from vtprune.types import VisualTokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outliers:
+    """`factor` for every token whose score is an outlier: above the third quartile by 1.5 interquartile ranges.
+
+    Source: LLaVA-PruMerge, arXiv 2403.15388; quartiles are those of one picture (in the authors' code of the batch).
+    """
+
+    scorer: Scorer
+    factor: float = 1.0
+
+    @property
+    def needs(self) -> frozenset[str | Reading]:
+        return self.scorer.needs
+
+    def __call__(self, tokens: VisualTokens, k: int) -> Tensor:
+        scores = self.scorer(tokens)
+        low, high = (scores.quantile(share, dim=1, keepdim=True) for share in (0.25, 0.75))
+        found = (scores > high + 1.5 * (high - low)).sum(dim=1)
+        return (self.factor * found).round().long()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mass:
+    """As many of the highest scores as hold a `share` of the sum of all."""
+
+    scorer: Scorer
+    share: float = 0.9
+
+    def __post_init__(self) -> None:
+        _check_share(self.share)
+
+    @property
+    def needs(self) -> frozenset[str | Reading]:
+        return self.scorer.needs
+
+    def __call__(self, tokens: VisualTokens, k: int) -> Tensor:
+        scores = self.scorer(tokens).clamp(min=0).sort(dim=1, descending=True).values
+        held = scores.cumsum(dim=1) - scores
+        return (held < self.share * scores.sum(dim=1, keepdim=True)).sum(dim=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Above:
+    """As many as score above `share` of the highest score."""
+
+    scorer: Scorer
+    share: float = 0.5
+
+    def __post_init__(self) -> None:
+        _check_share(self.share)
+
+    @property
+    def needs(self) -> frozenset[str | Reading]:
+        return self.scorer.needs
+
+    def __call__(self, tokens: VisualTokens, k: int) -> Tensor:
+        scores = self.scorer(tokens)
+        return (scores > self.share * scores.amax(dim=1, keepdim=True)).sum(dim=1)
+
+
+def _check_share(share: object) -> None:
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
+        raise InvalidOption(f"share={share!r}: expected a number in (0, 1]")

@@ -1,0 +1,125 @@
+"""Mergers: how dropped tokens live on in kept ones, as weights (S, K, N) of a mixture for every kept token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from vtprune.kernels import reference as kernels
+from vtprune.protocols import Scorer
+from vtprune.readings import Reading
+from vtprune.stages.cells import cells_of
+from vtprune.stages.scorers import Constant
+from vtprune.stages.vectors import FEATURES, needed_for, vectors_of
+from vtprune.types import Selection, VisualTokens
+
+
+def assigned(into: Tensor, keep: Tensor, weights: Tensor) -> Tensor:
+    """Weighted means (S, K, N): each token goes to the kept one `into` (S, N) names, -1 to none; kept ones to theirs.
+
+    Args:
+        into: index into K.
+        keep: (S, K) indices into N.
+        weights: (S, N), what a token counts in the mean; where those of a kept token and its tokens add up to nothing,
+            they count alike.
+    """
+    K = keep.shape[1]
+    own = torch.arange(K, device=keep.device).expand_as(keep)
+    into = into.scatter(1, keep, own)
+    belongs = into[:, None] == torch.arange(K, device=into.device)[:, None]
+    mixture = belongs * weights[:, None].clamp(min=0)
+    total = mixture.sum(dim=2, keepdim=True)
+    mixture = torch.where(total > 0, mixture, belongs.to(mixture.dtype))
+    return mixture / mixture.sum(dim=2, keepdim=True)
+
+
+def nearest_kept(units: Tensor, keep: Tensor, allowed: Tensor | None = None) -> Tensor:
+    """Index (S, N) into `keep` (S, K) of the kept token most similar to each, out of the `allowed` (S, K) ones."""
+    chosen = kernels.cut_sequence(units, keep)
+    similarity = units @ chosen.transpose(1, 2)
+    if allowed is not None:
+        similarity = similarity.masked_fill(~allowed[:, None], float("-inf"))
+    return similarity.argmax(dim=2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IntoNearest:
+    """Each dropped token joins the kept one it is most similar to; the mean takes its place.
+
+    Args:
+        vectors: what is compared: `"features"`, or the name of evidence (S, N, C).
+        pick: number of the pick whose tokens take others over; None: all do.
+    """
+
+    vectors: str = FEATURES
+    pick: int | None = None
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return needed_for(self.vectors)
+
+    def __call__(self, tokens: VisualTokens, selection: Selection) -> Tensor:
+        units = kernels.unit_rows(vectors_of(tokens, self.vectors))
+        allowed = None if self.pick is None else selection.taken == self.pick
+        into = nearest_kept(units, selection.keep, allowed)
+        if allowed is not None:
+            into = into.masked_fill(~allowed.any(dim=1, keepdim=True), -1)
+        return assigned(into, selection.keep, torch.ones_like(into, dtype=torch.float32))
+
+
+@dataclass(frozen=True, kw_only=True)
+class IntoCell:
+    """Tokens join the kept one of their cell of the grid; there are as many cells as tokens that may take others over.
+
+    Args:
+        pick: number of the pick whose tokens these are; None: all.
+        weights: scorer of what a token counts in the mean that takes the place of the kept one.
+    """
+
+    pick: int | None = None
+    weights: Scorer = field(default_factory=Constant)
+
+    @property
+    def needs(self) -> frozenset[str | Reading]:
+        return self.weights.needs
+
+    def __call__(self, tokens: VisualTokens, selection: Selection) -> Tensor:
+        K = selection.keep.shape[1]
+        count = K if self.pick is None else selection.counts[self.pick]
+        own = torch.arange(K, device=selection.keep.device).expand_as(selection.keep)
+        if count == 0:
+            return torch.nn.functional.one_hot(selection.keep, tokens.features.shape[1]).float()
+        cell = torch.from_numpy(cells_of(tokens.parts, count).owner).to(own.device, non_blocking=True)
+        at_home = own if self.pick is None else own.masked_fill(selection.taken != self.pick, K)
+        head = own.new_full((len(own), count), K).scatter_reduce_(1, cell[selection.keep], at_home, "amin")
+        into = head[:, cell]
+        return assigned(into.masked_fill(into == K, -1), selection.keep, self.weights(tokens))
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeighbourSum:
+    """Each kept token gets the `count` tokens most similar to it on top, in proportion to their scores.
+
+    Scores are scaled to add up to 1 over a picture. Source: LLaVA-PruMerge, arXiv 2403.15388.
+    """
+
+    weights: Scorer
+    count: int = 32
+    vectors: str = FEATURES
+
+    @property
+    def needs(self) -> frozenset[str | Reading]:
+        return self.weights.needs | needed_for(self.vectors)
+
+    def __call__(self, tokens: VisualTokens, selection: Selection) -> Tensor:
+        units = kernels.unit_rows(vectors_of(tokens, self.vectors))
+        N = units.shape[1]
+        similarity = kernels.cut_sequence(units, selection.keep) @ units.transpose(1, 2)
+        similarity = similarity.scatter(2, selection.keep[..., None], float("-inf"))
+        near = similarity.sort(dim=2, descending=True, stable=True).indices[..., : min(self.count, N - 1)]
+        worth = self.weights(tokens).clamp(min=0)
+        worth = worth / worth.sum(dim=1, keepdim=True).clamp_min(1e-12)
+        added = torch.zeros_like(similarity).scatter(2, near, 1.0) * worth[:, None]
+        return added.scatter(2, selection.keep[..., None], 1.0)
