@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from vtprune.errors import InvalidOption
 
@@ -26,10 +25,13 @@ class BlockAttention:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Projection:
-    """What the projector gets, `inputs` (B, N, C), and the projector itself: (..., C) to (..., D)."""
+    """What the projector gets, `inputs` (B, N, C), and the projector itself.
+
+    A projector that merges patches makes of N rows only N / m, each of m neighbours.
+    """
 
     inputs: Tensor
-    project: Callable[[Tensor], Tensor]
+    projector: nn.Module
 
 
 class Rule(Protocol):

@@ -12,6 +12,7 @@ from vtprune.methods.fopru import fopru_rank, fopru_row
 from vtprune.methods.hiprune import hiprune
 from vtprune.methods.holov import holov
 from vtprune.methods.identity import identity
+from vtprune.methods.idpruner import idpruner
 from vtprune.methods.pool import pool
 from vtprune.methods.prumerge_plus import prumerge_plus
 from vtprune.methods.prunesid import prunesid
@@ -25,6 +26,7 @@ from vtprune.methods.visionzip import visionzip
 from vtprune.methods.vispruner import vispruner
 from vtprune.methods.vtc_cls import vtc_cls
 from vtprune.methods.vtprune import vtprune
+from vtprune.methods.zoo_prune import zoo_prune
 from vtprune.pipeline import Pipeline
 
 METHODS: dict[str, Callable[..., Pipeline]] = {
@@ -38,9 +40,11 @@ METHODS: dict[str, Callable[..., Pipeline]] = {
     "holov": holov,
     "divprune": divprune,
     "todre_select": todre_select,
+    "idpruner": idpruner,
     "vispruner": vispruner,
     "scope": scope,
     "cdpruner": cdpruner,
+    "zoo_prune": zoo_prune,
     "prunesid": prunesid,
     "dart": dart,
     "visionzip": visionzip,

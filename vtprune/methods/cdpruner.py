@@ -11,14 +11,10 @@ from vtprune.stages.debiasers import MinMax
 from vtprune.stages.diverse import DPP
 from vtprune.stages.scorers import Constant, Given, Importance
 
-_EVIDENCE: dict[str, Scorer] = {
-    "relevance": Given(name="relevance", sign=-1),
-    "importance": Importance(),
-    "none": Constant(),
-}
 
-
-def cdpruner(*, evidence: Literal["relevance", "importance", "none"] = "relevance") -> Pipeline:
+def cdpruner(
+    *, evidence: Literal["relevance", "importance", "none"] = "relevance", sign: Literal[-1, 1] = -1
+) -> Pipeline:
     """Greedy MAP of a k-DPP over similarity of the projected tokens and relevance to the question.
 
     Title: Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs
@@ -30,8 +26,17 @@ def cdpruner(*, evidence: Literal["relevance", "importance", "none"] = "relevanc
 
     Args:
         evidence: "relevance" to the question; without text "importance" by the encoder; "none" for diversity alone.
+        sign: -1 where relevant patches lie far from the question, as in CLIP; 1 where they lie near, as in a text tower
+            that was aligned patch by patch.
     """
-    if evidence not in _EVIDENCE:
-        raise InvalidOption(f"evidence={evidence!r}: expected one of {', '.join(_EVIDENCE)}")
-    pick = Pick(name="dpp", scorer=_EVIDENCE[evidence], debiasers=(MinMax(),), selector=DPP())
+    known: dict[str, Scorer] = {
+        "relevance": Given(name="relevance", sign=sign),
+        "importance": Importance(),
+        "none": Constant(),
+    }
+    if evidence not in known:
+        raise InvalidOption(f"evidence={evidence!r}: expected one of {', '.join(known)}")
+    if sign not in (-1, 1):
+        raise InvalidOption(f"sign={sign!r}: expected -1 or 1")
+    pick = Pick(name="dpp", scorer=known[evidence], debiasers=(MinMax(),), selector=DPP())
     return Pipeline(name="cdpruner", picks=(pick,))

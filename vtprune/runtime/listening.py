@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +22,13 @@ from vtprune.seam import refuse_copy
 
 
 class _Recording(threading.local):
-    """What one thread is encoding: by reading and block what was taken so far (None: nothing is under way)."""
+    """What one thread is encoding: by reading and block what was taken so far (None: nothing is under way).
+
+    `probing`: a rule is running the projector, which is not to be listened to.
+    """
 
     taken: dict[tuple[str, int], list[Tensor | Pending]] | None = None
+    probing = False
 
     def __init__(self) -> None:
         self.projections: dict[str, Tensor] = {}
@@ -114,10 +118,8 @@ class Listener:
         self._handles.append(probe.attention.register_forward_hook(functools.partial(self._attended, block)))
 
     def _hook_projector(self, projector: nn.Module, rules: Mapping[str, Rule]) -> None:
-        project = projector.forward
         self._keep_eager(projector)
-        given = functools.partial(self._given, rules, project)
-        self._handles.append(projector.register_forward_pre_hook(given))
+        self._handles.append(projector.register_forward_pre_hook(functools.partial(self._given, rules)))
 
     def _before(
         self, projections: dict[str, nn.Module], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -160,16 +162,18 @@ class Listener:
         self._thread.call.clear()
 
     @torch.no_grad()
-    def _given(
-        self, rules: Mapping[str, Rule], project: Callable[[Tensor], Tensor], module: nn.Module, args: tuple[Any, ...]
-    ) -> None:
-        if not self.recording:
+    def _given(self, rules: Mapping[str, Rule], module: nn.Module, args: tuple[Any, ...]) -> None:
+        if not self.recording or self._thread.probing:
             return
         inputs = args[0].detach()
-        seen = Projection(inputs=inputs if inputs.ndim == 3 else inputs[None], project=project)
-        for name, rule in rules.items():
-            with kernels.exact(inputs.device):
-                self._take(name, 0, rule(seen))
+        seen = Projection(inputs=inputs if inputs.ndim == 3 else inputs[None], projector=module)
+        self._thread.probing = True
+        try:
+            for name, rule in rules.items():
+                with kernels.exact(inputs.device):
+                    self._take(name, 0, rule(seen))
+        finally:
+            self._thread.probing = False
 
     def _take(self, name: str, block: int, value: Tensor | Pending) -> None:
         assert self._thread.taken is not None

@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from vtprune.stages import cells, counters, debiasers, diverse, mergers, rules, scorers, selectors, structured
+from vtprune.stages import (
+    cells,
+    counters,
+    debiasers,
+    diverse,
+    mergers,
+    networks,
+    rules,
+    scorers,
+    selectors,
+    sensitivity,
+    structured,
+)
 
 STAGES: dict[str, type] = {
     stage.__name__: stage
@@ -13,11 +25,16 @@ STAGES: dict[str, type] = {
         rules.MoreVaried,
         rules.SinkRows,
         rules.PageRank,
+        rules.Keys,
+        rules.EncoderFeatures,
+        sensitivity.ProbedSensitivity,
+        sensitivity.JacobianSensitivity,
         scorers.Constant,
         scorers.Importance,
         scorers.Read,
         scorers.Given,
         scorers.Norm,
+        networks.TrainedScorer,
         debiasers.MinMax,
         debiasers.WithoutSinks,
         debiasers.WithoutHighNorms,
