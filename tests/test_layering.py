@@ -20,7 +20,7 @@ ROWS = (
     ("errors",),
     ("types", "readings"),
     ("kernels", "protocols", "_torchvision"),
-    ("stages", "pipeline", "positions", "report", "viz", "_prompts"),
+    ("stages", "pipeline", "positions", "report", "relevance", "viz", "_prompts"),
     ("cache", "methods", "adapters", "tiny"),
     ("catalog", "seam"),
     ("runtime",),

@@ -18,6 +18,7 @@ _HOMES = {
     "list_methods": "vtprune.catalog",
     "list_families": "vtprune.catalog",
     "describe": "vtprune.catalog",
+    "text_relevance": "vtprune.relevance",
     "load_tiny": "vtprune.tiny",
     "Pick": "vtprune.pipeline",
     "Pipeline": "vtprune.pipeline",
@@ -37,6 +38,7 @@ __all__ = [
     "list_methods",
     "load_tiny",
     "pruning",
+    "text_relevance",
     "unwrap",
     "wrap",
 ]
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from vtprune.comparing import compare
     from vtprune.errors import VtpruneError
     from vtprune.pipeline import Pick, Pipeline
+    from vtprune.relevance import text_relevance
     from vtprune.report import PruneReport
     from vtprune.tiny import load_tiny
 

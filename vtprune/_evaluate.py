@@ -14,6 +14,7 @@ from vtprune.errors import InvalidOption
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
+    from torch import Tensor
 
     from vtprune.eval.runner import Result
     from vtprune.eval.store import Store
@@ -127,6 +128,18 @@ def _check_files(options: argparse.Namespace) -> None:
             check_writable(Path(text))
 
 
+def _relevance(model: str) -> Callable[..., Tensor] | None:
+    """That of the text tower bundled with a tiny model, with the sign of CLIP: it was aligned patch by patch."""
+    from vtprune.relevance import text_relevance
+    from vtprune.tiny.loading import TEXT_TOWERS, load_tiny_clip
+
+    name = model.removeprefix("tiny:")
+    if name == model or name not in TEXT_TOWERS:
+        return None
+    clip, tokenizer = load_tiny_clip(name)
+    return lambda pixels, questions: -text_relevance(clip, tokenizer, pixels, questions)
+
+
 def _run(options: argparse.Namespace) -> list[Row]:
     from vtprune import _console as helpers
 
@@ -155,6 +168,7 @@ def _run(options: argparse.Namespace) -> list[Row]:
             positions=options.positions,
             max_new_tokens=length,
             instruction=options.instruction,
+            relevance=_relevance(options.model),
         )
         weights = fingerprint(model)
         settings = {"weights": weights, "dtype": str(model.dtype), "device": device.type, "max-new-tokens": length}

@@ -9,12 +9,11 @@ import pytest
 import torch
 
 from tests.eval.common import TOKENS, batch_of, bundled, llava, qwen
-from vtprune.errors import InvalidOption, UnsupportedCall
-from vtprune.eval.arms import OWN, WHOLE, about, arm_of, plan
-from vtprune.eval.pooling import pool_features, pool_grid, pooled_cells
+from vtprune._evaluate import _relevance
+from vtprune.errors import InvalidOption, MissingEvidence, UnsupportedCall
+from vtprune.eval.arms import OWN, WHOLE, about, arm_of, coarser_grid, plan
 from vtprune.eval.questions import coverage, draw_items, in_turn, judged
 from vtprune.eval.subject import Subject
-from vtprune.types import Part
 
 ITEMS = draw_items("test", 0, 3)
 FEW = (*ITEMS[:2], *ITEMS[-2:])
@@ -27,11 +26,9 @@ def test_every_arm_keeps_what_the_budget_allows(name: str, arm: str) -> None:
     batch = batch_of(SUBJECTS[name](), FEW)
     answers = arm_of(arm)(batch, 0.3)
     k = batch.count(0.3)
-    side = int(k**0.5)
-    expected = {"downsample": side**2, "pool": len(pooled_cells(batch.parts, [pool_grid(batch.parts[0].grid, k)]))}
-    assert answers.kept == (expected.get(arm, k),) * len(FEW)
+    assert answers.kept == (int(k**0.5) ** 2 if arm == "downsample" else k,) * len(FEW)
     assert len(answers.words) == len(FEW) and all(answers.words)
-    assert (answers.tokens is None) == (arm in expected)
+    assert (answers.tokens is None) == (arm in ("downsample", "pool"))
 
 
 def test_everything_kept_is_the_unpruned_answer() -> None:
@@ -95,33 +92,8 @@ def test_blind_is_the_answer_to_the_next_picture() -> None:
         ((1, 9), 3, {(1, 3)}),
     ],
 )
-def test_the_pooled_grid(grid: tuple[int, int], count: int, expected: set[tuple[int, int]]) -> None:
-    assert pool_grid(grid, count) in expected
-
-
-def test_pooled_features_are_means_that_lie_in_the_middle() -> None:
-    part = Part(start=0, stop=17, kind="image", grid=(4, 4), separators=(4,))
-    output: Any = _Output(pooler_output=[torch.randn(17, 3) for _ in range(2)])
-    before = [entry.clone() for entry in output.pooler_output]
-    pooled = pool_features({"mm_encoder_outputs": {"image": output}}, [part], [(2, 2)])
-    assert pooled_cells([part], [(2, 2)]) == [0, 2, 8, 10]
-    assert pooled_cells([part], [(1, 1)]) == [5]
-    assert pooled_cells([part], [(4, 4)]) == list(range(16))
-    for old, new in zip(before, pooled["mm_encoder_outputs"]["image"].pooler_output):
-        tokens = torch.cat([old[:4], old[5:]])
-        cells = {0: (0, 1, 4, 5), 2: (2, 3, 6, 7), 8: (8, 9, 12, 13), 10: (10, 11, 14, 15)}
-        for middle, members in cells.items():
-            place = middle + (middle >= 4)
-            torch.testing.assert_close(new[place], tokens[list(members)].mean(dim=0))
-        assert torch.equal(new[4], old[4]) and torch.equal(new[1], old[1])
-    with pytest.raises(UnsupportedCall, match="takes no encoded pictures"):
-        pool_features({}, [part], [(2, 2)])
-
-
-class _Output(dict):
-    def __init__(self, **fields: Any) -> None:
-        super().__init__(fields)
-        self.pooler_output = fields["pooler_output"]
+def test_the_grid_of_a_smaller_picture(grid: tuple[int, int], count: int, expected: set[tuple[int, int]]) -> None:
+    assert coarser_grid(grid, count) in expected
 
 
 def test_pool_is_a_prompt_of_means() -> None:
@@ -188,6 +160,23 @@ def test_positions_of_the_subject_reach_the_cut(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(pytest.fail.Exception):
         batch_of(subject, FEW).answer("divprune", 0.3)
     assert seen == ["keep"]
+
+
+def test_a_text_tower_tells_what_is_relevant() -> None:
+    """The bundled one finds the things asked about; without one there is no evidence."""
+    asked = [item for item in ITEMS if item.question.kind in ("color", "where")]
+    subject = dataclasses.replace(bundled(), relevance=_relevance("tiny:llava"))
+    batch = batch_of(subject, asked)
+    answers = arm_of("cdpruner")(batch, 0.11)
+    assert answers.kept == (28,) * len(asked)
+    nearest = (-batch.relevance).argmax(dim=1)
+    shown = [
+        coverage(item.views, batch.parts)[list(item.question.about)][:, at].max() for item, at in zip(asked, nearest)
+    ]
+    assert sum(share > 0 for share in shown) >= 0.8 * len(asked)
+    with pytest.raises(MissingEvidence, match="relevance"):
+        arm_of("cdpruner")(batch_of(bundled(), asked), 0.11)
+    assert _relevance("tiny:llava_next_video") is None is _relevance("tiny")
 
 
 def test_the_bundled_model_sees() -> None:

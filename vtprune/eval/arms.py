@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 
-from vtprune.catalog import build, list_methods
+from vtprune.catalog import build, describe, list_methods
 from vtprune.errors import InvalidOption, UnsupportedCall, VtpruneError
-from vtprune.eval.pooling import pool_features, pool_grid, pool_grids, pooled_cells
 from vtprune.eval.questions import Item, coverage, in_turn
 from vtprune.eval.subject import Answers, Batch, Inputs
 from vtprune.readings import Reading
@@ -62,22 +61,10 @@ def oracle(batch: Batch, keep: float | int) -> Answers:
     return batch.answer("uniform", keep, protect=chosen)
 
 
-def pool(batch: Batch, keep: float | int) -> Answers:
-    """Averages over the cells of a coarser grid, the largest that has no more cells than the budget and none more than
-    twice as long as wide; of a clip, frame by frame. Each lies at the token in the middle of its cell."""
-    grids = pool_grids(batch.parts, batch.count(keep))
-    cells = pooled_cells(batch.parts, grids)
-    if len(cells) > batch.count(keep):
-        raise UnsupportedCall(f"one average for each of {len(batch.parts)} parts is more than the budget")
-    inputs = pool_features(batch.shared(), batch.parts, grids)
-    answers, _ = batch.subject.answer(inputs, "uniform", len(cells) / batch.n, protect=[cells] * len(batch.items))
-    return dataclasses.replace(answers, tokens=None)
-
-
 def downsample(batch: Batch, keep: float | int) -> Answers:
-    """The picture scaled down to the largest size of which the encoder makes no more tokens than the budget, in the
-    grid of `pool` where the encoder takes any; the prompt is shorter to match. Encoders of one size interpolate their
-    position embeddings. Of a clip, as many frames as the budget has room for, evenly apart."""
+    """The picture scaled down to the largest size of which the encoder makes no more tokens than the budget, stretched
+    to at most twice its shape; the prompt is shorter to match. Encoders of one size interpolate their position
+    embeddings. Of a clip, as many frames as the budget has room for, evenly apart."""
     k = batch.count(keep)
     clip = batch.items[0].modality == "video"
     if len(batch.parts) > 1 and not clip:
@@ -116,7 +103,7 @@ def _smaller(batch: Batch, k: int) -> Callable[[], Inputs]:
         unit = int(any_size[0, 1]) * patch // grid[0]
         size = {"shortest_edge": unit**2, "longest_edge": (math.isqrt(k) * unit) ** 2}
         return subject.encode(subject.inputs(batch.items, views, size=size))
-    rows, columns = pool_grid(grid, k)
+    rows, columns = coarser_grid(grid, k)
     size = {"height": rows * (pixels.shape[-2] // grid[0]), "width": columns * (pixels.shape[-1] // grid[1])}
     crop = {"crop_size": size} if getattr(subject.processor.image_processor, "do_center_crop", False) else {}
     inputs = subject.inputs(batch.items, views, size=size, **crop)
@@ -126,17 +113,31 @@ def _smaller(batch: Batch, k: int) -> Callable[[], Inputs]:
     return subject.encode(inputs, options={"interpolate_pos_encoding": True})
 
 
+def coarser_grid(grid: tuple[int, int], count: int) -> tuple[int, int]:
+    """The largest grid of at most `count` cells, none longer than twice its width; the squarest of equal ones."""
+
+    def stretch(rows: int, columns: int) -> float:
+        aspect = (grid[0] / rows) / (grid[1] / columns)
+        return max(aspect, 1 / aspect)
+
+    choices = [(rows, min(grid[1], count // rows)) for rows in range(1, min(grid[0], count) + 1)]
+    fitting = [choice for choice in choices if stretch(*choice) <= 2]
+    if not fitting:
+        return min(choices, key=lambda choice: stretch(*choice))
+    return max(fitting, key=lambda choice: (choice[0] * choice[1], -stretch(*choice)))
+
+
 OWN: dict[str, Arm] = {
     "random": random,
     "uniform": functools.partial(method_arm, "uniform"),
-    "pool": pool,
+    "pool": functools.partial(method_arm, "pool"),
     "downsample": downsample,
     "oracle": oracle,
 }
 """What methods are measured against, at every budget."""
 WHOLE: dict[str, Arm] = {"identity": identity, "blind": blind}
 """What has all tokens, and one row."""
-REVISION = 1
+REVISION = 2
 """To be raised when an own arm changes, so that its stored answers are not taken for those of the new one."""
 Step = tuple[str, float | int]
 
@@ -174,6 +175,8 @@ def readings(steps: Sequence[Step]) -> dict[str, Reading]:
 def about(name: str) -> str:
     """What an own arm does, for a legend; empty for a method."""
     arm = WHOLE.get(name) or OWN.get(name)
-    if name == "uniform" or arm is None:
+    if isinstance(arm, functools.partial):
+        return describe(name).summary
+    if arm is None:
         return ""
     return " ".join((inspect.getdoc(arm) or "").replace("`", "").split())

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vtprune._prompts import prompt_text
 from vtprune.adapters import family_of
 from vtprune.api import pruning
+from vtprune.catalog import build
 from vtprune.errors import UnsupportedCall
 from vtprune.eval.questions import Item, judged
 from vtprune.pipeline import Pipeline
@@ -39,13 +40,18 @@ class Answers:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Subject:
-    """A model, its processor, and how it is asked: greedily, each question with the `instruction` behind it."""
+    """A model, its processor, and how it is asked: greedily, each question with the `instruction` behind it.
+
+    `relevance` tells of pixels (B, 3, H, W) and B questions how relevant every token is, (B, N), as CLIP does: little
+    where it is. None where there is no text tower to ask.
+    """
 
     model: nn.Module
     processor: Any
     positions: str = "auto"
     max_new_tokens: int = 3
     instruction: str = ""
+    relevance: Callable[[Tensor, Sequence[str]], Tensor] | None = None
 
     @cached_property
     def base(self) -> nn.Module:
@@ -93,15 +99,15 @@ class Subject:
         method: str | Pipeline,
         keep: float | int,
         *,
-        protect: Sequence[Sequence[int]] | None = None,
+        evidence: Mapping[str, Sequence[Any]] | None = None,
     ) -> tuple[Answers, tuple[Part, ...]]:
-        """Answer every prompt, `protect` being tokens to keep of each picture; also tells the parts of the pictures.
+        """Answer every prompt with `evidence` for `using`; also tells the parts of the pictures.
 
         Raises:
             UnsupportedCall: where prompts have not one picture each, or pictures differ in their parts.
         """
-        evidence = {} if protect is None else {"protect": [list(tokens) for tokens in protect]}
-        with pruning(self.model, method, keep=keep, positions=self.positions) as pruner, pruner.using(**evidence):
+        wrapped = pruning(self.model, method, keep=keep, positions=self.positions)
+        with wrapped as pruner, pruner.using(**(evidence or {})):
             options = {"max_new_tokens": self.max_new_tokens, "do_sample": False}
             written = self.model.generate(**inputs, **options)  # type: ignore[operator]
             report = pruner.last
@@ -113,7 +119,7 @@ class Subject:
         answers = Answers(
             words=tuple(judged(text) for text in texts),
             kept=tuple(segment.k for segment in report.segments),
-            tokens=tuple(segment.keep for segment in report.segments),
+            tokens=None if report.merged else tuple(segment.keep for segment in report.segments),
         )
         return answers, parts.pop()
 
@@ -159,5 +165,14 @@ class Batch:
     def answer(
         self, method: str | Pipeline, keep: float | int, *, protect: Sequence[Sequence[int]] | None = None
     ) -> Answers:
-        """Answers from the tokens of the pictures that a method keeps."""
-        return self.subject.answer(self.shared(), method, keep, protect=protect)[0]
+        """Answers from the tokens of the pictures that a method keeps, `protect` being some to keep of each."""
+        evidence: dict[str, Sequence[Any]] = {} if protect is None else {"protect": [list(own) for own in protect]}
+        if "relevance" in build(method).needs and self.subject.relevance is not None:
+            evidence["relevance"] = list(self.relevance)
+        return self.subject.answer(self.shared(), method, keep, evidence=evidence)[0]
+
+    @cached_property
+    def relevance(self) -> Tensor:
+        """Relevance (B, N) of every token to the question about its picture."""
+        assert self.subject.relevance is not None
+        return self.subject.relevance(self.inputs["pixel_values"], [item.question.text for item in self.items])

@@ -18,7 +18,7 @@ _WEIGHTS = _HOME / "weights"
 _CLIP = "clip"
 _SUMS = "SHA256SUMS"
 _NAMES = ("llava", "llava_next_video")
-_WITH_TEXT_TOWER = ("llava",)
+TEXT_TOWERS = ("llava",)
 """Models with a text tower aligned to their vision tower."""
 _WITH_VIDEO = ("llava_next_video", "qwen2_5_vl")
 """Models whose processors come with one for video."""
@@ -89,8 +89,8 @@ def load_tiny_clip(name: str = "llava") -> tuple[CLIPModel, PreTrainedTokenizerB
         VtpruneError: where the bundled files are missing or damaged.
     """
     folder = tiny_folder(name) / _CLIP
-    if name not in _WITH_TEXT_TOWER:
-        raise InvalidOption(f"{name} has no aligned text tower; there is one for: {', '.join(_WITH_TEXT_TOWER)}")
+    if name not in TEXT_TOWERS:
+        raise InvalidOption(f"{name} has no aligned text tower; there is one for: {', '.join(TEXT_TOWERS)}")
     _check_files(folder)
     heal()
     from transformers import AutoTokenizer, CLIPModel
