@@ -11,12 +11,15 @@ from typing import Any, TypeVar
 from torch import nn
 
 from vtprune.adapters import family_of
-from vtprune.adapters.base import Family, rope_axes
-from vtprune.catalog import build, features_only
+from vtprune.adapters.base import Family, Tower, rope_axes
+from vtprune.adapters.plain import plain_tower
+from vtprune.catalog import build, features_only, list_methods
 from vtprune.errors import InvalidOption, MissingEvidence, UnsupportedModel
 from vtprune.kernels import choose_backend
 from vtprune.pipeline import Pipeline
+from vtprune.protocols import EncoderStage
 from vtprune.report import PruneReport
+from vtprune.runtime.encoder_pruner import EncoderPruner
 from vtprune.runtime.evidence import readings_of
 from vtprune.runtime.pruner import Pruner
 from vtprune.seam import HANDLE, find_base, shells
@@ -40,7 +43,8 @@ def wrap(
     """Hook `model` so that only a part of its visual tokens reaches the language model; returns the same object.
 
     Args:
-        model: a transformers image-text-to-text model (or a PEFT model around one).
+        model: a transformers image-text-to-text model (or a PEFT model around one); for methods that prune inside the
+            vision encoder also a vision encoder by itself, of timm, open_clip or transformers.
         method: a name from `list_methods()`, or a `Pipeline`.
         keep: share of the tokens as a float in (0, 1], or their number as an int.
         per: what `keep` applies to: each `"image"` (a clip counts as one), each `"part"` (crop, tile, frame), or the
@@ -58,9 +62,12 @@ def wrap(
         MissingEvidence: where the method needs encoder attention and the family offers none.
         BackendUnavailable: for `backend="triton"`, which this version does not have.
     """
-    inner = find_base(model)
     budget = Budget(keep=keep, per=per)
     pipeline = build(method, parameters, options=inspect.signature(wrap).parameters)
+    tower = plain_tower(model) if isinstance(model, nn.Module) else None
+    if tower is not None:
+        return _wrap_encoder(model, tower, pipeline, budget)
+    inner = find_base(model)
     family = family_of(inner.config)
     _check_options(pipeline, budget, history, on_report)
     _check_evidence(pipeline, budget, family, inner)
@@ -77,6 +84,22 @@ def wrap(
         history=history,
     )
     pruner.install(shells(model, inner))
+    return model
+
+
+def _wrap_encoder(model: ModelT, tower: Tower, pipeline: Pipeline, budget: Budget) -> ModelT:
+    """Hook a vision encoder that stands by itself."""
+    name = type(model).__name__
+    if HANDLE in model.__dict__:
+        raise UnsupportedModel("this model is wrapped already: call vtprune.unwrap(model) first")
+    if pipeline.encoder is None:
+        able = ", ".join(method for method in list_methods() if build(method).encoder is not None)
+        raise UnsupportedModel(
+            f"{name} is a vision encoder by itself, and method {pipeline.name!r} prunes in front of a language model; "
+            f"methods that prune inside encoders: {able}"
+        )
+    _check_encoder(pipeline.name, pipeline.encoder, tower, name)
+    EncoderPruner(tower, pipeline=pipeline, budget=budget).install(model)
     return model
 
 
@@ -116,6 +139,8 @@ def _check_evidence(pipeline: Pipeline, budget: Budget, family: Family, inner: n
         tower = family.tower(inner, kind)
         encoder = f"the {kind} encoder of {type(inner).__name__} (family {family.name!r})"
         for name, reading in readings.items():
+            if pipeline.encoder is not None and tower is not None:
+                _check_encoder(pipeline.name, pipeline.encoder, tower, encoder)
             if tower is None or (reading.rule.of == "projector" and tower.projector is None):
                 raise MissingEvidence(
                     f"method {pipeline.name!r} needs {name!r}, and it is not known how to read that of {encoder}; "
@@ -123,6 +148,14 @@ def _check_evidence(pipeline: Pipeline, budget: Budget, family: Family, inner: n
                 )
             if reading.rule.needs_cls and not tower.has_cls:
                 raise MissingEvidence(f"method {pipeline.name!r} needs {name!r}, and {encoder} has no CLS token")
+
+
+def _check_encoder(method: str, stage: EncoderStage, tower: Tower, encoder: str) -> None:
+    """Raise `UnsupportedModel` where a method prunes inside an encoder that does not bear it."""
+    if tower.refuses is not None:
+        raise UnsupportedModel(f"method {method!r} prunes inside the encoder, and {encoder} cannot be: {tower.refuses}")
+    if stage.needs_cls and not tower.has_cls:
+        raise UnsupportedModel(f"method {method!r} prunes by the CLS token, and {encoder} has none")
 
 
 def _compacts(positions: str, inner: nn.Module) -> bool:

@@ -73,7 +73,8 @@ def compare(
     unpruned: Tensor | None = None
     for pipeline, budget in arms:
         with pruning(model, pipeline, keep=budget, **options) as pruner:
-            written = model.generate(**shared(), max_new_tokens=max_new_tokens, do_sample=False)  # type: ignore[operator]
+            given = shared() if pipeline.encoder is None else inputs
+            written = model.generate(**given, max_new_tokens=max_new_tokens, do_sample=False)  # type: ignore[operator]
             report = pruner.last
             assert report is not None
         answer = written[:, inputs["input_ids"].shape[1] :]

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from vtprune.errors import InvalidOption, UnsupportedCall
 from vtprune.kernels import reference as kernels
-from vtprune.protocols import Counter, Debiaser, Merger, Scorer, Selector
+from vtprune.protocols import Counter, Debiaser, EncoderStage, Merger, Scorer, Selector
 from vtprune.readings import Reading
 from vtprune.types import Merged, Selection, VisualTokens
 
 FORMAT = 1
-_WHOLE = ("merger", "counter")
+_WHOLE = ("merger", "counter", "encoder")
 """Stages of a pipeline that belong to none of its picks."""
 
 
@@ -48,6 +48,7 @@ class Pipeline:
 
     A `merger` gives dropped tokens a place in kept ones. A `counter` makes the method adaptive: the budget is only the
     most that stays, and one more wait for the device tells how much it is.
+    `encoder` prunes inside the vision encoder already; the picks then take what it left.
     A pipeline compares, prints and stores as a value: see `to_dict` and `from_dict`.
     """
 
@@ -55,6 +56,7 @@ class Pipeline:
     picks: tuple[Pick, ...]
     merger: Merger | None = None
     counter: Counter | None = None
+    encoder: EncoderStage | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.picks, tuple) or not all(isinstance(pick, Pick) for pick in self.picks):

@@ -6,8 +6,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from vtprune.readings import Reading
-from vtprune.types import Selection, VisualTokens
+from vtprune.readings import BlockAttention, Reading
+from vtprune.types import EncoderCut, Selection, VisualTokens
 
 
 class Scorer(Protocol):
@@ -48,3 +48,17 @@ class Counter(Protocol):
     """How many tokens (S,) a row is worth, from what they hold: at most `k`, the budget."""
 
     def __call__(self, tokens: VisualTokens, k: int) -> Tensor: ...
+
+
+class EncoderStage(Protocol):
+    """Prunes inside the vision encoder, at the outputs of its blocks.
+
+    `counts(n, k, blocks)` says how many of n patches are left after each of so many blocks, k after the last. The call
+    gets the attention of a block, the patches that come out of it (B, n, D), CLS token left out, how many stay, and
+    what it remembered (B, n). `needs_cls` says that only an encoder with a CLS token will do.
+    """
+
+    @property
+    def needs_cls(self) -> bool: ...
+    def counts(self, n: int, k: int, blocks: int) -> tuple[int, ...]: ...
+    def __call__(self, seen: BlockAttention, patches: Tensor, count: int, memory: Tensor | None) -> EncoderCut: ...

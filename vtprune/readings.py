@@ -14,13 +14,15 @@ from vtprune.errors import InvalidOption
 class BlockAttention:
     """One attention of the encoder: `query` and `key` (B, H, n, d) after norm and RoPE, `scale` on their product.
 
-    Token 0 is a CLS token where `has_cls`, so that n = N + 1 for N patches; n = N elsewhere.
+    Token 0 is a CLS token where `has_cls`, so that n = N + 1 for N patches; n = N elsewhere. `value` is None where
+    nobody asked for it.
     """
 
     query: Tensor
     key: Tensor
     scale: float
     has_cls: bool
+    value: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -37,13 +39,14 @@ class Projection:
 class Rule(Protocol):
     """What is read: `of` a `BlockAttention` or a `Projection` it makes (B, N), or (B, N, C), CLS token left out.
 
+    What is read of the `"cut"` is the score of patches that stay where the encoder itself is pruned.
     `name` is that of the evidence; `needs_cls` says that only an encoder with a CLS token has it.
     """
 
     @property
     def name(self) -> str: ...
     @property
-    def of(self) -> Literal["attention", "projector"]: ...
+    def of(self) -> Literal["attention", "projector", "cut"]: ...
     @property
     def needs_cls(self) -> bool: ...
     def __call__(self, seen: Any) -> Tensor: ...
@@ -71,8 +74,8 @@ class Reading:
                 raise InvalidOption(f"{name}={share!r} of reading {self.rule.name!r}: expected a share of the depth")
         if self.at is not None and self.since is not None:
             raise InvalidOption(f"reading {self.rule.name!r}: give `at` or `since`, not both")
-        if self.rule.of == "projector" and (self.at, self.since) != (None, None):
-            raise InvalidOption(f"reading {self.rule.name!r} is taken at the projector: it has no `at` and no `since`")
+        if self.rule.of != "attention" and (self.at, self.since) != (None, None):
+            raise InvalidOption(f"reading {self.rule.name!r} is not taken from a block: it has no `at` and no `since`")
 
     @property
     def name(self) -> str:

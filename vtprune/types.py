@@ -155,6 +155,19 @@ class Merged:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EncoderCut:
+    """What stays of n patches at the output of a block of the encoder.
+
+    `keep` (B, m) ascending indices; `into` (B, n) the index into m of the patch that swallows a dropped one, -1 where
+    it is lost; `memory` (B, n), what the stage wants to see again at the next block, of those that stay.
+    """
+
+    keep: Tensor
+    into: Tensor
+    memory: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Budget:
     """How many tokens survive. `keep` is a share in (0, 1] (float) or a number (int >= 1), `per` what it applies to.
 
@@ -197,3 +210,7 @@ class Budget:
         """Number kept of `n` tokens: the only place that rounds (half up)."""
         wanted = self.keep if isinstance(self.keep, int) else math.floor(self.keep * n + 0.5)
         return min(n, max(self.floor, wanted))
+
+    def at_least(self, n: int) -> int:
+        """As many of `n` tokens as this budget can leave of them where they are a part of a picture."""
+        return self.resolve(n) if isinstance(self.keep, int) else min(n, max(self.floor, math.ceil(self.keep * n)))

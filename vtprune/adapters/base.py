@@ -43,18 +43,23 @@ class Encoding:
 class Probe:
     """Which attention of the vision encoder to read, and how its queries and keys are made.
 
-    `attention` is the module; `query` and `key` name its projections, or `fused` the joint one. `normalise` and
+    `attention` is the module; `query`, `key` and `value` name its projections, or `fused` the joint one; `joint` makes
+    that of the arguments of a call where no module does. `normalise` and
     `rotate` are what the family does to q and k (B, H, N, d) before the product; `rotate` receives the keyword
     arguments of the attention call. `has_cls` says that token 0 is a CLS token. Where all pictures of a call share one
     sequence, `segments` gives the lengths of what attends to itself alone (pictures, frames). `whole` is False where
-    attention stays within windows: such a block is not read.
+    attention stays within windows: such a block is not read. `block` is what the attention belongs to; its output are
+    the hidden states (B, n, D).
     """
 
     attention: nn.Module
+    block: nn.Module
     has_cls: bool
     query: str = "q_proj"
     key: str = "k_proj"
+    value: str = "v_proj"
     fused: str | None = None
+    joint: Callable[[Host, tuple[Any, ...], dict[str, Any]], Tensor] | None = None
     heads: int
     scale: float
     normalise: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
@@ -68,12 +73,13 @@ class Tower:
     """A vision encoder: one probe for every block, first to last, which block makes the features, and the projector.
 
     `projector` turns what the encoder gives, (..., N, C), into tokens; None where it is not known to do so patch by
-    patch.
+    patch. `refuses` says why the encoder cannot be pruned inside, None where it can.
     """
 
     blocks: tuple[Probe, ...]
     features: int
     projector: nn.Module | None = None
+    refuses: str | None = None
 
     @property
     def probe(self) -> Probe:

@@ -13,7 +13,8 @@ from vtprune.types import Modality
 
 
 def _tower(inner: Host, kind: Modality) -> Tower | None:
-    return vision_tower(inner.vision_tower, inner.config.vision_feature_layer, inner.multi_modal_projector)
+    layer, projector = inner.config.vision_feature_layer, inner.multi_modal_projector
+    return vision_tower(inner.vision_tower, layer, projector, refuses="it merges patches")
 
 
 def _parts(inner: Host, encoding: Encoding) -> list[Parts]:

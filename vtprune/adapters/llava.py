@@ -30,6 +30,11 @@ def _tower(inner: Host, kind: Modality) -> Tower | None:
     return vision_tower(inner.vision_tower, inner.config.vision_feature_layer, inner.multi_modal_projector)
 
 
+def _stitched_tower(inner: Host, kind: Modality) -> Tower | None:
+    layer, projector = inner.config.vision_feature_layer, inner.multi_modal_projector
+    return vision_tower(inner.vision_tower, layer, projector, refuses="its crops and frames are stitched or pooled")
+
+
 def _llava_parts(inner: Host, encoding: Encoding) -> list[Parts]:
     patch = getattr(inner.config.vision_config, "patch_size", None)
     if not isinstance(patch, int):
@@ -139,7 +144,7 @@ LLAVA_NEXT = Family(
     name="llava_next",
     model_types=("llava_next",),
     tested="tiny random models, crop grids 1x2, 2x2 and 1x3",
-    tower=_tower,
+    tower=_stitched_tower,
     parts=_next_parts,
     rows=_next_rows,
 )
@@ -147,7 +152,7 @@ LLAVA_NEXT_VIDEO = Family(
     name="llava_next_video",
     model_types=("llava_next_video",),
     tested="tiny random models, images and clips",
-    tower=_tower,
+    tower=_stitched_tower,
     parts=_next_parts,
     rows=_next_rows,
     kinds=("image", "video"),
@@ -157,7 +162,7 @@ LLAVA_ONEVISION = Family(
     name="llava_onevision",
     model_types=("llava_onevision",),
     tested="tiny random models, images (one and several a prompt) and clips",
-    tower=_tower,
+    tower=_stitched_tower,
     parts=_onevision_parts,
     rows=_onevision_rows,
     kinds=("image", "video"),

@@ -18,7 +18,11 @@ _HAS_CLS = {
 
 
 def vision_tower(
-    tower: Host, feature_layer: int | list[int] | tuple[int, ...], projector: nn.Module | None = None
+    tower: Host,
+    feature_layer: int | list[int] | tuple[int, ...],
+    projector: nn.Module | None = None,
+    *,
+    refuses: str | None = None,
 ) -> Tower | None:
     """A CLIP, SigLIP or InternViT tower, or None for any other.
 
@@ -27,6 +31,7 @@ def vision_tower(
         feature_layer: `vision_feature_layer` of the config: an index into `hidden_states`, whose entry 0 is the
             embedding; of a list, the last entry is taken.
         projector: what turns its features into tokens.
+        refuses: why the encoder cannot be pruned inside.
     """
     has_cls = _HAS_CLS.get(getattr(tower.config, "model_type", ""))
     if has_cls is None:
@@ -38,13 +43,16 @@ def vision_tower(
     if not 0 <= features < len(layers):
         return None
     probes = tuple(_layer_probe(layer, has_cls) for layer in layers)
-    return Tower(blocks=probes, features=features, projector=projector)
+    if refuses is None and not isinstance(feature_layer, int):
+        refuses = "its features are taken from several layers"
+    return Tower(blocks=probes, features=features, projector=projector, refuses=refuses)
 
 
 def _layer_probe(layer: Host, has_cls: bool) -> Probe:
     attention: Host = layer.self_attn if hasattr(layer, "self_attn") else layer.attention
     return Probe(
         attention=attention,
+        block=layer,
         has_cls=has_cls,
         heads=attention.num_heads,
         scale=attention.scale,
@@ -58,6 +66,7 @@ def qwen_tower(tower: Host) -> Tower:
     probes = tuple(
         Probe(
             attention=block.attn,
+            block=block,
             has_cls=False,
             fused="qkv",
             heads=block.attn.num_heads,
@@ -68,7 +77,7 @@ def qwen_tower(tower: Host) -> Tower:
         )
         for number, block in enumerate(tower.blocks)
     )
-    return Tower(blocks=probes, features=len(probes) - 1, projector=tower.merger)
+    return Tower(blocks=probes, features=len(probes) - 1, projector=tower.merger, refuses="it merges patches")
 
 
 def _frames(encoding: Encoding) -> tuple[int, ...]:

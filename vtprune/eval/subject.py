@@ -169,7 +169,8 @@ class Batch:
         evidence: dict[str, Sequence[Any]] = {} if protect is None else {"protect": [list(own) for own in protect]}
         if "relevance" in build(method).needs and self.subject.relevance is not None:
             evidence["relevance"] = list(self.relevance)
-        return self.subject.answer(self.shared(), method, keep, evidence=evidence)[0]
+        inputs = self.shared() if build(method).encoder is None else self.inputs
+        return self.subject.answer(inputs, method, keep, evidence=evidence)[0]
 
     @cached_property
     def relevance(self) -> Tensor:

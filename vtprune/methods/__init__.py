@@ -8,11 +8,13 @@ from vtprune.methods.cdpruner import cdpruner
 from vtprune.methods.dart import dart
 from vtprune.methods.divprune import divprune
 from vtprune.methods.fastervlm import fastervlm
+from vtprune.methods.flowcut import flowcut
 from vtprune.methods.fopru import fopru_rank, fopru_row
 from vtprune.methods.hiprune import hiprune
 from vtprune.methods.holov import holov
 from vtprune.methods.identity import identity
 from vtprune.methods.idpruner import idpruner
+from vtprune.methods.mustdrop_vision import mustdrop_vision
 from vtprune.methods.pool import pool
 from vtprune.methods.prumerge_plus import prumerge_plus
 from vtprune.methods.prunesid import prunesid
@@ -20,12 +22,14 @@ from vtprune.methods.random import random
 from vtprune.methods.scope import scope
 from vtprune.methods.text_dominance import text_dominance
 from vtprune.methods.todre_select import todre_select
+from vtprune.methods.tome import tome
 from vtprune.methods.uniform import uniform
 from vtprune.methods.vflowopt_select import vflowopt_select
 from vtprune.methods.visionzip import visionzip
 from vtprune.methods.vispruner import vispruner
 from vtprune.methods.vtc_cls import vtc_cls
 from vtprune.methods.vtprune import vtprune
+from vtprune.methods.zero_tprune import zero_tprune
 from vtprune.methods.zoo_prune import zoo_prune
 from vtprune.pipeline import Pipeline
 
@@ -50,6 +54,10 @@ METHODS: dict[str, Callable[..., Pipeline]] = {
     "visionzip": visionzip,
     "vflowopt_select": vflowopt_select,
     "prumerge_plus": prumerge_plus,
+    "tome": tome,
+    "flowcut": flowcut,
+    "mustdrop_vision": mustdrop_vision,
+    "zero_tprune": zero_tprune,
     "pool": pool,
     "random": random,
     "uniform": uniform,

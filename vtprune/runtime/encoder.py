@@ -11,13 +11,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers.utils.generic import ModelOutput
 
 from vtprune.adapters.base import Family, pooled_lengths
 from vtprune.errors import UnsupportedCall
-from vtprune.readings import Reading
+from vtprune.protocols import EncoderStage
+from vtprune.readings import Reading, Rule
 from vtprune.report import Stopwatch
 from vtprune.runtime.encoded import Blocks, Encoded, carry
+from vtprune.runtime.encoder_cut import EncoderCutter, Going
 from vtprune.runtime.listening import Listener
 from vtprune.seam import without_adapters
 from vtprune.types import Modality
@@ -44,12 +47,39 @@ class EncoderTap:
         )
         self._has_cls: dict[Modality, bool] = {}
         self._listener = Listener()
+        self._handles: list[RemovableHandle] = []
 
-    def install(self, readings: Mapping[str, Reading]) -> None:
-        """Wrap the feature calls, and hook what `readings` are taken from."""
+    def install(
+        self,
+        readings: Mapping[str, Reading],
+        *,
+        stage: EncoderStage | None = None,
+        count: Callable[[int], int] | None = None,
+    ) -> None:
+        """Wrap the feature calls, and hook what `readings` are taken from.
+
+        A `stage` prunes inside the encoder, down to `count(N)` patches of every N; its readings are of the cut.
+        """
         for kind in self.kinds:
             setattr(self._inner, f"get_{kind}_features", self._wrapped(kind))
         self.listen(readings)
+        if stage is not None and count is not None:
+            self._cut(stage, count, {name: reading.rule for name, reading in readings.items()})
+
+    def _cut(self, stage: EncoderStage, count: Callable[[int], int], rules: Mapping[str, Rule]) -> None:
+        """Hook the blocks of every tower, once each."""
+        names = [name for name, rule in rules.items() if rule.of == "cut"]
+
+        def note(going: Going) -> None:
+            for name in names:
+                self._listener.take(name, going.survivors())
+
+        towers = [tower for kind in self.kinds if (tower := self._family.tower(self._inner, kind)) is not None]
+        for tower in {id(tower.blocks[0].block): tower for tower in towers}.values():
+            cutter = EncoderCutter(
+                tower, stage, count=count, active=self._listener.recording, on_done=note, restore=True
+            )
+            self._handles += cutter.hook()
 
     def listen(self, readings: Mapping[str, Reading]) -> None:
         """Hook what `readings` are taken from."""
@@ -62,6 +92,9 @@ class EncoderTap:
     def remove(self) -> None:
         """Undo `install`."""
         self._listener.remove()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
         for kind in self.kinds:
             self._inner.__dict__.pop(f"get_{kind}_features", None)
 
@@ -71,7 +104,7 @@ class EncoderTap:
 
         @functools.wraps(original)
         def listen(*args: Any, **kwargs: Any) -> Any:
-            if self._listener.recording:
+            if self._listener.recording():
                 return original(*args, **kwargs)
             stopwatch = Stopwatch()
             readings: dict[str, Blocks] = {}

@@ -1,4 +1,4 @@
-"""Hooks on the blocks and the projector of a vision encoder: what the readings of a method take from them."""
+"""What the readings of a method take from a vision encoder, and what a stage inside of it leaves."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from vtprune.adapters.base import Probe, Tower
-from vtprune.errors import UnsupportedCall
 from vtprune.kernels import reference as kernels
 from vtprune.readings import BlockAttention, Projection, Reading, Rule
+from vtprune.runtime.attending import AttentionTap
 from vtprune.runtime.encoded import Blocks, Pending
 from vtprune.seam import refuse_copy
 
@@ -29,10 +29,6 @@ class _Recording(threading.local):
 
     taken: dict[tuple[str, int], list[Tensor | Pending]] | None = None
     probing = False
-
-    def __init__(self) -> None:
-        self.projections: dict[str, Tensor] = {}
-        self.call: dict[str, Any] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +51,6 @@ class Listener:
     __deepcopy__ = refuse_copy
     __reduce_ex__ = refuse_copy  # type: ignore[assignment]
 
-    @property
     def recording(self) -> bool:
         """Whether this thread is between `begin` and `end`."""
         return self._thread.taken is not None
@@ -71,9 +66,12 @@ class Listener:
             ready = [part for part in parts if isinstance(part, Tensor)]
             found[name].append(torch.cat(ready) if ready else parts[0])
         self._thread.taken = None
-        self._thread.projections.clear()
-        self._thread.call.clear()
         return {name: tuple(blocks) for name, blocks in found.items()}
+
+    def take(self, name: str, value: Tensor | Pending, *, block: int = 0) -> None:
+        """Note what was read of a block."""
+        assert self._thread.taken is not None
+        self._thread.taken.setdefault((name, block), []).append(value)
 
     def hook(self, towers: list[Tower], readings: Mapping[str, Reading]) -> None:
         """Hook the blocks that readings ask for, once each, and the projector where one reads it."""
@@ -83,10 +81,14 @@ class Listener:
             for block in _blocks(tower, readings):
                 if block.probe.attention not in hooked:
                     hooked.add(block.probe.attention)
-                    self._hook_block(block)
+                    self._keep_eager(block.probe.attention)
+                    attended = functools.partial(self._attended, block)
+                    self._handles += AttentionTap(block.probe, attended, self.recording).hook()
             if at_projector and tower.projector is not None and tower.projector not in hooked:
                 hooked.add(tower.projector)
-                self._hook_projector(tower.projector, at_projector)
+                self._keep_eager(tower.projector)
+                given = functools.partial(self._given, at_projector)
+                self._handles.append(tower.projector.register_forward_pre_hook(given))
 
     def remove(self) -> None:
         """Undo `hook`."""
@@ -106,64 +108,17 @@ class Listener:
         self._forwards.append((module, own.get("forward"), eager))
         own["forward"] = eager
 
-    def _hook_block(self, block: _Block) -> None:
-        probe = block.probe
-        self._keep_eager(probe.attention)
-        names = (probe.fused,) if probe.fused else (probe.query, probe.key)
-        projections = {name: probe.attention.get_submodule(name) for name in names}
-        before = functools.partial(self._before, projections)
-        self._handles.append(probe.attention.register_forward_pre_hook(before, with_kwargs=True))
-        for name, module in projections.items():
-            self._handles.append(module.register_forward_hook(functools.partial(self._projected, name)))
-        self._handles.append(probe.attention.register_forward_hook(functools.partial(self._attended, block)))
-
-    def _hook_projector(self, projector: nn.Module, rules: Mapping[str, Rule]) -> None:
-        self._keep_eager(projector)
-        self._handles.append(projector.register_forward_pre_hook(functools.partial(self._given, rules)))
-
-    def _before(
-        self, projections: dict[str, nn.Module], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        if not self.recording:
-            return
-        for name, hooked in projections.items():
-            if module.get_submodule(name) is not hooked:
-                raise UnsupportedCall(
-                    f"{name} of the vision encoder was replaced after wrap (by an adapter, say), so its attention "
-                    "cannot be read: unwrap, change the model, then wrap it again"
-                )
-        self._thread.call = dict(kwargs)
-
-    def _projected(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        if self.recording:
-            self._thread.projections[name] = output.detach()
-
-    @torch.no_grad()
-    def _attended(self, block: _Block, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not self.recording:
-            return
-        probe, projections = block.probe, self._thread.projections
-        query, key = _split_heads(probe, projections)
-        if probe.normalise is not None:
-            query, key = probe.normalise(query, key)
-        if probe.rotate is not None:
-            query, key = probe.rotate(query, key, self._thread.call)
-        if probe.segments is not None:
-            dtype = next(iter(projections.values())).dtype
-            query, key = query.to(dtype), key.to(dtype)
-        seen = BlockAttention(query=query, key=key, scale=probe.scale, has_cls=probe.has_cls)
+    def _attended(self, block: _Block, seen: BlockAttention) -> None:
         for name, rule in block.rules.items():
-            if probe.segments is not None:
-                self._take(name, block.number, Pending(rule=rule, attention=seen, segments=probe.segments))
+            if block.probe.segments is not None:
+                self.take(name, Pending(rule=rule, attention=seen, segments=block.probe.segments), block=block.number)
                 continue
-            with kernels.exact(query.device):
-                self._take(name, block.number, rule(seen))
-        projections.clear()
-        self._thread.call.clear()
+            with kernels.exact(seen.query.device):
+                self.take(name, rule(seen), block=block.number)
 
     @torch.no_grad()
     def _given(self, rules: Mapping[str, Rule], module: nn.Module, args: tuple[Any, ...]) -> None:
-        if not self.recording or self._thread.probing:
+        if not self.recording() or self._thread.probing:
             return
         inputs = args[0].detach()
         seen = Projection(inputs=inputs if inputs.ndim == 3 else inputs[None], projector=module)
@@ -171,13 +126,9 @@ class Listener:
         try:
             for name, rule in rules.items():
                 with kernels.exact(inputs.device):
-                    self._take(name, 0, rule(seen))
+                    self.take(name, rule(seen))
         finally:
             self._thread.probing = False
-
-    def _take(self, name: str, block: int, value: Tensor | Pending) -> None:
-        assert self._thread.taken is not None
-        self._thread.taken.setdefault((name, block), []).append(value)
 
 
 def _blocks(tower: Tower, readings: Mapping[str, Reading]) -> list[_Block]:
@@ -188,15 +139,3 @@ def _blocks(tower: Tower, readings: Mapping[str, Reading]) -> list[_Block]:
             for number in reading.blocks(len(tower.blocks), tower.features):
                 wanted[tower.seeing_whole(number)][name] = reading.rule
     return [_Block(number=number, probe=tower.blocks[number], rules=rules) for number, rules in wanted.items()]
-
-
-def _split_heads(probe: Probe, projections: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    if probe.fused:
-        joint = projections[probe.fused]
-        joint = joint.view(*joint.shape[:-1], 3, probe.heads, -1)
-        query, key = joint[..., 0, :, :], joint[..., 1, :, :]
-    else:
-        query, key = (projections[name].unflatten(-1, (probe.heads, -1)) for name in (probe.query, probe.key))
-    if query.ndim == 3:
-        query, key = query[None], key[None]
-    return query.transpose(1, 2), key.transpose(1, 2)

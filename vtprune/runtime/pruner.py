@@ -130,7 +130,10 @@ class Pruner:
     def _install(self) -> None:
         lm = self._lm
         assert lm is not None
-        self._tap.install({} if self.budget.keeps_all else readings_of(self.pipeline))
+        if self.budget.keeps_all:
+            self._tap.install({})
+        else:
+            self._tap.install(readings_of(self.pipeline), stage=self.pipeline.encoder, count=self.budget.at_least)
         rotary = getattr(lm, "rotary_emb", None)
         self._scheme = Scheme(
             owner=self._owner,

@@ -30,7 +30,7 @@ class Outliers:
         scores = self.scorer(tokens)
         low, high = (scores.quantile(share, dim=1, keepdim=True) for share in (0.25, 0.75))
         found = (scores > high + 1.5 * (high - low)).sum(dim=1)
-        return (self.factor * found).round().long()
+        return (self.factor * found + 0.5).floor().long()
 
 
 @dataclass(frozen=True, kw_only=True)

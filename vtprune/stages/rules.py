@@ -68,7 +68,7 @@ class MoreVaried:
         if not seen.has_cls:
             return got
         paid = (1 - kernels.attention_from(seen.query, seen.key, scale=seen.scale)[:, first:]) / patches
-        wider = paid.var(dim=1, keepdim=True) > got.var(dim=1, keepdim=True)
+        wider = paid.var(dim=1, correction=0, keepdim=True) > got.var(dim=1, correction=0, keepdim=True)
         return torch.where(wider, paid, got)
 
 

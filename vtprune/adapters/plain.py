@@ -1,0 +1,74 @@
+"""Vision encoders by themselves: of timm, open_clip and transformers. Told by their parts, nothing is imported."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from torch.nn.functional import linear
+
+from vtprune.adapters.base import Host, Probe, Tower
+from vtprune.adapters.towers import vision_tower
+
+
+def plain_tower(model: Host) -> Tower | None:
+    """The tower that a model is, or a CLIP of open_clip sees with; None for any other model."""
+    if hasattr(model, "blocks") and hasattr(model, "patch_embed") and hasattr(model, "num_prefix_tokens"):
+        return _timm_tower(model)
+    visual = getattr(model, "visual", model)
+    if hasattr(getattr(visual, "transformer", None), "resblocks") and hasattr(visual, "conv1"):
+        return _open_clip_tower(visual)
+    if not hasattr(model, "config") or hasattr(model, "language_model"):
+        return None
+    return vision_tower(model, -1) if hasattr(getattr(model, "vision_model", model), "encoder") else None
+
+
+def _timm_tower(model: Host) -> Tower:
+    probes = tuple(
+        Probe(
+            attention=block.attn,
+            block=block,
+            has_cls=model.num_prefix_tokens == 1,
+            fused="qkv",
+            heads=block.attn.num_heads,
+            scale=block.attn.scale,
+            normalise=partial(_normalised, block.attn),
+        )
+        for block in model.blocks
+    )
+    refuses = None
+    if model.num_prefix_tokens > 1:
+        refuses = f"it has {model.num_prefix_tokens} tokens in front of its patches"
+    elif getattr(model, "rope", None) is not None or not hasattr(model.blocks[0].attn, "qkv"):
+        refuses = "its attention depends on where patches are"
+    return Tower(blocks=probes, features=len(probes) - 1, refuses=refuses)
+
+
+def _normalised(attention: Host, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    return attention.q_norm(query), attention.k_norm(key)
+
+
+def _open_clip_tower(visual: Host) -> Tower:
+    batch_first = getattr(visual.transformer, "batch_first", True)
+    probes = tuple(
+        Probe(
+            attention=block.attn,
+            block=block,
+            has_cls=True,
+            joint=_in_projection,
+            heads=block.attn.num_heads,
+            scale=block.attn.head_dim**-0.5,
+        )
+        for block in visual.transformer.resblocks
+    )
+    refuses = (
+        None if batch_first and hasattr(probes[0].attention, "in_proj_weight") else "its blocks are of another kind"
+    )
+    return Tower(blocks=probes, features=len(probes) - 1, refuses=refuses)
+
+
+def _in_projection(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Queries, keys and values side by side, which `nn.MultiheadAttention` makes without a module of their own."""
+    inputs = args[0] if args else kwargs["query"]
+    return linear(inputs, attention.in_proj_weight, attention.in_proj_bias)

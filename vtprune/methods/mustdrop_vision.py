@@ -1,0 +1,26 @@
+"""MustDrop, vision stage: windows that look alike become one patch."""
+
+from __future__ import annotations
+
+from vtprune.methods._checks import check_whole
+from vtprune.pipeline import Pick, Pipeline
+from vtprune.stages.encoder import MergeWindows, Survivors
+from vtprune.stages.scorers import Read
+from vtprune.stages.selectors import TopK
+
+
+def mustdrop_vision(*, side: int = 3) -> Pipeline:
+    """Merge the windows of most alike patches after the first block; keep what the last one attends to.
+
+    Title: Multi-Stage Vision Token Dropping: Towards Efficient Multimodal Large Language Model
+    Source: arXiv 2411.10803
+    Deviations: as many windows merge as the budget needs (the authors: all above a threshold, the fewest of the batch).
+        Where windows are too few, attention decides (the authors go on inside the language model). The order is that
+        of the picture. Grids that the windows do not divide keep their last rows and columns.
+
+    Args:
+        side: of a window.
+    """
+    check_whole("side", side, least=2)
+    pick = Pick(name="windows", scorer=Read(rule=Survivors()), selector=TopK())
+    return Pipeline(name="mustdrop_vision", picks=(pick,), encoder=MergeWindows(side=side))

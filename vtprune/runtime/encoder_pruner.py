@@ -1,0 +1,82 @@
+"""`EncoderPruner`: the hooks on a vision encoder that stands by itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from vtprune.adapters.base import Tower
+from vtprune.pipeline import Pipeline
+from vtprune.runtime.encoder_cut import EncoderCutter, Going
+from vtprune.seam import HANDLE, refuse_copy
+from vtprune.types import Budget
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EncoderReport:
+    """One call of an encoder: `counts` are the patches left after each block.
+
+    `keep` (B, K) are ascending numbers of the patches at the end, `into` (B, N) the number of the one that holds each
+    patch, -1 where it is lost, `sizes` (B, K) how many each holds. All stay on their device.
+    """
+
+    method: str
+    counts: tuple[int, ...]
+    keep: Tensor
+    into: Tensor
+    sizes: Tensor
+
+    def summary(self) -> str:
+        """One line for people."""
+        B, N = self.into.shape
+        held = int((self.into >= 0).sum()) - self.keep.numel()
+        merged = f", {held} of the others merged into them" if held else ""
+        return f"{self.method}: kept {self.keep.numel()} of {B * N} patches of {B} pictures{merged}"
+
+
+class EncoderPruner:
+    """The handle behind `model.vtprune` of an encoder; `last` is the report of the last call."""
+
+    def __init__(self, tower: Tower, *, pipeline: Pipeline, budget: Budget) -> None:
+        self.pipeline = pipeline
+        self.budget = budget
+        self.last: EncoderReport | None = None
+        self._tower = tower
+        self._model: nn.Module | None = None
+        self._handles: list[RemovableHandle] = []
+
+    __deepcopy__ = refuse_copy
+    __reduce_ex__ = refuse_copy  # type: ignore[assignment]
+
+    def install(self, model: nn.Module) -> None:
+        """Hook the blocks, unless everything is kept, and become the handle of `model`."""
+        if not self.budget.keeps_all:
+            assert self.pipeline.encoder is not None
+            cutter = EncoderCutter(
+                self._tower,
+                self.pipeline.encoder,
+                count=self.budget.resolve,
+                active=lambda: True,
+                on_done=self._done,
+                restore=False,
+            )
+            self._handles = cutter.hook()
+        model.__dict__[HANDLE] = self
+        self._model = model
+
+    def remove(self) -> None:
+        """Take every hook and the handle off the model."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if self._model is not None:
+            self._model.__dict__.pop(HANDLE, None)
+
+    def _done(self, going: Going) -> None:
+        at_end = going.home.clamp(min=0)
+        into = going.alive.gather(1, at_end).masked_fill(going.home < 0, -1)
+        self.last = EncoderReport(
+            method=self.pipeline.name, counts=going.counts, keep=going.alive, into=into, sizes=going.size
+        )
