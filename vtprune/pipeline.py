@@ -12,12 +12,12 @@ from torch import Tensor
 
 from vtprune.errors import InvalidOption, UnsupportedCall
 from vtprune.kernels import reference as kernels
-from vtprune.protocols import Counter, Debiaser, EncoderStage, Merger, Scorer, Selector
+from vtprune.protocols import Counter, Debiaser, EncoderStage, FrameBudget, Merger, Scorer, Selector
 from vtprune.readings import Reading
 from vtprune.types import Merged, Selection, VisualTokens
 
 FORMAT = 1
-_WHOLE = ("merger", "counter", "encoder")
+_WHOLE = ("merger", "counter", "frames", "encoder")
 """Stages of a pipeline that belong to none of its picks."""
 
 
@@ -48,7 +48,8 @@ class Pipeline:
 
     A `merger` gives dropped tokens a place in kept ones. A `counter` makes the method adaptive: the budget is only the
     most that stays, and one more wait for the device tells how much it is.
-    `encoder` prunes inside the vision encoder already; the picks then take what it left.
+    `frames` shares the budget of a clip, or of a picture of several parts, among them, and each is pruned by itself,
+    after one more wait too. `encoder` prunes inside the vision encoder already; the picks then take what it left.
     A pipeline compares, prints and stores as a value: see `to_dict` and `from_dict`.
     """
 
@@ -56,6 +57,7 @@ class Pipeline:
     picks: tuple[Pick, ...]
     merger: Merger | None = None
     counter: Counter | None = None
+    frames: FrameBudget | None = None
     encoder: EncoderStage | None = None
 
     def __post_init__(self) -> None:
@@ -63,6 +65,8 @@ class Pipeline:
             raise InvalidOption(f"picks of pipeline {self.name!r}: expected a tuple of Pick, got {self.picks!r}")
         if not self.picks:
             raise InvalidOption(f"pipeline {self.name!r} has no picks: it would keep nothing")
+        if self.counter is not None and self.frames is not None:
+            raise InvalidOption(f"pipeline {self.name!r}: a counter and budgets of frames do not go together")
 
     @cached_property
     def needs(self) -> frozenset[str]:
@@ -77,7 +81,7 @@ class Pipeline:
     @cached_property
     def _wanted(self) -> frozenset[str | Reading]:
         """What the stages need; only scorers must say so."""
-        stages: list[Any] = [self.merger, self.counter]
+        stages: list[Any] = [self.merger, self.counter, self.frames]
         for pick in self.picks:
             stages += [pick.scorer, *pick.debiasers, pick.selector]
         return frozenset().union(*(getattr(stage, "needs", ()) for stage in stages))
@@ -149,6 +153,13 @@ class Pipeline:
         counts = self.counter(tokens, k)
         _check("the counter", counts, tokens.features.shape[:1], torch.long)
         return counts.clamp(max=k)
+
+    def share(self, tokens: VisualTokens, k: int) -> Tensor:
+        """How many tokens (S, T) stay of every part, `k` together."""
+        assert self.frames is not None
+        counts = self.frames(tokens, k)
+        _check("the budget of frames", counts, (tokens.features.shape[0], len(tokens.parts)), torch.long)
+        return counts
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready description with everything needed to rebuild it."""

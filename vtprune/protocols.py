@@ -50,6 +50,12 @@ class Counter(Protocol):
     def __call__(self, tokens: VisualTokens, k: int) -> Tensor: ...
 
 
+class FrameBudget(Protocol):
+    """How `k` tokens are shared among the T parts of a clip or picture: (S, T), each row of sum `k`."""
+
+    def __call__(self, tokens: VisualTokens, k: int) -> Tensor: ...
+
+
 class EncoderStage(Protocol):
     """Prunes inside the vision encoder, at the outputs of its blocks.
 

@@ -27,8 +27,8 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def read_counts(counts: Tensor) -> list[int]:
-    """Numbers (S,) that depend on what tokens hold: the one place that waits for the device to learn them."""
-    return [int(count) for count in counts.tolist()]
+    """Numbers that depend on what tokens hold, one after the other: the one place that waits to learn them."""
+    return [int(count) for count in counts.flatten().tolist()]
 
 
 def cosine_similarity(units: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from vtprune.pipeline import Pipeline
 from vtprune.report import DROPPED
 from vtprune.runtime.evidence import Forced, Given, forced_tokens, readings_of
 from vtprune.runtime.reading import Prompt
-from vtprune.runtime.units import Unit, make_units
+from vtprune.runtime.units import Unit, make_units, split_unit
 from vtprune.types import Budget, VisualTokens
 
 
@@ -59,6 +59,9 @@ def decide(
     stacker = _Stacker(embeds=embeds, scores=scores)
     if pruned and pipeline.counter is not None:
         units = _counted(pipeline, budget, units, forced, stacker)
+    if pruned and pipeline.frames is not None:
+        units = _shared(pipeline, units, stacker)
+        forced = forced_tokens(units, given, layout)
     base = layout.valid.copy()
     for unit in units:
         base.reshape(-1)[unit.at] = False
@@ -102,6 +105,23 @@ def _counted(
             least = max(budget.floor, len(forced[number].protect))
             found[number] = replace(units[number], k=min(stack.k, max(least, count)))
     return list(found.values())
+
+
+def _shared(pipeline: Pipeline, units: list[Unit], stacker: _Stacker) -> list[Unit]:
+    """A unit for every part of those that have several, with its share of the budget."""
+    found: list[Unit] = []
+    for numbers in _stacks(units, [Forced()] * len(units)):
+        stacked = [units[number] for number in numbers]
+        stack = stacker.stack(stacked, [Forced()] * len(stacked))
+        if stack.k == stack.at.shape[1] or len(stacked[0].parts) == 1:
+            found += stacked
+            continue
+        with torch.no_grad(), kernels.exact(stack.at.device):
+            counts = host.read_counts(pipeline.share(stack.tokens, stack.k))
+        parts = len(stacked[0].parts)
+        for i, unit in enumerate(stacked):
+            found += split_unit(unit, counts[i * parts : (i + 1) * parts])
+    return found
 
 
 def _per_segment(units: list[Unit], decided: Mapping[int, Tensor], count: int) -> tuple[Tensor, ...]:

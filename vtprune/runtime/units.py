@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -55,6 +56,20 @@ def make_units(layout: Layout, budget: Budget, seen: tuple[int, ...]) -> list[Un
             units.append(_unit(layout, budget, (piece,), (part,), Ordinal(segment=ordinal, part=part_number)))
             start += part.tokens
     return units
+
+
+def split_unit(unit: Unit, counts: Sequence[int]) -> list[Unit]:
+    """One unit for each part of `unit`, of which so many tokens stay."""
+    found, offset = [], 0
+    places = [(piece, start) for piece in unit.pieces for start in range(piece.start, piece.stop)]
+    for number, (part, k) in enumerate(zip(unit.parts, counts, strict=True)):
+        piece, start = places[offset]
+        own = Piece(segment=piece.segment, start=start, stop=start + part.tokens)
+        ordinal = replace(unit.ordinal, part=unit.ordinal.part + number)
+        at = unit.at[offset : offset + part.tokens]
+        found.append(Unit(row=unit.row, at=at, parts=(part,), pieces=(own,), ordinal=ordinal, k=k))
+        offset += part.tokens
+    return found
 
 
 def _prompt_units(layout: Layout, budget: Budget, seen: tuple[int, ...]) -> list[Unit]:

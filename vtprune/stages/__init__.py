@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vtprune.stages import (
+    budgets,
     cells,
     counters,
     debiasers,
@@ -65,6 +66,7 @@ STAGES: dict[str, type] = {
         encoder.Flow,
         encoder.MergeWindows,
         encoder.RankAndPrune,
+        budgets.Proportional,
         counters.Outliers,
         counters.Mass,
         counters.Above,
