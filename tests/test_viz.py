@@ -22,7 +22,8 @@ def report(*parts: tuple[str, tuple[int, int]], keep: list[int]) -> Any:
     for kind, (h, w) in parts:
         made.append(Part(start=start, stop=start + h * w, kind=kind, grid=(h, w)))
         start += h * w
-    return SimpleNamespace(segments=(SimpleNamespace(parts=tuple(made), keep=torch.tensor(keep, dtype=torch.long)),))
+    kept = torch.tensor(keep, dtype=torch.long)
+    return SimpleNamespace(segments=(SimpleNamespace(parts=tuple(made), keep=kept, taken=torch.zeros_like(kept)),))
 
 
 def grey(width: int, height: int) -> Image.Image:
@@ -47,7 +48,7 @@ def test_sides_that_the_grid_does_not_divide_are_covered() -> None:
 
 def test_separators_are_not_counted() -> None:
     part = Part(start=0, stop=6, kind="crop", grid=(2, 2), separators=(2, 5))
-    segment = SimpleNamespace(parts=(part,), keep=torch.tensor([2]))
+    segment = SimpleNamespace(parts=(part,), keep=torch.tensor([2]), taken=torch.tensor([0]))
     drawn = values(overlay(SimpleNamespace(segments=(segment,)), grey(2, 2), upscale=1))
     assert drawn.tolist() == [[DARK, DARK], [BRIGHT, DARK]]
 
@@ -127,3 +128,18 @@ def test_pictures_that_do_not_fit_the_parts() -> None:
         overlay(report(("image", (2, 2)), keep=[0]), [grey(4, 4)])
     with pytest.raises(InvalidOption, match="encoded as 2 frames"):
         overlay(report(("frame", (1, 1)), ("frame", (1, 1)), keep=[0]), [grey(4, 4)] * 3)
+
+
+def test_stages_frame_kept_patches_in_the_colours_of_their_picks() -> None:
+    """Orange and blue for two picks, white where protected; the inside and dropped patches stay as they are."""
+    made = report(("image", (2, 2)), keep=[0, 1, 3])
+    made.segments[0].taken = torch.tensor([0, 1, -1])
+    plain, framed = (np.asarray(overlay(made, grey(8, 8), upscale=1, stages=on)) for on in (False, True))
+    assert [tuple(framed[at].tolist()) for at in ((0, 0), (3, 3), (0, 7), (4, 4))] == [
+        (255, 140, 0),
+        (255, 140, 0),
+        (0, 190, 255),
+        (255, 255, 255),
+    ]
+    for inside in (np.s_[1:3, 1:3], np.s_[1:3, 5:7], np.s_[5:7, 5:7], np.s_[4:, :4]):
+        assert (framed[inside] == plain[inside]).all()

@@ -16,6 +16,10 @@ _GAP = 4
 _PER_ROW = 8
 _SMALL = 384
 _LIFT = 56
+_DROPPED = -2
+_PROTECTED = (255, 255, 255)
+_OF_PICKS = ((255, 140, 0), (0, 190, 255), (120, 220, 60), (235, 70, 180))
+"""Frames of the patches that were protected, and of those that each pick took; a fifth pick begins anew."""
 
 
 class _Segment(Protocol):
@@ -23,6 +27,8 @@ class _Segment(Protocol):
     def parts(self) -> tuple[Part, ...]: ...
     @property
     def keep(self) -> Tensor: ...
+    @property
+    def taken(self) -> Tensor: ...
 
 
 class _Report(Protocol):
@@ -37,6 +43,7 @@ def overlay(
     *,
     dim: float = 0.25,
     upscale: int | None = None,
+    stages: bool = False,
 ) -> Image.Image:
     """The picture with kept patches as they are and dropped ones in dim greys, which differ from kept dark ones.
 
@@ -50,6 +57,8 @@ def overlay(
         segment: which picture or clip of the report.
         dim: how much is left of dropped patches, 0 (one dark grey) to 1 (as they are).
         upscale: whole factor by which pixels are repeated; by default small pictures grow to about 384 pixels.
+        stages: frame each kept patch in the colour of the pick that took it: orange, blue, green, pink in the order of
+            `report.picks`, white where the user protected it.
 
     Raises:
         InvalidOption: for a report without that segment, an option out of range, or pictures that do not fit the parts.
@@ -69,7 +78,7 @@ def overlay(
     else:
         raise InvalidOption("this segment is one picture: expected one PIL image, got a sequence")
     panels = [
-        _panel(picture, mask, dim, upscale or _default_upscale(picture, len(masks)))
+        _panel(picture, mask, dim, upscale or _default_upscale(picture, len(masks)), stages)
         for picture, mask in zip(pictures, masks, strict=True)
     ]
     return _side_by_side(panels)
@@ -87,11 +96,11 @@ def _segment_of(report: _Report, segment: int) -> _Segment:
 
 
 def _part_masks(segment: _Segment) -> list[np.ndarray]:
-    """Kept or not, one grid (h, w) for each part."""
+    """Which pick took a token, -1 where it was protected, -2 where dropped: one grid (h, w) for each part."""
     ends = np.cumsum([part.tokens for part in segment.parts])
-    kept = np.zeros(ends[-1], dtype=bool)
-    kept[segment.keep.cpu().numpy()] = True
-    flat = np.split(kept, ends[:-1])
+    stages = np.full(ends[-1], _DROPPED)
+    stages[segment.keep.cpu().numpy()] = segment.taken.cpu().numpy()
+    flat = np.split(stages, ends[:-1])
     return [mask.reshape(part.grid) for mask, part in zip(flat, segment.parts, strict=True)]
 
 
@@ -123,14 +132,32 @@ def _default_upscale(picture: Image.Image, panels: int) -> int:
     return max(1, _SMALL // max(picture.size)) if panels <= 2 else 1
 
 
-def _panel(picture: Image.Image, mask: np.ndarray, dim: float, upscale: int) -> Image.Image:
+def _panel(picture: Image.Image, mask: np.ndarray, dim: float, upscale: int, stages: bool) -> Image.Image:
     pixels = np.asarray(picture.convert("RGB"))
     height, width = pixels.shape[:2]
     rows = (np.arange(height) * mask.shape[0]) // height
     columns = (np.arange(width) * mask.shape[1]) // width
-    kept = mask[rows[:, None], columns[None, :], None]
-    drawn = np.where(kept, pixels, _dimmed(pixels, dim))
-    return Image.fromarray(drawn.repeat(upscale, axis=0).repeat(upscale, axis=1))
+    stage = mask[rows[:, None], columns[None, :]]
+    drawn = np.where(stage[..., None] > _DROPPED, pixels, _dimmed(pixels, dim))
+    drawn, stage, rows, columns = (_grown(values, upscale) for values in (drawn, stage, rows, columns))
+    if stages:
+        edge = _begins(rows)[:, None] | _begins(columns)[None, :]
+        colours = np.array([*_OF_PICKS, _PROTECTED], dtype=np.uint8)
+        number = np.where(stage < 0, len(_OF_PICKS), stage % len(_OF_PICKS))
+        drawn = np.where((edge & (stage > _DROPPED))[..., None], colours[number], drawn)
+    return Image.fromarray(drawn)
+
+
+def _grown(values: np.ndarray, factor: int) -> np.ndarray:
+    """Every entry repeated along the first axis, and along the second where there is one."""
+    values = values.repeat(factor, axis=0)
+    return values if values.ndim == 1 else values.repeat(factor, axis=1)
+
+
+def _begins(cells: np.ndarray) -> np.ndarray:
+    """Where a cell begins or ends along a side."""
+    changes = cells[1:] != cells[:-1]
+    return np.concatenate([[True], changes]) | np.concatenate([changes, [True]])
 
 
 def _dimmed(pixels: np.ndarray, dim: float) -> np.ndarray:
