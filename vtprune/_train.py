@@ -22,7 +22,7 @@ where it was stopped when it is called again with the same folder. It takes half
 
   vtprune train llava                                  pictures; into ./train-llava
   vtprune train llava_next_video                       clips; begins with the weights of the bundled llava
-  vtprune train qwen2_5_vl                             pictures under M-RoPE; unfinished: "left of" is not learnt
+  vtprune train qwen2_5_vl                             pictures, with M-RoPE and windows in its tower
   vtprune train llava --out runs/second --seed 1       another seed, another folder
   vtprune train llava --device cuda --workers 1
   vtprune eval --model train-llava/model               measure what came out
@@ -33,7 +33,7 @@ def add_train(add: Callable[..., argparse.ArgumentParser]) -> None:
     """The parser; `add` is that of the subcommands."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = add("train", help="train a tiny model from a seed", epilog=_EXAMPLES, formatter_class=raw)
-    parser.add_argument("name", choices=_NAMES, help="which model (qwen2_5_vl is not bundled)")
+    parser.add_argument("name", choices=_NAMES, help="which of the bundled models")
     parser.add_argument("--out", metavar="DIR", help="states, learning curve and model (default: train-NAME)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and pictures (default: %(default)s)")
     parser.add_argument("--workers", type=int, help="processes (default: 2 where there are two cores, 1 on a GPU)")

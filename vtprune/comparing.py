@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vtprune.adapters import family_of
 from vtprune.api import pruning
 from vtprune.catalog import build, list_methods
+from vtprune.errors import MissingEvidence, UnsupportedModel
 from vtprune.pipeline import Pipeline
 from vtprune.report import PruneReport
 from vtprune.runtime.encoder import encode_once
@@ -42,12 +43,14 @@ def compare(
     max_new_tokens: int = 32,
     **options: Any,
 ) -> list[Comparison]:
-    """Answer one batch of prompts under every method and budget; pictures are encoded once.
+    """Answer one batch of prompts under every method and budget; pictures are encoded once,
+    and anew for methods that prune inside the encoder.
 
     Args:
         model: an unwrapped model; it is unwrapped again when this returns or raises.
         inputs: what the processor returned.
-        methods: names or pipelines; all but `identity` by default.
+        methods: names or pipelines; by default all but `identity` that need nothing but this model and go on from what
+            its encoder gives.
         keep: shares or numbers, as in `wrap`.
         on_row: called with every row as it comes (for a progress bar, say).
         max_new_tokens: length of the greedy answers.
@@ -59,40 +62,56 @@ def compare(
     Raises:
         The errors of `wrap`.
     """
-    names = [name for name in list_methods() if name != "identity"] if methods is None else _listed(methods)
-    pipelines = [build(method) for method in names]
+    inner = find_base(model)
     options = {**options, "history": 1}
+    pipelines = _able(model, options) if methods is None else [build(method) for method in _listed(methods)]
     arms = [(build("identity"), 1.0), *itertools.product(pipelines, _listed(keep))]
     for pipeline, budget in arms:
         with pruning(model, pipeline, keep=budget, **options):
             pass
-    inner = find_base(model)
     readings = {name: reading for pipeline in pipelines for name, reading in readings_of(pipeline).items()}
     shared = encode_once(model, inner, family_of(inner.config), inputs, readings=readings)
     rows: list[Comparison] = []
     unpruned: Tensor | None = None
     for pipeline, budget in arms:
         with pruning(model, pipeline, keep=budget, **options) as pruner:
-            given = shared() if pipeline.encoder is None else inputs
-            written = model.generate(**given, max_new_tokens=max_new_tokens, do_sample=False)  # type: ignore[operator]
+            given = {**(inputs if pipeline.encoder else shared()), "max_new_tokens": max_new_tokens, "do_sample": False}
+            written = model.generate(**given)  # type: ignore[operator]
             report = pruner.last
             assert report is not None
         answer = written[:, inputs["input_ids"].shape[1] :]
         unpruned = answer if unpruned is None else unpruned
-        rows.append(
-            Comparison(
-                method=pipeline.name,
-                keep=budget,
-                tokens=report.tokens,
-                kept=report.kept,
-                answer=answer,
-                agreement=_agreement(answer, unpruned),
-                report=report,
-            )
-        )
+        rows.append(_row(pipeline.name, budget, answer, unpruned, report))
         if on_row is not None:
             on_row(rows[-1])
     return rows
+
+
+def _row(method: str, keep: float | int, answer: Tensor, unpruned: Tensor, report: PruneReport) -> Comparison:
+    return Comparison(
+        method=method,
+        keep=keep,
+        tokens=report.tokens,
+        kept=report.kept,
+        answer=answer,
+        agreement=_agreement(answer, unpruned),
+        report=report,
+    )
+
+
+def _able(model: nn.Module, options: Mapping[str, Any]) -> list[Pipeline]:
+    """The methods that run on the model without evidence from the user, behind the encoder."""
+    found = []
+    known = [build(name) for name in list_methods() if name != "identity"]
+    for pipeline in (pipeline for pipeline in known if pipeline.encoder is None):
+        try:
+            with pruning(model, pipeline, keep=0.5, **options):
+                alone = pipeline.needs <= readings_of(pipeline).keys()
+        except (MissingEvidence, UnsupportedModel):
+            continue
+        if alone:
+            found.append(pipeline)
+    return found
 
 
 def _listed(given: Any) -> list[Any]:

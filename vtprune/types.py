@@ -124,7 +124,7 @@ class VisualTokens:
     """All that a stage before the LLM may see. Rows have equal `N` and equal `parts`.
 
     `features` (S, N, D) are the projected tokens, separators left out, perhaps in the memory of the prompt itself: they
-    are there to be read. Every tensor of `evidence` is (S, N).
+    are there to be read. Tensors of `evidence` are (S, N), or (S, N, C) where a token has several numbers.
     """
 
     features: Tensor

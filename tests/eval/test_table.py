@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,23 @@ def test_the_plot_is_a_picture(tmp_path: Path) -> None:
 
     draw_plot(ROWS, tmp_path / "plot.png")
     assert min(Image.open(tmp_path / "plot.png").size) > 300
+
+
+def test_many_methods_get_a_panel_for_each_budget(tmp_path: Path) -> None:
+    """Wider with every budget and higher with every method, one of which may have no number."""
+    from PIL import Image
+
+    def size(methods: int, budgets: int) -> tuple[int, int]:
+        rows = [{**row, "model": "m"} for row in ROWS if row["method"] in ("identity", "blind")]
+        for number, keep in itertools.product(range(methods), (0.5, 0.25, 0.11)[:budgets]):
+            given = {"method": f"m{number}", "keep": keep, "note": "no evidence" if number == 3 else ""}
+            rows += [{**row, **given} for row in ROWS if row["method"] == "pool"]
+        draw_plot(rows, tmp_path / "plot.png")
+        return Image.open(tmp_path / "plot.png").size
+
+    few, more, higher = size(14, 2), size(14, 3), size(28, 2)
+    assert more[0] > few[0] and more[1] == few[1]
+    assert higher[1] > 1.5 * few[1] and higher[0] == few[0]
 
 
 def test_committed_pages_are_what_their_tables_make(tmp_path: Path) -> None:

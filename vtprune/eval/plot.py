@@ -1,4 +1,4 @@
-"""One picture of the table: accuracy over the share of tokens kept."""
+"""One picture of the table: accuracy over the share of tokens kept, or budget by budget where lines would be many."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from vtprune.errors import BackendUnavailable, InvalidOption
-from vtprune.eval.arms import WHOLE
+from vtprune.eval.arms import OWN, WHOLE
 from vtprune.eval.markdown import main_kind
 from vtprune.eval.table import Row
 
 _DASHES = {"random": ":", "uniform": ":", "pool": "--", "downsample": "--", "oracle": "-."}
 _MARKS = "osD^vP*X<>hd"
+_MOST_LINES = 12
 
 
 def check_plot(path: Path) -> None:
@@ -30,24 +31,29 @@ def check_plot(path: Path) -> None:
 
 
 def draw_plot(rows: Sequence[Row], path: Path) -> None:
-    """One line for each method, with 95 % intervals; the unpruned and the blind model across. Budgets are drawn at the
-    share of tokens that was kept in truth.
+    """Accuracy with 95 % intervals: a line for each method, or, of many methods, a panel for each budget with a row for
+    each, the best at the smallest budget on top. The unpruned and the blind model go across.
 
     Raises:
         BackendUnavailable: where matplotlib is not installed.
     """
     check_plot(path)
-    from matplotlib.figure import Figure
-
     kind = main_kind(rows)
     shown = [row for row in rows if row["kind"] == kind and not row["note"]]
+    methods = [method for method in dict.fromkeys(row["method"] for row in shown) if method not in WHOLE]
+    draw = _draw_lines if len(methods) <= _MOST_LINES else _draw_panels
+    title = f"{rows[0]['model']}, {rows[0]['scenes']} {rows[0]['split']} {rows[0]['about']}, {kind}"
+    draw(shown, methods, title).savefig(path, metadata={"Software": None})
+
+
+def _draw_lines(shown: Sequence[Row], methods: Sequence[str], title: str) -> Any:
+    """One line for each method; budgets are drawn at the share of tokens that was kept in truth."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
-    for method, style in zip(WHOLE, ("-", ":"), strict=True):
-        level = [100 * float(row["accuracy"]) for row in shown if row["method"] == method]
-        if level:
-            axes.axhline(level[0], color="0.5", linestyle=style, linewidth=1, label=method)
-    methods = [method for method in dict.fromkeys(row["method"] for row in shown) if method not in WHOLE]
+    for method, style, level in _levels(shown):
+        axes.axhline(level, color="0.5", linestyle=style, linewidth=1, label=method)
     for number, method in enumerate(methods):
         _draw_line(axes, [row for row in shown if row["method"] == method], number, len(methods))
     axes.set_xscale("log")
@@ -56,12 +62,50 @@ def draw_plot(rows: Sequence[Row], path: Path) -> None:
     axes.minorticks_off()
     axes.set_xlabel("visual tokens kept, %")
     axes.set_ylabel("accuracy, %")
-    axes.set_title(
-        f"{rows[0]['model']}, {rows[0]['scenes']} {rows[0]['split']} {rows[0]['about']}, {kind}", fontsize=10
-    )
+    axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, ncols=2)
-    figure.savefig(path, metadata={"Software": None})
+    return figure
+
+
+def _draw_panels(shown: Sequence[Row], methods: Sequence[str], title: str) -> Any:
+    """One panel for each budget, one row for each method; what methods are measured against is grey."""
+    from matplotlib.figure import Figure
+
+    pruned = [row for row in shown if row["method"] in methods]
+    budgets = list(dict.fromkeys(row["keep"] for row in pruned))
+    found = {(row["method"], row["keep"]): row for row in pruned}
+
+    def worth(method: str) -> float:
+        row = found.get((method, budgets[-1]))
+        return -1.0 if row is None else float(row["accuracy"])
+
+    order = sorted(methods, key=worth)
+    figure = Figure(figsize=(3 * len(budgets) + 1.5, 0.22 * len(order) + 1.2), dpi=120, layout="constrained")
+    panels = figure.subplots(1, len(budgets), sharey=True, sharex=True, squeeze=False)[0]
+    for axes, budget in zip(panels, budgets, strict=True):
+        for method, style, level in _levels(shown):
+            axes.axvline(level, color="0.5", linestyle=style, linewidth=1, label=method)
+        for place, method in enumerate(order):
+            row = found.get((method, budget))
+            if row is not None:
+                at, low, high = (100 * float(row[name]) for name in ("accuracy", "low", "high"))
+                colour = "0.45" if method in OWN else "C0"
+                axes.hlines(place, low, high, color=colour, linewidth=1.2)
+                axes.plot(at, place, "D" if method in OWN else "o", color=colour, markersize=4)
+        axes.set_title(f"keep {budget}", fontsize=9)
+        axes.set_yticks(range(len(order)), order, fontsize=8)
+        axes.set_xlabel("accuracy, %", fontsize=8)
+        axes.grid(alpha=0.3)
+    panels[0].legend(fontsize=7, loc="lower left")
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def _levels(shown: Sequence[Row]) -> list[tuple[str, str, float]]:
+    """Name, line style and accuracy in percent of what has all tokens."""
+    found = {row["method"]: 100 * float(row["accuracy"]) for row in shown if row["method"] in WHOLE}
+    return [(name, style, found[name]) for name, style in zip(WHOLE, ("-", ":"), strict=True) if name in found]
 
 
 def _draw_line(axes: Any, rows: Sequence[Row], number: int, lines: int) -> None:

@@ -15,6 +15,8 @@ def fopru_rank() -> Pipeline:
     Title: FoPru: Focal Pruning for Efficient Large Vision-Language Models
     Source: arXiv 2411.14164
     Deviations: written from the paper, there is no code of the authors. The budget rounds half up (the paper: down).
+        Which of the two varies more is asked crop by crop. Without a CLS token it is the attention tokens get: all pay
+        the same.
     """
     pick = Pick(name="rank", scorer=Read(rule=MoreVaried()), selector=TopK())
     return Pipeline(name="fopru_rank", picks=(pick,))
@@ -26,7 +28,8 @@ def fopru_row() -> Pipeline:
     Title: FoPru: Focal Pruning for Efficient Large Vision-Language Models
     Source: arXiv 2411.14164
     Deviations: written from the paper, there is no code of the authors. The count is exact: where it is no multiple of
-        the width, the next best row gives its best tokens (the paper: whole rows only, so fewer tokens).
+        the width, the next best row gives its best tokens (the paper: whole rows only, so fewer tokens). Rows of
+        several crops compete by their mean. The rest as for fopru_rank.
     """
     pick = Pick(name="rows", scorer=Read(rule=MoreVaried()), selector=WholeRows())
     return Pipeline(name="fopru_row", picks=(pick,))

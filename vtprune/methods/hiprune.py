@@ -15,7 +15,8 @@ def hiprune(*, anchors: float = 0.1, middle: float = 0.375) -> Pipeline:
 
     Title: HiPrune: Training-Free Visual Token Pruning via Hierarchical Attention in Vision-Language Models
     Source: arXiv 2508.00553
-    Deviations: neighbours never lie across a border of the picture (in the code known to us they do). The middle layer
+    Deviations: neighbours never lie across a border of the picture (in the code known to us they do). Anchors and
+        neighbours fill their share exactly (there: a rounded number of anchors, and all neighbours). The middle layer
         is a share of the depth (9 of 24). Encoders without a CLS token: received attention.
 
     Args:

@@ -14,8 +14,10 @@ def holov(*, chunks: int = 16, diversity: float = 0.09) -> Pipeline:
     Title: Don't Just Chase "Highlighted Tokens" in MLLMs: Revisiting Visual Holistic Context Retention
     Source: arXiv 2510.02912
     Deviations: budgets of more tokens than a stretch holds go to the others (the authors' code fills up with zeros).
-        Variety is scaled over the picture (the authors: within a stretch, where it has no effect). The order is that of
-        the picture (the authors: by attention inside a stretch).
+        What rounding leaves of the budgets goes by largest remainder (the authors: to the largest shares). There are 16
+        stretches on every model (the authors: by the budget on Qwen). Variety is scaled over the picture (the authors:
+        within a stretch, where it has no effect). The order is that of the picture (the authors: by attention inside a
+        stretch).
 
     Args:
         chunks: how many stretches.

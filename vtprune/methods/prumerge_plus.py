@@ -17,9 +17,12 @@ def prumerge_plus(*, outliers: float = 0.25, adaptive: bool = False) -> Pipeline
     Title: LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models
     Source: arXiv 2403.15388
     Deviations: attention is per head (the authors: one product without heads). Neighbours are added after the
-        projector, weighted by attention that sums to 1 over a picture. The token of what is dropped is left out. The
-        budget is exact unless `adaptive`; then it is the most, and the number of attention outliers of a picture,
-        over the share for them, decides (the authors: outliers of the whole batch). The order is that of the picture.
+        projector, weighted by attention that sums to 1 over a picture; keys are means over heads, of the layer the
+        features come from (the authors: all heads of the last). Evenly spaced tokens fill the budget, out of those that
+        are left (the authors: every few tokens of all, by the number of outliers). The token of what is dropped is left
+        out. The budget is exact unless `adaptive`; then it is the most, and the number of attention outliers of a
+        picture, over the share for them, decides (the authors: outliers of the whole batch). The order is that of the
+        picture.
 
     Args:
         outliers: share of the budget for tokens with high attention, in (0, 1]; the rest is evenly spaced.

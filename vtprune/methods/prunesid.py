@@ -13,8 +13,11 @@ def prunesid() -> Pipeline:
     Title: PruneSID: Synergistic Importance-Diversity Approach to Efficient Vision Token Compression
     Source: arXiv 2603.09480
     Deviations: components are exact (the authors' are randomised, so that runs differ). What rounding leaves of the
-        budgets goes by largest remainder. The order is that of the picture (the authors: group after group). The CLS
-        token does not go to the language model. The threshold grows with the share kept, not with the number.
+        budgets goes by largest remainder; a bound that is too low gives way at once (the authors': one by one). The
+        order is that of the picture (the authors: group after group). The CLS token does not go to the language model.
+        The threshold grows with the share kept, not with the number. The budget is per picture over all its crops (the
+        authors: per crop; `per="part"` gives that). Encoders without a CLS token: received attention (the authors: the
+        weight in the component).
     """
     selector = GroupSuppress(vectors="encoder_features")
     return Pipeline(name="prunesid", picks=(Pick(name="groups", scorer=Importance(), selector=selector),))

@@ -13,7 +13,8 @@ def scope(*, alpha: float = 1.0) -> Pipeline:
 
     Title: SCOPE: Saliency-Coverage Oriented Token Pruning for Efficient Multimodal LLMs
     Source: arXiv 2510.24214
-    Deviations: written from the formulas; gains are sums over all tokens of a picture, crops included.
+    Deviations: written from the formulas; gains are sums over all tokens of a picture, crops included. Encoders without
+        a CLS token: received attention.
 
     Args:
         alpha: exponent of importance; 0 selects by coverage alone.

@@ -17,6 +17,8 @@ def todre_select(*, spread: Literal["sum", "min"] = "sum") -> Pipeline:
     Source: arXiv 2505.18757
     Deviations: written from the paper, there is no code of the authors. The pivot is that of the whole picture, crops
         included (the paper: of the thumbnail), by attention of the layer the features come from (the paper: the last).
+        Encoders without a CLS token: received attention (the paper: any token). The stage inside the language model is
+        not part of it.
 
     Args:
         spread: "sum" of the distances to all chosen tokens (the second version of the paper), or "min", the distance

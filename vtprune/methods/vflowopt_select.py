@@ -16,9 +16,11 @@ def vflowopt_select(*, threshold: float = 34.76, recycled: float = 0.016) -> Pip
 
     Title: VFlowOpt: A Token Pruning Framework for LMMs with Visual Information Flow-Guided Optimization
     Source: arXiv 2508.05211
-    Deviations: the count is exact. Cells are as many as the share of the budget says (the authors give their edge in
-        tokens) and lie on the grid of each part. Entropy of patches is left out: all published settings give it the
-        weight 0. Newline tokens are kept and not counted. The stages inside the language model are not part of it.
+    Deviations: the count is exact: where nothing is left of a cell, another keeps two tokens, and the first of them
+        stands for the rest. Cells are as many as the share of the budget says (the authors give their edge in tokens)
+        and lie on the grid of each part. Clips and several pictures are recycled too (the authors: drop). Entropy of
+        patches is left out: all published settings give it the weight 0. Newline tokens are kept and not counted. The
+        stages inside the language model are not part of it.
 
     Args:
         threshold: a sink gets more than so many times the mean attention; the default is that for a quarter kept.

@@ -17,7 +17,9 @@ def visionzip(*, contextual: float = 0.15625) -> Pipeline:
     Deviations: tokens are merged after the projector, as a mean with their target in it (the authors: before it, as
         the target plus the mean of the others, which doubles the norm). The order is that of the picture and each
         contextual token stays at its target (the authors: behind the dominant ones). The CLS token does not go to the
-        language model. Targets are spaced over the whole picture. Encoders without a CLS token: received attention.
+        language model (the authors count it as a dominant token). Targets are spaced over all that is left (the
+        authors round the step down, so that the end has none). The budget is per picture over all its crops (the
+        authors: per crop; `per="part"` gives that). Encoders without a CLS token: received attention.
 
     Args:
         contextual: share of the budget that takes in the rest, in [0, 1); the authors' 10 of 64.

@@ -9,7 +9,7 @@ from vtprune.stages.scorers import Read
 from vtprune.stages.selectors import TopK
 
 
-def vtc_cls(*, since: float = 2 / 3) -> Pipeline:
+def vtc_cls(*, since: float = 0.667) -> Pipeline:
     """Rank tokens by CLS attention summed over the layers from two thirds of the depth up to the one of the features.
 
     Title: [CLS] Token Tells Everything Needed for Training-free Efficient MLLMs

@@ -17,7 +17,7 @@ _HOME = Path(__file__).parent
 _WEIGHTS = _HOME / "weights"
 _CLIP = "clip"
 _SUMS = "SHA256SUMS"
-_NAMES = ("llava", "llava_next_video")
+_NAMES = ("llava", "llava_next_video", "qwen2_5_vl")
 TEXT_TOWERS = ("llava",)
 """Models with a text tower aligned to their vision tower."""
 _WITH_VIDEO = ("llava_next_video", "qwen2_5_vl")
