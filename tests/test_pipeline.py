@@ -40,6 +40,13 @@ def stack(S: int = 3, N: int = 17, **evidence: Tensor) -> VisualTokens:
     )
 
 
+def evidence_for(pipeline: Pipeline, S: int = 3, N: int = 17) -> dict[str, Tensor]:
+    """Something for all that it reads: numbers for some names, vectors for others."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = {"keys": (S, N, 4), "encoder_features": (S, N, 6)}
+    return {name: torch.rand(shapes.get(name, (S, N)), generator=generator) for name in sorted(pipeline.needs)}
+
+
 @pytest.mark.parametrize("first", SELECTORS, ids=lambda s: type(s).__name__)
 @pytest.mark.parametrize("second", SELECTORS, ids=lambda s: type(s).__name__)
 def test_the_second_pick_takes_from_what_the_first_left(first: object, second: object) -> None:
@@ -70,15 +77,15 @@ def test_budgets_of_one_and_none() -> None:
 
 
 def test_a_choice_does_not_depend_on_batch_mates() -> None:
-    whole = stack(S=4)
     for name in list_methods():
+        whole = stack(S=4, **evidence_for(build(name), S=4))
         together = build(name).run(whole, 6).keep
         for row in range(4):
             alone = VisualTokens(
                 features=whole.features[row : row + 1],
                 parts=whole.parts,
                 ordinals=whole.ordinals[row : row + 1],
-                evidence={"importance": whole.evidence["importance"][row : row + 1]},
+                evidence={name: given[row : row + 1] for name, given in whole.evidence.items()},
             )
             assert torch.equal(build(name).run(alone, 6).keep[0], together[row]), name
 
@@ -88,7 +95,8 @@ def test_every_method_survives_json(name: str) -> None:
     pipeline = build(name)
     again = Pipeline.from_dict(json.loads(json.dumps(pipeline.to_dict())), stages=STAGES)
     assert again == pipeline
-    assert torch.equal(again.run(stack(), 5).keep, pipeline.run(stack(), 5).keep)
+    given = stack(**evidence_for(pipeline))
+    assert torch.equal(again.run(given, 5).keep, pipeline.run(given, 5).keep)
 
 
 def test_unknown_formats_and_stages_are_refused() -> None:

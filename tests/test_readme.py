@@ -15,7 +15,19 @@ from vtprune.tiny import PICTURE
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+
+
+def blocks_of(page: str) -> list[str]:
+    """The blocks of Python of a page, those that no test can run (marked `py`) left out."""
+    return re.findall(r"^```python\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
+
+
+def prints_what_it_claims(block: str, namespace: dict[str, object]) -> None:
+    """Run a block and compare what it prints with its comments `# -> ...`."""
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        exec(compile(block, "page", "exec", dont_inherit=True), namespace)
+    assert shown.getvalue().splitlines() == re.findall(r"# -> (.*)$", block, flags=re.MULTILINE)
 
 
 @pytest.fixture
@@ -25,13 +37,11 @@ def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
 
 
 def test_snippets_print_what_they_claim(in_tmp_path: Path) -> None:
-    assert len(SNIPPETS) == 6
+    blocks = blocks_of(README)
+    assert len(blocks) == 9
     namespace: dict[str, object] = {}
-    for snippet in SNIPPETS:
-        shown = io.StringIO()
-        with contextlib.redirect_stdout(shown):
-            exec(compile(snippet, "README.md", "exec"), namespace)
-        assert shown.getvalue().splitlines() == re.findall(r"# -> (.*)$", snippet, flags=re.MULTILINE)
+    for block in blocks:
+        prints_what_it_claims(block, namespace)
     assert (in_tmp_path / "kept.png").stat().st_size > 0
     assert len((in_tmp_path / "runs.jsonl").read_text().splitlines()) == 1
 

@@ -138,13 +138,17 @@ class Pipeline:
         """What the kept tokens become; None without a merger."""
         if self.merger is None:
             return None
-        weights = self.merger(tokens, selection)
         S, N = tokens.features.shape[:2]
+        if selection.keep.shape[1] == 0:
+            return Merged(rows=tokens.features[:, :0], into=selection.keep.new_full((S, N), -1))
+        weights = self.merger(tokens, selection)
         _check("the merger", weights, (S, selection.keep.shape[1], N))
         share, into = weights.max(dim=1)
+        own = torch.arange(weights.shape[1], device=into.device).expand_as(selection.keep)
+        finite = tokens.features.float().nan_to_num(nan=0.0)
         return Merged(
-            rows=(weights @ tokens.features.float()).to(tokens.features.dtype),
-            into=into.masked_fill(share <= 0, -1),
+            rows=(weights @ finite).to(tokens.features.dtype),
+            into=into.masked_fill(share <= 0, -1).scatter(1, selection.keep, own),
         )
 
     def count(self, tokens: VisualTokens, k: int) -> Tensor:

@@ -89,7 +89,7 @@ def _open_text(clip: Any, tokenizer: Any, question: str) -> Tensor:
     """Embeddings (segments, width). Words are cut in halves until a segment fits."""
     ids = tokenizer([question]).to(next(clip.parameters()).device)
     words = question.split()
-    if bool((ids[0] != 0).all()) and len(words) > 1:
+    if bool(ids[0, -1] != 0) and len(words) > 1:
         middle = len(words) // 2
         halves = (" ".join(words[:middle]), " ".join(words[middle:]))
         return torch.cat([_open_text(clip, tokenizer, half) for half in halves])

@@ -88,7 +88,8 @@ def _cuda_event() -> torch.cuda.Event:
 class SegmentReport:
     """One picture or clip: `stages` (n,) says which pick took each token (-1 protected, -2 dropped).
 
-    `into` (n,), where the method merges, says which token of the budget's unit took each over, -1 where it is lost.
+    `into` (n,), where the method merges, says which token took each over, -1 where it is lost; with `per="prompt"` the
+    tokens are counted through all pictures of the prompt.
     """
 
     row: int

@@ -25,6 +25,9 @@ def plain_tower(model: Host) -> Tower | None:
 
 
 def _timm_tower(model: Host) -> Tower:
+    refuses = _timm_refuses(model)
+    if refuses is not None:
+        return Tower(blocks=(), features=-1, refuses=refuses)
     probes = tuple(
         Probe(
             attention=block.attn,
@@ -37,12 +40,20 @@ def _timm_tower(model: Host) -> Tower:
         )
         for block in model.blocks
     )
-    refuses = None
+    return Tower(blocks=probes, features=len(probes) - 1)
+
+
+def _timm_refuses(model: Host) -> str | None:
+    """Why the sequence cannot be cut, or its attention not be read as that of a plain vision transformer."""
     if model.num_prefix_tokens > 1:
-        refuses = f"it has {model.num_prefix_tokens} tokens in front of its patches"
-    elif getattr(model, "rope", None) is not None or not hasattr(model.blocks[0].attn, "qkv"):
-        refuses = "its attention depends on where patches are"
-    return Tower(blocks=probes, features=len(probes) - 1, refuses=refuses)
+        return f"it has {model.num_prefix_tokens} tokens in front of its patches"
+    if model.num_prefix_tokens == 1 and getattr(model, "cls_token", None) is None:
+        return "the token in front of its patches is no CLS token"
+    if getattr(model, "rope", None) is not None:
+        return "its attention depends on where patches are"
+    found = [getattr(block, "attn", None) for block in model.blocks]
+    plain = all(type(own).__name__ == "Attention" and hasattr(own, "qkv") and hasattr(own, "q_norm") for own in found)
+    return None if plain else "its attention depends on where patches are, or is of another kind"
 
 
 def _normalised(attention: Host, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:

@@ -42,7 +42,7 @@ def dpp_select(
     m = 0 if taken is None else taken.shape[1]
     similarity = cosine_similarity(units)
     rows, start = similarity.view(S * N, N), torch.arange(S, device=units.device) * N
-    novelty = similarity.diagonal(dim1=1, dim2=2).clone()
+    novelty = similarity.diagonal(dim1=1, dim2=2).round()
     factor = similarity.new_zeros(S, m + k, N)
     relevance = relevance / relevance.amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     barred = torch.zeros_like(novelty, dtype=torch.bool) if available is None else ~available

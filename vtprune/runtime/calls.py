@@ -10,14 +10,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from vtprune.cache import CacheState, physical_length, state_of
-from vtprune.errors import UnsupportedCall
+from vtprune.errors import MissingEvidence, UnsupportedCall
+from vtprune.protocols import EncoderStage
 from vtprune.report import Stopwatch
 from vtprune.runtime.encoded import Encoded, carried
 from vtprune.runtime.encoder import PIXELS
 from vtprune.runtime.masks import first_square
 from vtprune.runtime.reading import Prompt
 from vtprune.runtime.shorten import Shortened
-from vtprune.types import Modality
+from vtprune.types import Budget, Modality
 
 
 @dataclass
@@ -78,6 +79,16 @@ class Call:
     def complete(self) -> bool:
         """Whether every picture of the call is encoded, and there is one."""
         return bool(self.encoded) and self.expected <= self.encoded.keys()
+
+    def check_cut(self, cut: tuple[EncoderStage, Budget] | None) -> None:
+        """Raise `MissingEvidence` for features that were not pruned inside the encoder as this method does it."""
+        for kind, entry in self.encoded.items():
+            if entry.cut != cut:
+                done = "not pruned inside the encoder" if entry.cut is None else "pruned otherwise inside the encoder"
+                raise MissingEvidence(
+                    f"the {kind} features of this call were {done}: encode them while the model is wrapped with this "
+                    "method and budget, or pass the pixels"
+                )
 
     def check_no_hidden_pictures(self) -> None:
         """Raise `UnsupportedCall` where there may be pictures that nobody has seen."""

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vtprune.errors import MissingEvidence
+from vtprune.errors import MissingEvidence, UnsupportedCall
 from vtprune.kernels import host
 from vtprune.kernels import reference as kernels
 from vtprune.pipeline import Pipeline
@@ -26,7 +26,8 @@ class Decision:
     """What stays: `kept` (B, L) bool, at most `size` a row; `stages` (n,) per segment, -2 where dropped.
 
     `merged` are rows (m, D) that take the place of tokens, each with where they are, (m,), counted through all B * L.
-    `into` (n,) per segment says which token of its unit swallowed each token; empty where nothing is merged.
+    `into` (n,) per segment says which of its tokens swallowed each one, counted through all pictures where they share
+    one budget; empty where nothing is merged.
     """
 
     kept: Tensor
@@ -55,6 +56,8 @@ def decide(
     units = make_units(layout, budget, prompt.seen)
     forced = forced_tokens(units, given, layout)
     pruned = any(unit.k < len(unit.at) for unit in units)
+    if pruned:
+        _check_encoder_decides(pipeline, given, forced)
     scores = _evidence(prompt, pipeline, given, embeds.device) if pruned else {}
     stacker = _Stacker(embeds=embeds, scores=scores)
     if pruned and pipeline.counter is not None:
@@ -77,7 +80,9 @@ def decide(
         choice = _choose(pipeline, stack)
         kept.view(-1).scatter_(0, stack.at.view(-1), (choice.stages > DROPPED).view(-1))
         decided.update(zip(numbers, choice.stages.unbind(), strict=True))
-        swallowed.update(zip(numbers, choice.into.unbind(), strict=True))
+        starts = torch.tensor([units[number].pieces[0].start for number in numbers])[:, None]
+        into = choice.into + starts.to(stack.at.device, non_blocking=True) * (choice.into >= 0)
+        swallowed.update(zip(numbers, into.unbind(), strict=True))
         if choice.rows is not None:
             merged.append((choice.rows.flatten(0, 1), stack.at.gather(1, choice.keep).flatten()))
     return Decision(
@@ -88,6 +93,17 @@ def decide(
         merged=tuple(merged),
         into=_per_segment(units, swallowed, len(layout.segments)) if merged else (),
     )
+
+
+def _check_encoder_decides(pipeline: Pipeline, given: Given | None, forced: list[Forced]) -> None:
+    """Raise `UnsupportedCall` where evidence would bring back patches that are gone from the encoder already."""
+    if pipeline.encoder is None or given is None:
+        return
+    cuts = {name for name, reading in pipeline.readings.items() if reading.rule.of == "cut"}
+    if cuts & given.values.keys() or any(force != Forced() for force in forced):
+        raise UnsupportedCall(
+            f"using(...): method {pipeline.name!r} prunes inside the encoder, before a token can be forced in or out"
+        )
 
 
 def _counted(
@@ -201,7 +217,6 @@ def _choose(pipeline: Pipeline, stack: _Stack) -> _Choice:
     if merged is None:
         return _Choice(stages=stages, into=own.masked_fill(stages == DROPPED, -1), keep=selection.keep)
     into = selection.keep.gather(1, merged.into.clamp(min=0)).masked_fill(merged.into < 0, -1)
-    into = torch.where(stages > DROPPED, own, into)
     return _Choice(stages=stages, into=into, keep=selection.keep, rows=merged.rows)
 
 

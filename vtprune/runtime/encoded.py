@@ -18,9 +18,10 @@ from transformers.utils.generic import ModelOutput
 from vtprune.adapters.base import Encoding
 from vtprune.errors import UnsupportedCall
 from vtprune.kernels import reference as kernels
+from vtprune.protocols import EncoderStage
 from vtprune.readings import BlockAttention, Rule
 from vtprune.report import Stopwatch
-from vtprune.types import Modality
+from vtprune.types import Budget, Modality
 
 _CARRIED = "vtprune_encoded"
 
@@ -52,7 +53,8 @@ Blocks = tuple[Tensor | Pending, ...]
 class Encoded:
     """What one call of the encoder leaves for the cut. `sizes` and `readings` stay on their device.
 
-    `readings` are by name, not yet mapped to tokens; `has_cls` is that of the encoder they were taken from.
+    `readings` are by name, not yet mapped to tokens; `has_cls` is that of the encoder they were taken from. `cut` says
+    what pruned inside the encoder, and to which budget; None where nothing did.
     """
 
     kind: Modality
@@ -64,6 +66,7 @@ class Encoded:
     readings: Mapping[str, Blocks]
     has_cls: bool
     stopwatch: Stopwatch
+    cut: tuple[EncoderStage, Budget] | None = None
 
     def read(self, name: str, encoding: Encoding) -> Tensor | None:
         """One reading (rows, N, C), summed over its blocks; None where it was not taken."""

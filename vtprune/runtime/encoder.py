@@ -23,7 +23,7 @@ from vtprune.runtime.encoded import Blocks, Encoded, carry
 from vtprune.runtime.encoder_cut import EncoderCutter, Going
 from vtprune.runtime.listening import Listener
 from vtprune.seam import without_adapters
-from vtprune.types import Modality
+from vtprune.types import Budget, Modality
 
 PIXELS: dict[Modality, tuple[str, ...]] = {
     "image": ("pixel_values", "pixel_values_images"),
@@ -40,6 +40,7 @@ class EncoderTap:
 
     def __init__(self, inner: nn.Module, family: Family) -> None:
         self.on_encoded: Callable[[Encoded], None] | None = None
+        self.cut: tuple[EncoderStage, Budget] | None = None
         self._inner = inner
         self._family = family
         self.kinds: tuple[Modality, ...] = tuple(
@@ -54,17 +55,18 @@ class EncoderTap:
         readings: Mapping[str, Reading],
         *,
         stage: EncoderStage | None = None,
-        count: Callable[[int], int] | None = None,
+        budget: Budget | None = None,
     ) -> None:
         """Wrap the feature calls, and hook what `readings` are taken from.
 
-        A `stage` prunes inside the encoder, down to `count(N)` patches of every N; its readings are of the cut.
+        A `stage` prunes inside the encoder, as far as the `budget` allows for any row; its readings are of the cut.
         """
         for kind in self.kinds:
             setattr(self._inner, f"get_{kind}_features", self._wrapped(kind))
         self.listen(readings)
-        if stage is not None and count is not None:
-            self._cut(stage, count, {name: reading.rule for name, reading in readings.items()})
+        if stage is not None and budget is not None:
+            self.cut = (stage, budget)
+            self._cut(stage, budget.at_least, {name: reading.rule for name, reading in readings.items()})
 
     def _cut(self, stage: EncoderStage, count: Callable[[int], int], rules: Mapping[str, Rule]) -> None:
         """Hook the blocks of every tower, once each."""
@@ -148,6 +150,7 @@ class EncoderTap:
             readings=readings,
             has_cls=self._has_cls.get(kind, False),
             stopwatch=stopwatch,
+            cut=self.cut,
         )
 
     @contextmanager

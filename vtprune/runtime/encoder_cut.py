@@ -59,13 +59,14 @@ class Going:
         return kernels.cut_sequence(torch.cat([patches, blank], dim=1), self.home % (patches.shape[1] + 1))
 
     def survivors(self) -> Tensor:
-        """(B, N): 0 where a patch is gone; of the others the one of highest memory has 2, the next a little less."""
-        B, m = self.alive.shape
-        if self.memory is None:
-            worth = torch.ones(B, m, device=self.alive.device)
-        else:
-            rank = kernels.top_select(self.memory.float(), m).argsort(dim=1)
-            worth = 2 - rank / m
+        """(B, N): 0 where a patch is gone; of the others the one of highest memory has 2, the next a little less.
+
+        Where the stage remembers nothing, the one that holds most comes first: rows that share a budget, as the frames
+        of a clip do, then lose alike.
+        """
+        m = self.alive.shape[1]
+        rank = kernels.top_select(self.size if self.memory is None else self.memory.float(), m).argsort(dim=1)
+        worth = 2 - rank / m
         return torch.zeros(self.home.shape, device=worth.device).scatter_(1, self.alive, worth)
 
 

@@ -33,7 +33,8 @@ class EncoderReport:
         B, N = self.into.shape
         held = int((self.into >= 0).sum()) - self.keep.numel()
         merged = f", {held} of the others merged into them" if held else ""
-        return f"{self.method}: kept {self.keep.numel()} of {B * N} patches of {B} pictures{merged}"
+        pictures = f"{B} picture{'s' if B > 1 else ''}"
+        return f"{self.method}: kept {self.keep.numel()} of {B * N} patches of {pictures}{merged}"
 
 
 class EncoderPruner:

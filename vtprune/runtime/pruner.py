@@ -133,7 +133,7 @@ class Pruner:
         if self.budget.keeps_all:
             self._tap.install({})
         else:
-            self._tap.install(readings_of(self.pipeline), stage=self.pipeline.encoder, count=self.budget.at_least)
+            self._tap.install(readings_of(self.pipeline), stage=self.pipeline.encoder, budget=self.budget)
         rotary = getattr(lm, "rotary_emb", None)
         self._scheme = Scheme(
             owner=self._owner,
@@ -173,6 +173,7 @@ class Pruner:
     @torch.compiler.disable
     def _before_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._thread.call = Call.begin(bind(self._inner_signature, module, args, kwargs), self._owner)
+        self._thread.call.check_cut(self._tap.cut)
         self._read(self._thread.call)
 
     @torch.compiler.disable

@@ -55,7 +55,7 @@ class Mass:
 
 @dataclass(frozen=True, kw_only=True)
 class Above:
-    """As many as score above `share` of the highest score."""
+    """As many as score `share` of the highest score or more."""
 
     scorer: Scorer
     share: float = 0.5
@@ -69,7 +69,7 @@ class Above:
 
     def __call__(self, tokens: VisualTokens, k: int) -> Tensor:
         scores = self.scorer(tokens)
-        return (scores > self.share * scores.amax(dim=1, keepdim=True)).sum(dim=1)
+        return (scores >= self.share * scores.amax(dim=1, keepdim=True)).sum(dim=1)
 
 
 def _check_share(share: object) -> None:

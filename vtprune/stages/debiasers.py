@@ -83,8 +83,9 @@ class WithoutTrend:
 class WithoutPadding:
     """Rule out bars of padding: whole rows or columns at an edge whose tokens all resemble the corner.
 
-    Pictures padded to a square have such bars on two sides. They lose every tie (score lowest of the picture), but may
-    still be taken where nothing else is left. `alike` is the cosine similarity from which tokens count as equal.
+    Pictures padded to a square have such bars on two sides. They score lowest of the picture, but may still be taken
+    where nothing else is left. A single row or column of tokens has none. `alike` is the cosine similarity from which
+    tokens count as equal.
     """
 
     alike: float = 0.999
@@ -103,6 +104,8 @@ class WithoutPadding:
         for corner in (pictures[:, :1, :1], pictures[:, -1:, -1:]):
             same = (pictures * corner).sum(dim=3) >= self.alike
             for axis in (1, 2):
+                if grid[2 - axis] == 1:
+                    continue  # a corner always resembles itself
                 line = same.all(dim=3 - axis)
                 ahead, back = line.cumprod(dim=1), line.flip(1).cumprod(dim=1).flip(1)
                 barred |= (ahead + back > 0).unsqueeze(3 - axis)

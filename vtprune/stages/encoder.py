@@ -129,16 +129,17 @@ class MergeWindows:
 
     def counts(self, n: int, k: int, blocks: int) -> tuple[int, ...]:
         each = self.side**2 - 1
-        windows = (math.isqrt(n) // self.side) ** 2 if math.isqrt(n) ** 2 == n else 0
-        return (*(n - each * min(windows, (n - k) // each),) * (blocks - 1), k)[-blocks:]
+        return (*(n - each * min(self._count(n), (n - k) // each),) * (blocks - 1), k)[-blocks:]
 
     def __call__(self, seen: BlockAttention, patches: Tensor, count: int, memory: Tensor | None) -> EncoderCut:
         n = patches.shape[1]
         gone = (n - count) // (self.side**2 - 1)
+        seen_before = torch.zeros(patches.shape[:2], device=patches.device) if memory is None else memory
         if count == n:
-            return everything(patches, memory=patches[..., 0])
-        if memory is not None or gone == 0 or (n - count) % (self.side**2 - 1):
-            return kept(kernels.top_select(ClsOrReceived()(seen), count).sort(dim=1).values, n)
+            return everything(patches, memory=seen_before)
+        if memory is not None or not 0 < gone <= self._count(n) or (n - count) % (self.side**2 - 1):
+            attention = ClsOrReceived()(seen)
+            return kept(kernels.top_select(attention, count).sort(dim=1).values, n, memory=attention)
         windows = self._windows(n, patches.device)
         units = kernels.cut_sequence(kernels.unit_rows(patches), windows.flatten()[None].expand(len(patches), -1))
         together = units.unflatten(1, windows.shape)
@@ -148,7 +149,16 @@ class MergeWindows:
         stays = stays.scatter(1, merged[..., :-1].flatten(1), False)
         keep, _, slots = kernels.kept_indices(stays, count)
         heads = slots.gather(1, merged[..., -1])[..., None].expand(-1, -1, self.side**2)
-        return EncoderCut(keep=keep, into=slots.scatter(1, merged.flatten(1), heads.flatten(1)), memory=patches[..., 0])
+        return EncoderCut(
+            keep=keep,
+            into=slots.scatter(1, merged.flatten(1), heads.flatten(1)),
+            memory=seen_before.scatter(1, merged[..., -1], 1.0),
+        )
+
+    def _count(self, n: int) -> int:
+        """How many windows there are, none where n patches are no square."""
+        edge = math.isqrt(n)
+        return (edge // self.side) ** 2 if edge**2 == n else 0
 
     def _windows(self, n: int, device: torch.device) -> Tensor:
         """Patches (windows, side²) of every window, the one at the bottom right last."""
@@ -182,11 +192,12 @@ class RankAndPrune:
         B, n, _ = patches.shape
         if count == n:
             return everything(patches)
-        order = kernels.top_select(PageRank(steps=self.steps)(seen), n)
+        rank = PageRank(steps=self.steps)(seen)
+        order = kernels.top_select(rank, n)
         units = kernels.cut_sequence(kernels.unit_rows(Keys()(seen)), order)
         half = n // 2
         likeness = (units[:, n - half :] @ units[:, : n - half].transpose(1, 2)).amax(dim=2)
         alike = kernels.top_select(likeness, min(half, (n - count) // 2)) + n - half
         left = torch.ones(B, n, dtype=torch.bool, device=patches.device).scatter(1, alike, False)
         first = left.byte().sort(dim=1, descending=True, stable=True).indices[:, :count]
-        return kept(order.gather(1, first).sort(dim=1).values, n)
+        return kept(order.gather(1, first).sort(dim=1).values, n, memory=rank)

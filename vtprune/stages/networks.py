@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
+from functools import cached_property
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -26,7 +26,11 @@ class TrainedScorer:
     path: str
 
     def __post_init__(self) -> None:
-        _layers(self.path)
+        _ = self._layers
+
+    @cached_property
+    def _layers(self) -> tuple[tuple[Tensor, Tensor | None], ...]:
+        return _read(self.path)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -34,7 +38,7 @@ class TrainedScorer:
 
     def __call__(self, tokens: VisualTokens) -> Tensor:
         hidden = tokens.features.float()
-        for number, (weight, bias) in enumerate(_layers(self.path)):
+        for number, (weight, bias) in enumerate(self._layers):
             if hidden.shape[-1] != weight.shape[1]:
                 raise InvalidOption(
                     f"{self.path} was trained on features of width {weight.shape[1]}, these have {hidden.shape[-1]}"
@@ -45,8 +49,7 @@ class TrainedScorer:
         return hidden[..., 0]
 
 
-@functools.lru_cache(maxsize=8)
-def _layers(path: str) -> tuple[tuple[Tensor, Tensor | None], ...]:
+def _read(path: str) -> tuple[tuple[Tensor, Tensor | None], ...]:
     try:
         tensors = {name: tensor.float() for name, tensor in load_file(path).items()}
     except (OSError, SafetensorError) as error:

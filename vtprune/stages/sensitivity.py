@@ -61,7 +61,7 @@ class JacobianSensitivity:
 
     def __call__(self, seen: Projection) -> Tensor:
         projector: Any = seen.projector
-        if not all(hasattr(projector, name) for name in ("linear_1", "act", "linear_2")):
+        if {name for name, _ in projector.named_children()} != {"linear_1", "act", "linear_2"}:
             raise MissingEvidence(
                 f"the slope of a {type(projector).__name__} is not known in closed form: take probes of it"
             )
