@@ -80,6 +80,22 @@ def right_answers(model: str, items: list, keeps: list[float]) -> dict[tuple[str
     return {step: np.array(marks) for step, marks in found.items()}
 
 
+def table(rows: list[dict]) -> str:
+    """A Markdown table: one line for each candidate, one column for each budget."""
+    keeps = list(dict.fromkeys(row["keep"] for row in rows))
+    found = {(row["candidate"], row["keep"]): row for row in rows}
+
+    def cell(name: str, keep: float) -> str:
+        row = found[name, keep]
+        apart = "" if name == DEFAULT else f" ({100 * row['low']:+.1f} to {100 * row['high']:+.1f})"
+        return f"{100 * row['accuracy']:.1f}{apart}"
+
+    lines = ["| candidate | " + " | ".join(f"keep {keep}" for keep in keeps) + " |", "|---" * (1 + len(keeps)) + "|"]
+    for name in dict.fromkeys(row["candidate"] for row in rows):
+        lines.append(f"| {name} | " + " | ".join(cell(name, keep) for keep in keeps) + " |")
+    return "\n".join(lines)
+
+
 def label(number: int) -> str:
     """A name that no other candidate has."""
     name = CANDIDATES[number].name
@@ -90,8 +106,10 @@ def label(number: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llava", help="a bundled tiny model (default: llava)")
-    parser.add_argument("--samples", type=int, default=80, help="development scenes (default: 80)")
-    parser.add_argument("--keep", type=float, nargs="+", default=[0.11, 0.05], help="shares (default: 0.11 0.05)")
+    parser.add_argument("--samples", type=int, default=100, help="development scenes (default: 100)")
+    parser.add_argument(
+        "--keep", type=float, nargs="+", default=[0.11, 0.05, 0.03], help="shares (default: 0.11 0.05 0.03)"
+    )
     parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
     parser.add_argument("--csv", type=Path, help="where the rows go")
     options = parser.parse_args()
@@ -120,7 +138,7 @@ def main() -> None:
                 "commit": commit(),
             }
         )
-        print("  ".join(str(value) for value in rows[-1].values()))
+    print(table(rows))
     if options.csv:
         new = not options.csv.exists()
         with options.csv.open("a", newline="") as file:
