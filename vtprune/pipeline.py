@@ -65,6 +65,11 @@ class Pipeline:
             raise InvalidOption(f"picks of pipeline {self.name!r}: expected a tuple of Pick, got {self.picks!r}")
         if not self.picks:
             raise InvalidOption(f"pipeline {self.name!r} has no picks: it would keep nothing")
+        if self.encoder is not None and (self.frames is not None or not all(map(_reads_the_cut, self.picks))):
+            raise InvalidOption(
+                f"pipeline {self.name!r} prunes inside the encoder: every pick must score by what survives there, and "
+                "budgets of frames come too late"
+            )
         if self.counter is not None and self.frames is not None:
             raise InvalidOption(f"pipeline {self.name!r}: a counter and budgets of frames do not go together")
 
@@ -138,10 +143,8 @@ class Pipeline:
         """What the kept tokens become; None without a merger."""
         if self.merger is None:
             return None
-        S, N = tokens.features.shape[:2]
-        if selection.keep.shape[1] == 0:
-            return Merged(rows=tokens.features[:, :0], into=selection.keep.new_full((S, N), -1))
         weights = self.merger(tokens, selection)
+        S, N = tokens.features.shape[:2]
         _check("the merger", weights, (S, selection.keep.shape[1], N))
         share, into = weights.max(dim=1)
         own = torch.arange(weights.shape[1], device=into.device).expand_as(selection.keep)
@@ -185,6 +188,10 @@ class Pipeline:
         known = {**stages, "Pick": Pick}
         found = {name: _stage_from_dict(data[name], known) for name in ("picks", *_WHOLE) if name in data}
         return cls(name=data["name"], **found)
+
+
+def _reads_the_cut(pick: Pick) -> bool:
+    return any(isinstance(need, Reading) and need.rule.of == "cut" for need in pick.scorer.needs)
 
 
 def _check(who: str, tensor: object, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> None:

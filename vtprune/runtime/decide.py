@@ -212,7 +212,7 @@ def _choose(pipeline: Pipeline, stack: _Stack) -> _Choice:
     with kernels.exact(stack.at.device):
         with torch.no_grad():
             selection = pipeline.run(stack.tokens, stack.k)
-        merged = pipeline.merge(stack.tokens, selection)
+        merged = pipeline.merge(stack.tokens, selection) if stack.k else None
     stages = stages.scatter_(1, selection.keep, selection.taken)
     if merged is None:
         return _Choice(stages=stages, into=own.masked_fill(stages == DROPPED, -1), keep=selection.keep)

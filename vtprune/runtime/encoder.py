@@ -17,7 +17,7 @@ from transformers.utils.generic import ModelOutput
 from vtprune.adapters.base import Family, pooled_lengths
 from vtprune.errors import UnsupportedCall
 from vtprune.protocols import EncoderStage
-from vtprune.readings import Reading, Rule
+from vtprune.readings import Reading
 from vtprune.report import Stopwatch
 from vtprune.runtime.encoded import Blocks, Encoded, carry
 from vtprune.runtime.encoder_cut import EncoderCutter, Going
@@ -66,18 +66,20 @@ class EncoderTap:
         self.listen(readings)
         if stage is not None and budget is not None:
             self.cut = (stage, budget)
-            self._cut(stage, budget.at_least, {name: reading.rule for name, reading in readings.items()})
+            self._cut(stage, budget, [name for name, reading in readings.items() if reading.rule.of == "cut"])
 
-    def _cut(self, stage: EncoderStage, count: Callable[[int], int], rules: Mapping[str, Rule]) -> None:
-        """Hook the blocks of every tower, once each."""
-        names = [name for name, rule in rules.items() if rule.of == "cut"]
+    def _cut(self, stage: EncoderStage, budget: Budget, names: list[str]) -> None:
+        """Hook the blocks of every tower, once each. Rows that share a budget keep all it could want of them."""
 
         def note(going: Going) -> None:
             for name in names:
                 self._listener.take(name, going.survivors())
 
-        towers = [tower for kind in self.kinds if (tower := self._family.tower(self._inner, kind)) is not None]
-        for tower in {id(tower.blocks[0].block): tower for tower in towers}.values():
+        found = {kind: self._family.tower(self._inner, kind) for kind in self.kinds}
+        towers = {id(tower.blocks[0].block): (kind, tower) for kind, tower in found.items() if tower is not None}
+        for kind, tower in towers.values():
+            alone = budget.per == "part" or (budget.per == "image" and kind == "image")
+            count = budget.resolve if alone else budget.at_least
             cutter = EncoderCutter(
                 tower, stage, count=count, active=self._listener.recording, on_done=note, restore=True
             )

@@ -62,6 +62,8 @@ def _read(path: str) -> tuple[tuple[Tensor, Tensor | None], ...]:
     widths = [weight.shape[0] for weight, _ in layers[:-1]]
     if any(weight.ndim != 2 for weight, _ in layers) or widths != [weight.shape[1] for weight, _ in layers[1:]]:
         raise InvalidOption(f"the layers of {path} do not fit each other")
+    if any(bias is not None and bias.shape != weight.shape[:1] for weight, bias in layers):
+        raise InvalidOption(f"biases of {path} do not fit their layers")
     if layers[-1][0].shape[0] != 1:
         raise InvalidOption(f"the last layer of {path} gives {layers[-1][0].shape[0]} numbers: expected one score")
     return layers
