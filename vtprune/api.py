@@ -22,7 +22,7 @@ from vtprune.report import PruneReport
 from vtprune.runtime.encoder_pruner import EncoderPruner
 from vtprune.runtime.evidence import readings_of
 from vtprune.runtime.pruner import Pruner
-from vtprune.seam import HANDLE, find_base, shells
+from vtprune.seam import HANDLE, find_base, is_compiled, shells
 from vtprune.types import Budget, Per
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -66,6 +66,8 @@ def wrap(
     pipeline = build(method, parameters, options=inspect.signature(wrap).parameters)
     tower = plain_tower(model) if isinstance(model, nn.Module) else None
     if tower is not None:
+        if (per, positions, backend, on_report, history) != ("image", "auto", "auto", None, 1):
+            raise InvalidOption("a vision encoder by itself takes a method, its parameters and `keep`, nothing else")
         return _wrap_encoder(model, tower, pipeline, budget)
     inner = find_base(model)
     family = family_of(inner.config)
@@ -99,6 +101,8 @@ def _wrap_encoder(model: ModelT, tower: Tower, pipeline: Pipeline, budget: Budge
             f"methods that prune inside encoders: {able}"
         )
     _check_encoder(pipeline.name, pipeline.encoder, tower, name)
+    if any(map(is_compiled, model.modules())):
+        raise UnsupportedModel(f"{name} is compiled, and hooks added now would be ignored: wrap first, then compile")
     EncoderPruner(tower, pipeline=pipeline, budget=budget).install(model)
     return model
 
@@ -141,6 +145,7 @@ def _check_evidence(pipeline: Pipeline, budget: Budget, family: Family, inner: n
         for name, reading in readings.items():
             if pipeline.encoder is not None and tower is not None:
                 _check_encoder(pipeline.name, pipeline.encoder, tower, encoder)
+                _check_rows(pipeline.name, budget)
             if tower is None or (reading.rule.of == "projector" and tower.projector is None):
                 raise MissingEvidence(
                     f"method {pipeline.name!r} needs {name!r}, and it is not known how to read that of {encoder}; "
@@ -148,6 +153,12 @@ def _check_evidence(pipeline: Pipeline, budget: Budget, family: Family, inner: n
                 )
             if reading.rule.needs_cls and not tower.has_cls:
                 raise MissingEvidence(f"method {pipeline.name!r} needs {name!r}, and {encoder} has no CLS token")
+
+
+def _check_rows(method: str, budget: Budget) -> None:
+    """Raise `InvalidOption` for a number of patches that pictures of a prompt share: encoders see them one by one."""
+    if budget.per == "prompt" and isinstance(budget.keep, int):
+        raise InvalidOption(f"method {method!r} prunes inside the encoder: with per='prompt' keep must be a share")
 
 
 def _check_encoder(method: str, stage: EncoderStage, tower: Tower, encoder: str) -> None:

@@ -17,6 +17,7 @@ from vtprune.readings import Reading
 from vtprune.types import Merged, Selection, VisualTokens
 
 FORMAT = 1
+_INF = float("inf")
 _WHOLE = ("merger", "counter", "frames", "encoder")
 """Stages of a pipeline that belong to none of its picks."""
 
@@ -65,10 +66,11 @@ class Pipeline:
             raise InvalidOption(f"picks of pipeline {self.name!r}: expected a tuple of Pick, got {self.picks!r}")
         if not self.picks:
             raise InvalidOption(f"pipeline {self.name!r} has no picks: it would keep nothing")
-        if self.encoder is not None and (self.frames is not None or not all(map(_reads_the_cut, self.picks))):
+        later = (self.merger, self.counter, self.frames)
+        if self.encoder is not None and (any(later) or not all(map(_reads_the_cut, self.picks))):
             raise InvalidOption(
                 f"pipeline {self.name!r} prunes inside the encoder: every pick must score by what survives there, and "
-                "budgets of frames come too late"
+                "mergers, counters and budgets of frames come too late"
             )
         if self.counter is not None and self.frames is not None:
             raise InvalidOption(f"pipeline {self.name!r}: a counter and budgets of frames do not go together")
@@ -129,9 +131,9 @@ class Pipeline:
         scores = pick.scorer(tokens)
         for debiaser in pick.debiasers:
             _check(f"the scorer of pick {pick.name!r}", scores, tokens.features.shape[:2])
-            scores = debiaser(tokens, scores.nan_to_num(nan=0.0))
+            scores = debiaser(tokens, scores.nan_to_num(nan=0.0, posinf=_INF, neginf=-_INF))
         _check(f"the scorer or a debiaser of pick {pick.name!r}", scores, tokens.features.shape[:2])
-        scores = scores.nan_to_num(nan=0.0)
+        scores = scores.nan_to_num(nan=0.0, posinf=_INF, neginf=-_INF)
         forbidden = tokens.evidence.get("forbid")
         if forbidden is not None:
             scores = scores.masked_fill(forbidden, float("-inf"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
@@ -80,7 +80,7 @@ class Reading:
     @property
     def name(self) -> str:
         """What the evidence is called in `VisualTokens.evidence` and `using(...)`."""
-        return self.rule.name + self._place
+        return self.rule.name + self._parameters + self._place
 
     def source(self, has_cls: bool) -> str:
         """What it is called in reports: of "importance" which of the two it was."""
@@ -89,10 +89,16 @@ class Reading:
         return ("cls_attention" if has_cls else "received_attention") + self._place
 
     @property
+    def _parameters(self) -> str:
+        rule: Any = self.rule
+        values = (f"{field.name}={getattr(rule, field.name):g}" for field in fields(rule))
+        return f"({', '.join(values)})" if fields(rule) else ""
+
+    @property
     def _place(self) -> str:
         if self.at is not None:
-            return f"@{self.at:.2f}"
-        return "" if self.since is None else f"@{self.since:.2f}+"
+            return f"@{self.at:g}"
+        return "" if self.since is None else f"@{self.since:g}+"
 
     def blocks(self, count: int, features: int) -> range:
         """Numbers of the blocks it is taken from, out of `count`, of which `features` makes the features."""

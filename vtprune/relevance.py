@@ -78,8 +78,9 @@ def _text(clip: Any, tokenizer: Any, question: str) -> Tensor:
 
 def _open_patches(clip: Any, pixel_values: Tensor, layer: int) -> Tensor:
     visual = clip.visual
+    block = layer - 1 if layer > 0 else layer
     found = visual.forward_intermediates(
-        pixel_values, indices=[layer], output_fmt="NLC", normalize_intermediates=True, intermediates_only=True
+        pixel_values, indices=[block], output_fmt="NLC", normalize_intermediates=True, intermediates_only=True
     )
     projected: Tensor = found["image_intermediates"][0] @ visual.proj
     return projected

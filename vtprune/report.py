@@ -88,8 +88,8 @@ def _cuda_event() -> torch.cuda.Event:
 class SegmentReport:
     """One picture or clip: `stages` (n,) says which pick took each token (-1 protected, -2 dropped).
 
-    `into` (n,), where the method merges, says which token took each over, -1 where it is lost; with `per="prompt"` the
-    tokens are counted through all pictures of the prompt.
+    `into` (n,), where the method merges, says which token took each over, -1 where it is lost; where pictures of a
+    prompt share one budget, and parts none of their own, the tokens are counted through all of them.
     """
 
     row: int
@@ -147,6 +147,8 @@ class SegmentReport:
 class PruneReport:
     """One prefill: what was kept of each picture, the lengths, the bytes and the seconds.
 
+    `adaptive`: what the pictures hold decided how many tokens stay; the budget was only the most.
+
     `importance` names the evidence behind attention-guided choices (`cls_attention`, `received_attention`) or is None.
     `picks` are the names that `SegmentReport.taken` counts. `length_before` and `length_after` are tokens per row,
     padding left out where there are pictures; without any, nothing is read from the device and it is counted in.
@@ -165,6 +167,7 @@ class PruneReport:
     length_after: tuple[int, ...]
     kv_bytes_saved: int
     stopwatch: Stopwatch = field(compare=False, repr=False)
+    adaptive: bool = False
 
     @property
     def tokens(self) -> int:
@@ -206,6 +209,7 @@ class PruneReport:
             "length_before": list(self.length_before),
             "length_after": list(self.length_after),
             "kv_bytes_saved": self.kv_bytes_saved,
+            "adaptive": self.adaptive,
             "seconds": dict(self.seconds),
             "segments": [segment.to_dict() for segment in self.segments],
         }
@@ -224,7 +228,8 @@ class PruneReport:
         saved = f"{self.kv_bytes_saved / 2**20:.2f} MiB of KV cache saved"
         merged = f", {self.merged} of the others merged into them" if self.merged else ""
         kept = f"kept {self.kept} of {self.tokens} tokens{separators} of {pictures}{merged}"
-        return f"{self.method} on {self.family}: {kept}, {saved}"
+        method = f"{self.method} (adaptive)" if self.adaptive else self.method
+        return f"{method} on {self.family}: {kept}, {saved}"
 
 
 def kv_bytes_per_token(config: Any, itemsize: int) -> int:

@@ -27,7 +27,7 @@ def find_base(model: object) -> nn.Module:
         raise UnsupportedModel(
             f"{type(full).__name__} has no seam to prune at: {missing}. Known families: {', '.join(FAMILIES)}"
         )
-    if any(HANDLE in module.__dict__ for module in (model, full, inner)):
+    if any(HANDLE in module.__dict__ for module in (model, *full.modules())):
         raise UnsupportedModel("this model is wrapped already: call vtprune.unwrap(model) first")
     for name, module in full.named_modules():
         _refuse_compiled(name or "this model", module)

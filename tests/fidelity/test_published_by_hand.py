@@ -41,7 +41,7 @@ def test_vtc_cls_by_hand() -> None:
     even = [0.25] * 4
     layers = [of_maps([[0.1, 0.5, 0.1, 0.3], even, even, even], has_cls=True)]
     layers += [of_maps([[0.2, 0.1, 0.3, 0.4], even, even, even], has_cls=True)]
-    stack = picture((1, 3), **{"importance@0.67+": sum(ClsRow()(layer) for layer in layers)})
+    stack = picture((1, 3), **{"importance@0.667+": sum(ClsRow()(layer) for layer in layers)})
     assert keeps("vtc_cls", stack, 1) == [2]
     assert keeps("vtc_cls", stack, 2) == [0, 2]
 
@@ -142,16 +142,21 @@ def test_todre_by_hand() -> None:
     assert keeps("todre_select", picture((2, 2), angles, importance=[0.1, 0.1, 0.9, 0.1]), 2) == [0, 2]
 
 
+def sinks(scores: Any, threshold: float = 34.76) -> dict[str, Any]:
+    """Evidence under the name that holds its threshold."""
+    return {f"sink_attention(threshold={threshold:g})": scores}
+
+
 def test_vflowopt_by_hand() -> None:
     """Scores .1, .2, .3, .4, 0, .6 of 2 x 3. Of two the best is 5, and 3 stands for the rest, weighted 1 : 2 : 3 : 4.
 
     Of four 3 and 5 are best; in the cell of columns 0 and 1 the token 1 stands for 0 and 1, (10 + 2 x 20) / 3, and in
     column 2 only 2 is left. Where nothing is left there, 3 and 1 stay of the other cell, and 1 stands for what goes.
     """
-    stack = picture((2, 3), sink_attention=[0.1, 0.2, 0.3, 0.4, 0.0, 0.6])
+    stack = picture((2, 3), **sinks([0.1, 0.2, 0.3, 0.4, 0.0, 0.6]))
     assert becomes("vflowopt_select", stack, 2, recycled=0.5) == pytest.approx({3: 30, 5: 60})
     assert becomes("vflowopt_select", stack, 4, recycled=0.5) == pytest.approx({1: 50 / 3, 2: 30, 3: 40, 5: 60})
-    stack = picture((2, 3), sink_attention=[0.1, 0.2, 0.5, 0.3, 0.0, 0.6])
+    stack = picture((2, 3), **sinks([0.1, 0.2, 0.5, 0.3, 0.0, 0.6]))
     assert becomes("vflowopt_select", stack, 4, recycled=0.5) == pytest.approx({1: 50 / 3, 2: 30, 3: 40, 5: 60})
 
 
@@ -159,9 +164,9 @@ def test_vflowopt_from_its_attention_by_hand() -> None:
     """All attend to the first of three patches, which attends to the last: that is the one to keep."""
     seen = of_maps([[0.1, 0.2, 0.7], [0.8, 0.1, 0.1], [0.8, 0.1, 0.1]], has_cls=False)
     for threshold in (1.2, 34.76):
-        stack = picture((1, 3), sink_attention=SinkRows(threshold=threshold)(seen))
+        stack = picture((1, 3), **sinks(SinkRows(threshold=threshold)(seen), threshold))
         assert keeps("vflowopt_select", stack, 1, threshold=threshold) == [2]
-    stack = picture((1, 3), sink_attention=SinkRows(threshold=0.1)(seen))
+    stack = picture((1, 3), **sinks(SinkRows(threshold=0.1)(seen), 0.1))
     assert keeps("vflowopt_select", stack, 1, threshold=0.1) == [0], "all are sinks"
 
 
@@ -202,7 +207,7 @@ def test_prumerge_plus_by_hand() -> None:
     """
     for times in (1, 2):
         attention = [times * a for a in (0.2, 0.1, 0.1, 0.1, 0.1, 0.4)]
-        stack = picture((2, 3), keys=at_angles(0, 0, 0, 0, 0, 0), **{"importance@1.00": attention})
+        stack = picture((2, 3), keys=at_angles(0, 0, 0, 0, 0, 0), **{"importance@1": attention})
         assert becomes("prumerge_plus", stack, 1, outliers=1.0) == pytest.approx({5: 60 + 40 - 24})
         expected = {0: 10 + 40 - 2, 2: 30 + 40 - 3, 4: 50 + 40 - 5, 5: 76}
         assert becomes("prumerge_plus", stack, 4) == pytest.approx(expected)
@@ -211,7 +216,7 @@ def test_prumerge_plus_by_hand() -> None:
 def test_prumerge_plus_leaves_the_farthest_out() -> None:
     """Of 34 tokens 33 are neighbours, one too many: the one whose key points elsewhere is not added."""
     keys = at_angles(*[0.0] * 33, 90.0)
-    stack = pictures(torch.eye(34)[None], (2, 17), keys=keys, **{"importance@1.00": [[2.0] + [1.0] * 33]})
+    stack = pictures(torch.eye(34)[None], (2, 17), keys=keys, **{"importance@1": [[2.0] + [1.0] * 33]})
     pipeline = build("prumerge_plus", {"outliers": 1.0})
     merged = pipeline.merge(stack, pipeline.run(stack, 1))
     assert merged is not None
@@ -220,10 +225,10 @@ def test_prumerge_plus_leaves_the_farthest_out() -> None:
 
 def test_adaptive_prumerge_plus_by_hand() -> None:
     """Two of nine stick out, each worth four tokens: eight, at most the budget. Where none does, nothing is found."""
-    stack = picture((3, 3), **{"importance@1.00": [0.1] * 7 + [0.9, 0.8]})
+    stack = picture((3, 3), **{"importance@1": [0.1] * 7 + [0.9, 0.8]})
     pipeline = build("prumerge_plus", {"adaptive": True})
     assert [pipeline.count(stack, k).tolist() for k in (9, 8, 5)] == [[8], [8], [5]]
-    assert pipeline.count(picture((3, 3), **{"importance@1.00": [0.1] * 9}), 5).tolist() == [0]
+    assert pipeline.count(picture((3, 3), **{"importance@1": [0.1] * 9}), 5).tolist() == [0]
 
 
 def test_dart_by_hand() -> None:
@@ -245,7 +250,7 @@ def test_hiprune_by_hand() -> None:
     """
     middle = [0.0, 0.1, 0.8, 0.1, 0.9, 0.4, 0.0, 0.5, 0.0]
     deep = [0.9, 0.1, 0.8, 0.1, 1.0, 0.1, 0.7, 0.1, 0.1]
-    stack = picture((3, 3), importance=deep, **{"importance@0.38": middle})
+    stack = picture((3, 3), importance=deep, **{"importance@0.375": middle})
     assert keeps("hiprune", stack, 6, anchors=0.5) == [0, 2, 4, 5, 6, 7]
     assert keeps("hiprune", stack, 6) == [0, 1, 2, 3, 4, 6]
 

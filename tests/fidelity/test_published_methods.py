@@ -10,6 +10,7 @@ import torch
 
 from tests.fidelity import loops_methods as loops
 from tests.fidelity import loops_stages as stages
+from tests.fidelity.loops import mmr
 from vtprune.catalog import build
 from vtprune.readings import BlockAttention
 from vtprune.stages.rules import ClsOrReceived, MoreVaried, SinkRows
@@ -32,7 +33,7 @@ with_and_without_cls = pytest.mark.parametrize("has_cls", [True, False])
 
 
 def pictures(features: Any, grid: tuple[int, int], **evidence: Any) -> VisualTokens:
-    """A stack of pictures as a stage sees it; evidence by name, `importance_at_0_38` for `importance@0.38`."""
+    """A stack of pictures as a stage sees it; evidence by name, `importance_at_0_38` for `importance@0.375`."""
     S, N, _ = features.shape
     return VisualTokens(
         features=features,
@@ -90,7 +91,7 @@ def test_vtc_cls_is_the_loop(S: int, grid: tuple[int, int], k: int, has_cls: boo
     layers = [attention(S, grid, has_cls, seed) for seed in range(7)]
     total = sum(ClsOrReceived()(layer) for layer in layers)
     expected = [loops.vtc_cls(list(own), has_cls, k) for own in zip(*(maps(layer) for layer in layers), strict=True)]
-    assert kept("vtc_cls", pictures(drawn(S, grid, 2), grid, **{"importance@0.67+": total}), k) == expected
+    assert kept("vtc_cls", pictures(drawn(S, grid, 2), grid, **{"importance@0.667+": total}), k) == expected
 
 
 @pytest.mark.parametrize(("since", "first"), [(2 / 3, 16), (0.0, 0), (1.0, 22)])
@@ -179,7 +180,8 @@ def test_vflowopt_is_the_loop(S: int, grid: tuple[int, int], k: int, threshold: 
         loops.vflowopt(x, stages.sink_rows(own, False, threshold), k, grid, recycled)
         for (x,), own in zip(rows(features), maps(seen), strict=True)
     ]
-    stack = pictures(features, grid, sink_attention=SinkRows(threshold=threshold)(seen))
+    name = f"sink_attention(threshold={threshold:g})"
+    stack = pictures(features, grid, **{name: SinkRows(threshold=threshold)(seen)})
     merges_as(expected, "vflowopt_select", stack, k, threshold=threshold, recycled=recycled)
 
 
@@ -206,7 +208,7 @@ def test_holov_is_the_loop(S: int, grid: tuple[int, int], k: int, chunks: int, d
 def test_prumerge_plus_is_the_loop(S: int, grid: tuple[int, int], k: int, outliers: float) -> None:
     features, keys, seen = drawn(S, grid, 8), drawn(S, grid, 5), scores(S, grid)
     expected = [loops.prumerge_plus(*own, k, outliers) for own in rows(features, keys, seen)]
-    stack = pictures(features, grid, keys=keys, **{"importance@1.00": seen})
+    stack = pictures(features, grid, keys=keys, **{"importance@1": seen})
     merges_as(expected, "prumerge_plus", stack, k, outliers=outliers)
 
 
@@ -214,7 +216,7 @@ def test_prumerge_plus_is_the_loop(S: int, grid: tuple[int, int], k: int, outlie
 @every_size
 def test_adaptive_prumerge_plus_counts_as_the_loop(S: int, grid: tuple[int, int], k: int, outliers: float) -> None:
     seen = scores(S, grid, seed=5) ** 2
-    stack = pictures(drawn(S, grid, 8), grid, **{"importance@1.00": seen})
+    stack = pictures(drawn(S, grid, 8), grid, **{"importance@1": seen})
     expected = [loops.adaptive_budget(own, k, outliers) for (own,) in rows(seen)]
     assert build("prumerge_plus", {"adaptive": True, "outliers": outliers}).count(stack, k).tolist() == expected
 
@@ -232,7 +234,7 @@ def test_dart_is_the_loop(S: int, grid: tuple[int, int], k: int, pivots: int) ->
 def test_hiprune_is_the_loop(S: int, grid: tuple[int, int], k: int, anchors: float) -> None:
     middle, deep = scores(S, grid), scores(S, grid, seed=1)
     expected = [loops.hiprune(*own, k, grid, anchors) for own in rows(middle, deep)]
-    stack = pictures(drawn(S, grid, 3), grid, importance=deep, **{"importance@0.38": middle})
+    stack = pictures(drawn(S, grid, 3), grid, importance=deep, **{"importance@0.375": middle})
     assert kept("hiprune", stack, k, anchors=anchors) == expected
 
 
@@ -248,3 +250,12 @@ def test_scope_is_the_loop(S: int, grid: tuple[int, int], k: int, alpha: float) 
 def test_pool_is_the_loop(S: int, grid: tuple[int, int], k: int) -> None:
     features = drawn(S, grid, 8)
     merges_as([loops.pool(*own, k, grid) for own in rows(features)], "pool", pictures(features, grid), k)
+
+
+@every_size
+def test_idpruner_is_the_loop(S: int, grid: tuple[int, int], k: int) -> None:
+    """Plain MMR, of importance or of scores from outside."""
+    features, worth = drawn(S, grid, 3), scores(S, grid)
+    expected = [mmr(own, x, k, 0.3) for x, own in zip(features.numpy(), worth.numpy(), strict=True)]
+    assert kept("idpruner", pictures(features, grid, importance=worth), k, lam=0.3) == expected
+    assert kept("idpruner", pictures(features, grid, scores=worth), k, lam=0.3, importance="given") == expected

@@ -87,5 +87,5 @@ QWEN3_VL = Family(
     parts=_parts,
     rows=_rows,
     kinds=("image", "video"),
-    notes="a clip lies in one run of placeholders per temporal patch; deepstack rows are cut with their tokens",
+    notes="a clip has one run of placeholders per temporal patch; deepstack rows are cut with their tokens, not merged",
 )

@@ -23,6 +23,12 @@ def check_positive(name: str, value: object, *, zero: bool = False) -> None:
         raise InvalidOption(f"{name}={value!r}: expected a number {'of 0 or more' if zero else 'above 0'}")
 
 
+def check_switch(name: str, value: object) -> None:
+    """`value` must be True or False."""
+    if not isinstance(value, bool):
+        raise InvalidOption(f"{name}={value!r}: expected True or False")
+
+
 def check_whole(name: str, value: object, *, least: int | None = None) -> None:
     """`value` must be a whole number, not below `least`."""
     if isinstance(value, bool) or not isinstance(value, Integral) or (least is not None and value < least):

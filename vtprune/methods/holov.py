@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vtprune.methods._checks import check_whole
+from vtprune.methods._checks import check_positive, check_whole
 from vtprune.pipeline import Pick, Pipeline
 from vtprune.stages.scorers import Importance
 from vtprune.stages.structured import ChunkQuota
@@ -24,5 +24,6 @@ def holov(*, chunks: int = 16, diversity: float = 0.09) -> Pipeline:
         diversity: weight of local variety against attention.
     """
     check_whole("chunks", chunks, least=1)
+    check_positive("diversity", diversity, zero=True)
     selector = ChunkQuota(chunks=chunks, diversity=diversity)
     return Pipeline(name="holov", picks=(Pick(name="chunks", scorer=Importance(), selector=selector),))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vtprune.methods._checks import check_share
+from vtprune.methods._checks import check_share, check_switch
 from vtprune.pipeline import Pick, Pipeline
 from vtprune.stages.counters import Outliers
 from vtprune.stages.mergers import NeighbourSum
@@ -29,6 +29,7 @@ def prumerge_plus(*, outliers: float = 0.25, adaptive: bool = False) -> Pipeline
         adaptive: let the picture decide how many tokens stay, at most the budget.
     """
     check_share("outliers", outliers, above=0)
+    check_switch("adaptive", adaptive)
     scorer = Read(rule=ClsOrReceived(), at=1.0)
     first = Pick(name="outliers", scorer=scorer, selector=TopK(), share=outliers)
     rest = Pick(name="stride", scorer=Constant(), selector=Stride())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vtprune.methods._checks import check_positive, check_whole
+from vtprune.methods._checks import check_positive, check_switch, check_whole
 from vtprune.pipeline import Pick, Pipeline
 from vtprune.readings import Rule
 from vtprune.stages.debiasers import MinMax
@@ -29,6 +29,7 @@ def zoo_prune(*, probes: int = 64, step: float = 0.01, seed: int = 0, closed_for
     check_whole("probes", probes, least=1)
     check_positive("step", step)
     check_whole("seed", seed)
+    check_switch("closed_form", closed_form)
     rule: Rule = JacobianSensitivity() if closed_form else ProbedSensitivity(probes=probes, step=step, seed=seed)
     pick = Pick(name="sensitive", scorer=Read(rule=rule), debiasers=(MinMax(),), selector=SensitiveDiversity())
     return Pipeline(name="zoo_prune", picks=(pick,))

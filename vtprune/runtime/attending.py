@@ -17,6 +17,28 @@ from vtprune.readings import BlockAttention
 from vtprune.seam import refuse_copy
 
 
+class EagerForwards:
+    """Modules kept eager inside a model that is compiled later: compiled code would pass their hooks by."""
+
+    def __init__(self) -> None:
+        self._replaced: list[tuple[nn.Module, Any, Any]] = []
+
+    def keep(self, module: nn.Module) -> None:
+        """Run the forward of `module` as it is from now on."""
+        own = module.__dict__
+        eager = torch.compiler.disable(module.forward)
+        self._replaced.append((module, own.get("forward"), eager))
+        own["forward"] = eager
+
+    def restore(self) -> None:
+        """Undo `keep`, where nobody has changed the forward since."""
+        for module, before, eager in self._replaced:
+            if module.__dict__.get("forward") is eager:
+                module.__dict__.pop("forward")
+                module.__dict__.update({} if before is None else {"forward": before})
+        self._replaced.clear()
+
+
 class _Under(threading.local):
     """The attention call of one thread that is under way."""
 

@@ -59,7 +59,8 @@ def decide(
     if pruned:
         _check_encoder_decides(pipeline, given, forced)
     scores = _evidence(prompt, pipeline, given, embeds.device) if pruned else {}
-    stacker = _Stacker(embeds=embeds, scores=scores)
+    cuts = [name for name, reading in pipeline.readings.items() if reading.rule.of == "cut"]
+    stacker = _Stacker(embeds=embeds, scores=scores, survivors=cuts[0] if cuts else None)
     if pruned and pipeline.counter is not None:
         units = _counted(pipeline, budget, units, forced, stacker)
     if pruned and pipeline.frames is not None:
@@ -169,10 +170,11 @@ class _Stack:
 
 @dataclass(frozen=True, kw_only=True)
 class _Stacker:
-    """Builds stacks from the prompt and the evidence per segment."""
+    """Builds stacks from the prompt and the evidence per segment. What is 0 in `survivors` is gone, and forbidden."""
 
     embeds: Tensor
     scores: Mapping[str, list[Tensor]]
+    survivors: str | None = None
 
     def stack(self, units: list[Unit], forced: list[Forced]) -> _Stack:
         """What a pipeline gets to see of equal units."""
@@ -184,6 +186,8 @@ class _Stacker:
         if forced[0].forbid:
             banned = torch.tensor([force.forbid for force in forced]).to(at.device, non_blocking=True)
             evidence["forbid"] = torch.zeros(at.shape, dtype=torch.bool, device=at.device).scatter_(1, banned, True)
+        if self.survivors is not None and self.survivors in evidence:
+            evidence["forbid"] = evidence[self.survivors] == 0
         tokens = VisualTokens(
             features=_features(self.embeds, where, at),
             parts=units[0].parts,

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 from transformers.utils.generic import ModelOutput
 
 from vtprune.adapters.base import Family, pooled_lengths
@@ -48,7 +47,7 @@ class EncoderTap:
         )
         self._has_cls: dict[Modality, bool] = {}
         self._listener = Listener()
-        self._handles: list[RemovableHandle] = []
+        self._cutters: list[EncoderCutter] = []
 
     def install(
         self,
@@ -83,7 +82,8 @@ class EncoderTap:
             cutter = EncoderCutter(
                 tower, stage, count=count, active=self._listener.recording, on_done=note, restore=True
             )
-            self._handles += cutter.hook()
+            cutter.hook()
+            self._cutters.append(cutter)
 
     def listen(self, readings: Mapping[str, Reading]) -> None:
         """Hook what `readings` are taken from."""
@@ -96,9 +96,9 @@ class EncoderTap:
     def remove(self) -> None:
         """Undo `install`."""
         self._listener.remove()
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        for cutter in self._cutters:
+            cutter.remove()
+        self._cutters.clear()
         for kind in self.kinds:
             self._inner.__dict__.pop(f"get_{kind}_features", None)
 

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from vtprune.adapters.base import Tower
+from vtprune.errors import UnsupportedCall
 from vtprune.kernels import reference as kernels
 from vtprune.protocols import EncoderStage
 from vtprune.readings import BlockAttention
-from vtprune.runtime.attending import AttentionTap
+from vtprune.runtime.attending import AttentionTap, EagerForwards
 from vtprune.seam import refuse_copy
 from vtprune.types import EncoderCut
 
@@ -101,19 +102,28 @@ class EncoderCutter:
         self._active = active
         self._on_done = on_done
         self._restore = restore
+        self._handles: list[RemovableHandle] = []
+        self._eager = EagerForwards()
         self._thread = _Thread()
 
     __deepcopy__ = refuse_copy
     __reduce_ex__ = refuse_copy  # type: ignore[assignment]
 
-    def hook(self) -> list[RemovableHandle]:
+    def hook(self) -> None:
         """Register the hooks."""
-        handles: list[RemovableHandle] = []
+        handles = self._handles
         for number, probe in enumerate(self._blocks):
+            self._eager.keep(probe.block)
             handles += AttentionTap(probe, self._attended, self._active, values=True).hook()
             passed = functools.partial(self._passed, number)
             handles.append(probe.block.register_forward_hook(passed, prepend=True))
-        return handles
+
+    def remove(self) -> None:
+        """Undo `hook`."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._eager.restore()
 
     def _attended(self, seen: BlockAttention) -> None:
         self._thread.seen = seen
@@ -133,7 +143,8 @@ class EncoderCutter:
             counts = self._stage.counts(n, min(n, self._count(n)), len(self._blocks))
             self._thread.going = Going(patches, counts)
         going, seen = self._thread.going, self._thread.seen
-        assert going is not None and seen is not None
+        if going is None or seen is None:
+            raise UnsupportedCall("a block of the encoder ran again by itself: no gradient checkpointing while pruned")
         with torch.no_grad(), kernels.exact(hidden.device):
             cut = self._stage(seen, patches, going.counts[number], going.memory)
         patches = going.advance(patches, cut)

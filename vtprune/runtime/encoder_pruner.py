@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from vtprune.adapters.base import Tower
 from vtprune.pipeline import Pipeline
@@ -46,7 +45,7 @@ class EncoderPruner:
         self.last: EncoderReport | None = None
         self._tower = tower
         self._model: nn.Module | None = None
-        self._handles: list[RemovableHandle] = []
+        self._cutter: EncoderCutter | None = None
 
     __deepcopy__ = refuse_copy
     __reduce_ex__ = refuse_copy  # type: ignore[assignment]
@@ -63,15 +62,15 @@ class EncoderPruner:
                 on_done=self._done,
                 restore=False,
             )
-            self._handles = cutter.hook()
+            cutter.hook()
+            self._cutter = cutter
         model.__dict__[HANDLE] = self
         self._model = model
 
     def remove(self) -> None:
         """Take every hook and the handle off the model."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        if self._cutter is not None:
+            self._cutter.remove()
         if self._model is not None:
             self._model.__dict__.pop(HANDLE, None)
 

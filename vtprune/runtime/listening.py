@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from vtprune.adapters.base import Probe, Tower
 from vtprune.kernels import reference as kernels
 from vtprune.readings import BlockAttention, Projection, Reading, Rule
-from vtprune.runtime.attending import AttentionTap
+from vtprune.runtime.attending import AttentionTap, EagerForwards
 from vtprune.runtime.encoded import Blocks, Pending
 from vtprune.seam import refuse_copy
 
@@ -45,7 +45,7 @@ class Listener:
 
     def __init__(self) -> None:
         self._handles: list[RemovableHandle] = []
-        self._forwards: list[tuple[nn.Module, Any, Any]] = []
+        self._eager = EagerForwards()
         self._thread = _Recording()
 
     __deepcopy__ = refuse_copy
@@ -81,12 +81,12 @@ class Listener:
             for block in _blocks(tower, readings):
                 if block.probe.attention not in hooked:
                     hooked.add(block.probe.attention)
-                    self._keep_eager(block.probe.attention)
+                    self._eager.keep(block.probe.attention)
                     attended = functools.partial(self._attended, block)
                     self._handles += AttentionTap(block.probe, attended, self.recording).hook()
             if at_projector and tower.projector is not None and tower.projector not in hooked:
                 hooked.add(tower.projector)
-                self._keep_eager(tower.projector)
+                self._eager.keep(tower.projector)
                 given = functools.partial(self._given, at_projector)
                 self._handles.append(tower.projector.register_forward_pre_hook(given))
 
@@ -95,18 +95,7 @@ class Listener:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        for module, before, eager in self._forwards:
-            if module.__dict__.get("forward") is eager:
-                module.__dict__.pop("forward")
-                module.__dict__.update({} if before is None else {"forward": before})
-        self._forwards.clear()
-
-    def _keep_eager(self, module: nn.Module) -> None:
-        """Keep a module eager inside a model that is compiled later: compiled code would pass its hooks by."""
-        own = module.__dict__
-        eager = torch.compiler.disable(module.forward)
-        self._forwards.append((module, own.get("forward"), eager))
-        own["forward"] = eager
+        self._eager.restore()
 
     def _attended(self, block: _Block, seen: BlockAttention) -> None:
         for name, rule in block.rules.items():

@@ -63,4 +63,5 @@ def report_of(
         length_after=after,
         kv_bytes_saved=B * (L - stored) * kv_bytes_per_element * embeds.itemsize,
         stopwatch=stopwatch,
+        adaptive=pipeline.counter is not None,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from vtprune.errors import InvalidOption
@@ -48,7 +49,7 @@ class Mass:
         return self.scorer.needs
 
     def __call__(self, tokens: VisualTokens, k: int) -> Tensor:
-        scores = self.scorer(tokens).clamp(min=0).sort(dim=1, descending=True).values
+        scores = _from_zero(self.scorer(tokens)).sort(dim=1, descending=True).values
         held = scores.cumsum(dim=1) - scores
         return (held < self.share * scores.sum(dim=1, keepdim=True)).sum(dim=1)
 
@@ -68,8 +69,14 @@ class Above:
         return self.scorer.needs
 
     def __call__(self, tokens: VisualTokens, k: int) -> Tensor:
-        scores = self.scorer(tokens)
+        scores = _from_zero(self.scorer(tokens))
         return (scores >= self.share * scores.amax(dim=1, keepdim=True)).sum(dim=1)
+
+
+def _from_zero(scores: Tensor) -> Tensor:
+    """Scores with negative ones at 0; where none is above 0, moved up so that the lowest is 0."""
+    low, high = scores.aminmax(dim=1, keepdim=True)
+    return torch.where(high <= 0, scores - low, scores.clamp(min=0))
 
 
 def _check_share(share: object) -> None:

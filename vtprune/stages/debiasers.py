@@ -15,11 +15,13 @@ from vtprune.types import VisualTokens
 
 @dataclass(frozen=True)
 class MinMax:
-    """Stretch the scores of each picture to [0, 1]; equal scores become 0."""
+    """Stretch the scores of each picture to [0, 1]; equal scores become 0. What rules tokens out (-inf) stays."""
 
     def __call__(self, tokens: VisualTokens, scores: Tensor) -> Tensor:
-        low, high = scores.aminmax(dim=1, keepdim=True)
-        return ((scores - low) / (high - low)).nan_to_num(nan=0.0)
+        endless = scores.isinf()
+        low = scores.masked_fill(endless, float("inf")).amin(dim=1, keepdim=True)
+        high = scores.masked_fill(endless, float("-inf")).amax(dim=1, keepdim=True)
+        return torch.where(endless, scores, ((scores - low) / (high - low)).nan_to_num(nan=0.0))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -89,6 +89,10 @@ class Flow:
     pace: float = 0.2
     needs_cls: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        if not (0 <= self.momentum <= 1 and 0 <= self.pace <= 1):
+            raise InvalidOption(f"momentum={self.momentum!r}, pace={self.pace!r}: expected numbers in [0, 1]")
+
     def counts(self, n: int, k: int, blocks: int) -> tuple[int, ...]:
         found = []
         for to_go in range(blocks - 2, -2, -1):
@@ -126,6 +130,10 @@ class MergeWindows:
 
     side: int = 3
     needs_cls: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.side < 2:
+            raise InvalidOption(f"side={self.side!r}: expected at least 2")
 
     def counts(self, n: int, k: int, blocks: int) -> tuple[int, ...]:
         each = self.side**2 - 1
@@ -178,6 +186,10 @@ class RankAndPrune:
     steps: int = 5
     every: int = 2
     needs_cls: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.every < 1:
+            raise InvalidOption(f"steps={self.steps!r}, every={self.every!r}: expected at least 1")
 
     def counts(self, n: int, k: int, blocks: int) -> tuple[int, ...]:
         turns = [block for block in range(blocks) if (blocks - 1 - block) % self.every == 0]

@@ -35,6 +35,12 @@ def assigned(into: Tensor, keep: Tensor, weights: Tensor) -> Tensor:
     return mixture / mixture.sum(dim=2, keepdim=True)
 
 
+def _allowed(tokens: VisualTokens, into: Tensor) -> Tensor:
+    """`into` without forbidden tokens: they live on nowhere."""
+    forbidden = tokens.evidence.get("forbid")
+    return into if forbidden is None else into.masked_fill(forbidden, -1)
+
+
 def nearest_kept(units: Tensor, keep: Tensor, allowed: Tensor | None = None) -> Tensor:
     """Index (S, N) into `keep` (S, K) of the kept token most similar to each, out of the `allowed` (S, K) ones."""
     chosen = kernels.cut_sequence(units, keep)
@@ -66,7 +72,7 @@ class IntoNearest:
         into = nearest_kept(units, selection.keep, allowed)
         if allowed is not None:
             into = into.masked_fill(~allowed.any(dim=1, keepdim=True), -1)
-        return assigned(into, selection.keep, torch.ones_like(into, dtype=torch.float32))
+        return assigned(_allowed(tokens, into), selection.keep, torch.ones_like(into, dtype=torch.float32))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +101,7 @@ class IntoCell:
         at_home = own if self.pick is None else own.masked_fill(selection.taken != self.pick, K)
         head = own.new_full((len(own), count), K).scatter_reduce_(1, cell[selection.keep], at_home, "amin")
         into = head[:, cell]
-        return assigned(into.masked_fill(into == K, -1), selection.keep, self.weights(tokens))
+        return assigned(_allowed(tokens, into.masked_fill(into == K, -1)), selection.keep, self.weights(tokens))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +126,8 @@ class NeighbourSum:
         similarity = similarity.scatter(2, selection.keep[..., None], float("-inf"))
         near = similarity.sort(dim=2, descending=True, stable=True).indices[..., : min(self.count, N - 1)]
         worth = self.weights(tokens).clamp(min=0)
+        if "forbid" in tokens.evidence:
+            worth = worth.masked_fill(tokens.evidence["forbid"], 0)
         worth = worth / worth.sum(dim=1, keepdim=True).clamp_min(1e-12)
         added = torch.zeros_like(similarity).scatter(2, near, 1.0) * worth[:, None]
         return added.scatter(2, selection.keep[..., None], 1.0)
