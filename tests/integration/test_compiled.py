@@ -165,3 +165,17 @@ def test_a_compiled_view_follows_the_next_wrap() -> None:
     assert model.vtprune.last is not None
     assert model.vtprune.last.kept == 2
     torch.testing.assert_close(found, logits(model, inputs), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["tome", "flowcut"])
+def test_pruning_inside_the_encoder_survives_compilation(method: str) -> None:
+    """The blocks stay eager, or their hooks would be passed by."""
+    plain, compiled = llava(), llava()
+    inputs = models.inputs(plain, ONE)
+    vtprune.wrap(plain, method, keep=0.5)
+    expected, kept = logits(plain, inputs), kept_of(plain.vtprune.last)
+    vtprune.wrap(compiled, method, keep=0.5)
+    compiled.compile(backend="eager")
+    for _ in range(2):
+        torch.testing.assert_close(logits(compiled, inputs), expected, atol=1e-5, rtol=1e-5)
+        assert kept_of(compiled.vtprune.last) == kept

@@ -286,3 +286,19 @@ def test_too_few_blocks_for_a_budget_are_an_error_and_no_lasting_one() -> None:
     with vtprune.pruning(model, "tome", keep=4) as pruner:
         seen(model, pixels())
         assert pruner.last.counts == (32, 16, 8, 4)
+
+
+def test_a_compiled_encoder_is_refused() -> None:
+    """Hooks added now would be ignored."""
+    model = fresh("clip")
+    model.compile(backend="eager")
+    with pytest.raises(UnsupportedModel, match="wrap first, then compile"):
+        vtprune.wrap(model, "tome", keep=0.5)
+
+
+@pytest.mark.parametrize(
+    "option", [{"per": "part"}, {"positions": "keep"}, {"history": 3}, {"on_report": print}], ids=str
+)
+def test_options_that_mean_nothing_to_an_encoder_are_refused(option: dict[str, Any]) -> None:
+    with pytest.raises(InvalidOption, match="nothing else"):
+        vtprune.wrap(fresh("clip"), "tome", keep=0.5, **option)

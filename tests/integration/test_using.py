@@ -316,3 +316,15 @@ def test_a_method_without_the_evidence_it_reads_says_how_to_give_it() -> None:
     with pytest.raises(MissingEvidence, match=r"using\(frames"):
         logits(model, inputs)
     assert len(kept_with(model, inputs, frames=[torch.arange(4.0)])[0]) > 0
+
+
+@pytest.mark.parametrize("method", ["pool", "visionzip", "prumerge_plus"])
+def test_forbidden_tokens_live_on_nowhere(method: str) -> None:
+    """Not kept, and not merged into what is kept."""
+    model = vtprune.wrap(llava(), method, keep=K)
+    inputs = models.inputs(model, ONE)
+    forbidden = [0, 3, 7]
+    kept_with(model, inputs, forbid=[torch.tensor(forbidden)])
+    into = model.vtprune.last.segments[0].into
+    assert into[forbidden].tolist() == [-1] * 3
+    assert (into >= 0).sum() > K
