@@ -1,13 +1,25 @@
 """What the law files share: the cells method x family, their models, inputs and the comparison of logits.
 
 A test of a law takes `case` through `cells(...)` and carries `pytest.mark.law`; the count at the end is made of these.
+
+What runs, of the full product of methods, families and laws (`selection` decides):
+
+* by default: for the laws that depend on the method, `CORE_METHODS` (one of each kind of stage) on every family and
+  every other method on `CORE_FAMILIES`; for `RUNTIME_LAWS`, which see kinds of stages and not methods, `CORE_METHODS`
+  on `CORE_FAMILIES` and `WIDE_METHODS`, which have most kinds between them, on every family.
+* `-m matrix`: besides, every method on every family for the laws that depend on it; for `RUNTIME_LAWS`
+  `RUNTIME_METHODS` on every family and each other method on one, the families in turn.
+* `-m ""`: everything.
+
+Where a law depends on the method and a test comes in both position modes, that of the family is meant. In the other one
+it runs by default for `CORE_METHODS` on `CORE_FAMILIES`, in the matrix for `CORE_METHODS` on every family.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,14 +31,35 @@ import vtprune
 from tests import models
 from tests.contracts import oracle
 from tests.models import CLIPS, IMAGE_FAMILIES, ONE_AND_TWO, QWEN, VIDEO_FAMILIES, Prompt
+from vtprune.catalog import build
 
 Kind = Literal["image", "video"]
-METHODS = tuple(vtprune.list_methods())
+Selection = Literal["default", "matrix", "product"]
+METHODS = (*vtprune.list_methods(), "prumerge_plus-adaptive")
+"""Methods by name; what follows a dash tells apart those that differ in their `SETTINGS`."""
+SETTINGS: dict[str, dict[str, Any]] = {
+    "prumerge_plus-adaptive": {"adaptive": True},
+    "vflowopt_select": {"recycled": 0.4},
+}
+"""Parameters that are not the default ones: tiny pictures have too few tokens for the share that vflowopt recycles."""
+PIPELINES = {method: build(method.partition("-")[0], SETTINGS.get(method)) for method in METHODS}
 FAMILIES = IMAGE_FAMILIES
 CORE_FAMILIES = ("llava", "llava_onevision", "qwen2_5_vl")
-CORE_METHODS = ("random", "fastervlm", "divprune", "vtprune")
+CORE_METHODS = ("random", "fastervlm", "divprune", "vtprune", "pool", "prumerge_plus-adaptive", "flowcut")
 NEUTRAL = ("identity",)
 """Methods that refuse any budget but 1.0."""
+MERGING = tuple(method for method in METHODS if PIPELINES[method].merger is not None)
+IN_TOWER = tuple(method for method in METHODS if PIPELINES[method].encoder is not None)
+"""Methods that prune inside the vision encoder."""
+CUT_TOWERS = ("llava", "video_llava")
+"""Families whose encoder bears that; the others refuse."""
+ADAPTIVE = tuple(method for method in METHODS if PIPELINES[method].counter is not None)
+GIVEN = tuple(method for method in METHODS if "relevance" in PIPELINES[method].needs)
+"""Methods whose evidence the user has to give."""
+WIDE_METHODS = ("vtprune", "prumerge_plus-adaptive")
+"""Two of the core: evidence, debiasing, several picks, a merger and a counter between them."""
+RUNTIME_METHODS = (*CORE_METHODS, *GIVEN, *NEUTRAL)
+RUNTIME_LAWS = ("5 undo", "6 refusal", "7 turns", "8 modes")
 TOLERANCE = 1e-5
 """Largest difference of fp32 logits, as a share of the largest logit (at least of 1)."""
 STEPS = 3
@@ -41,9 +74,19 @@ class Case:
     kind: Kind
 
     @property
-    def core(self) -> bool:
-        """In the default selection: every method on three families, every family on four methods."""
-        return self.family in CORE_FAMILIES or self.method in CORE_METHODS
+    def name(self) -> str:
+        """What `wrap` calls the method."""
+        return PIPELINES[self.method].name
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Parameters of the method, for `wrap`."""
+        return SETTINGS.get(self.method, {})
+
+    @property
+    def refused(self) -> bool:
+        """The family's encoder cannot be pruned as the method does: only its neutral budget is taken."""
+        return self.method in IN_TOWER and self.family not in CUT_TOWERS
 
     @property
     def keep(self) -> float:
@@ -54,6 +97,11 @@ class Case:
     def mrope(self) -> bool:
         """Ids of (t, h, w)."""
         return self.family in QWEN
+
+    @property
+    def positions(self) -> str:
+        """The position mode that `auto` stands for."""
+        return "keep" if self.mrope else "compact"
 
     @property
     def model(self) -> nn.Module:
@@ -84,13 +132,31 @@ class Case:
         """What a processor would return."""
         return dict(_inputs(self.family, tuple(prompts), self.kind))
 
-    def pruned(self, **options: Any) -> AbstractContextManager[Any]:
-        """`vtprune.pruning` of the shared model with this method, at a budget that prunes unless told."""
-        return vtprune.pruning(self.model, self.method, **{"keep": self.keep, **options})
+    def wrap(self, model: Any, **options: Any) -> nn.Module:
+        """`vtprune.wrap` with this method or a pipeline in its place, at a budget that prunes unless told."""
+        return vtprune.wrap(model, **self._options(options))
+
+    def _options(self, options: dict[str, Any]) -> dict[str, Any]:
+        method = {} if "method" in options else {"method": self.name, **self.settings}
+        return {"keep": self.keep, **method, **options}
+
+    @contextmanager
+    def pruned(self, prompts: Sequence[Prompt] | None = None, **options: Any) -> Iterator[Any]:
+        """`wrap` the shared model for a block, with evidence for `prompts`: those of the batch unless told."""
+        prompts = self.prompts if prompts is None else prompts
+        with vtprune.pruning(self.model, **self._options(options)) as pruner, self.using(pruner, prompts):
+            yield pruner
+
+    def using(self, pruner: Any, prompts: Sequence[Prompt], *, as_one: bool = False) -> AbstractContextManager[Any]:
+        """Evidence that a user has to give for a call with these rows, or with all of them `as_one`; else nothing."""
+        if self.method not in GIVEN:
+            return nullcontext()
+        rows = [_relevance(self.family, prompt, self.kind) for prompt in prompts]
+        return pruner.using(relevance=[[picture for row in rows for picture in row]] if as_one else rows)
 
 
 def cells(methods: Sequence[str] = METHODS, kinds: Sequence[Kind] = ("image", "video")) -> pytest.MarkDecorator:
-    """Parametrise a test over method x family; what is not in the default selection is marked `matrix`."""
+    """Parametrise a test over method x family; which of them run depends on the law, see `selection`."""
     every = [
         Case(method=method, family=family, kind=kind)
         for family in FAMILIES
@@ -98,13 +164,25 @@ def cells(methods: Sequence[str] = METHODS, kinds: Sequence[Kind] = ("image", "v
         if kind == "image" or family in VIDEO_FAMILIES
         for method in methods
     ]
-    marks = {True: (), False: (pytest.mark.matrix,)}
-    return pytest.mark.parametrize(
-        "case", [pytest.param(c, id=f"{c.method}-{c.family}-{c.kind}", marks=marks[c.core]) for c in every]
-    )
+    return pytest.mark.parametrize("case", [pytest.param(c, id=f"{c.method}-{c.family}-{c.kind}") for c in every])
+
+
+def selection(method: str, family: str, law: str, *, again: bool = False) -> Selection:
+    """The smallest selection that a cell is in; `again`: its tests in the position mode that is not the default."""
+    core = method in CORE_METHODS
+    if law in RUNTIME_LAWS:
+        if method in WIDE_METHODS or (core and family in CORE_FAMILIES):
+            return "default"
+        turn = FAMILIES[METHODS.index(method) % len(FAMILIES)]
+        return "matrix" if method in RUNTIME_METHODS or family == turn else "product"
+    if again:
+        return "product" if not core else "default" if family in CORE_FAMILIES else "matrix"
+    return "default" if core or family in CORE_FAMILIES else "matrix"
 
 
 PRUNING_METHODS = tuple(method for method in METHODS if method not in NEUTRAL)
+EXACT_METHODS = tuple(method for method in PRUNING_METHODS if method not in ADAPTIVE)
+"""Methods that keep as many tokens as the budget says."""
 
 
 def fresh_model(family: str) -> nn.Module:
@@ -118,6 +196,29 @@ def fresh_model(family: str) -> nn.Module:
 def model_of(family: str) -> nn.Module:
     """The model of the family that the tests of a process share."""
     return fresh_model(family)
+
+
+@functools.cache
+def spare_model_of(family: str) -> nn.Module:
+    """Its twin, for what has to be known of a prompt while that one is wrapped."""
+    return fresh_model(family)
+
+
+@functools.cache
+def _relevance(family: str, prompt: Prompt, kind: Kind) -> list[Tensor]:
+    """Scores for every picture of a prompt, the same wherever it stands."""
+    model = spare_model_of(family)
+    with vtprune.pruning(model, "identity", keep=1.0) as pruner, torch.no_grad():
+        model(**_inputs(family, (prompt,), kind))
+    return [
+        torch.rand(segment.n, generator=torch.Generator().manual_seed(100 * prompt.seed + number))
+        for number, segment in enumerate(pruner.last.segments)
+    ]
+
+
+@functools.cache
+def _prompted(family: str, prompt: Prompt, kind: Kind) -> oracle.Merged:
+    return oracle.merge(spare_model_of(family), _inputs(family, (prompt,), kind))
 
 
 @functools.cache
@@ -172,9 +273,17 @@ def placeholders(model: nn.Module) -> set[int]:
 
 def kept_positions(case: Case, report: Any, row: int, ids: Sequence[int]) -> list[int]:
     """Prompt positions that a report says are kept, for the unpadded ids of a row: text, separators and choices."""
+    dropped: set[int] = set()
+    for segment, candidates in candidate_positions(case, report, row, ids):
+        dropped |= set(candidates) - {candidates[index] for index in segment.keep.tolist()}
+    return [position for position in range(len(ids)) if position not in dropped]
+
+
+def candidate_positions(case: Case, report: Any, row: int, ids: Sequence[int]) -> list[tuple[Any, list[int]]]:
+    """For every picture of a row its report and the prompt positions of its tokens, separators left out."""
     wanted = placeholders(case.model)
     visual = [position for position, token in enumerate(ids) if token in wanted]
-    kept = [position for position, token in enumerate(ids) if token not in wanted]
+    found = []
     first = 0
     for segment in report.segments:
         if segment.row != row:
@@ -182,11 +291,9 @@ def kept_positions(case: Case, report: Any, row: int, ids: Sequence[int]) -> lis
         positions = visual[first : first + segment.parts[-1].stop]
         first += len(positions)
         separators = {offset for part in segment.parts for offset in part.separators}
-        candidates = [position for offset, position in enumerate(positions) if offset not in separators]
-        kept += [positions[offset] for offset in separators]
-        kept += [candidates[index] for index in segment.keep.tolist()]
+        found.append((segment, [position for i, position in enumerate(positions) if i not in separators]))
     assert first == len(visual), "the report must account for every placeholder"
-    return sorted(kept)
+    return found
 
 
 def choices(report: Any, row: int) -> list[list[int]]:
@@ -194,9 +301,53 @@ def choices(report: Any, row: int) -> list[list[int]]:
     return [segment.keep.tolist() for segment in report.segments if segment.row == row]
 
 
+@contextmanager
+def handed_over(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Embeddings (B, L, D) of every call of the language model of a wrapped model, after vtprune had its say."""
+    seen: list[Tensor] = []
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(kwargs["inputs_embeds"])
+
+    handle = model.model.language_model.register_forward_pre_hook(record, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@functools.cache
+def _merged_rows(case: Case, prompt: Prompt, keep: float | int) -> tuple[list[int], Tensor]:
+    """Positions and embeddings (1, K, D) of what is kept of a prompt that is alone, as vtprune hands them over."""
+    model, inputs = spare_model_of(case.family), case.inputs((prompt,))
+    options = {"keep": keep, **case.settings}
+    with torch.no_grad(), vtprune.pruning(model, case.name, **options) as pruner, handed_over(model) as seen:
+        model(**inputs)
+    return kept_positions(case, pruner.last, 0, inputs["input_ids"][0].tolist()), seen[0]
+
+
+def whole(case: Case, prompt: Prompt, kept: list[int], *, keep: float | int | None = None) -> oracle.Merged:
+    """One unpadded prompt; where the method changes the tokens at `kept`, they are what they become at this budget.
+
+    What they become is taken from vtprune. Law 2 holds it to what the report says, law 3 to what it is in a batch.
+    """
+    prompted = _prompted(case.family, prompt, case.kind)
+    if case.method not in (*MERGING, *IN_TOWER):
+        return prompted
+    positions, rows = _merged_rows(case, prompt, case.keep if keep is None else keep)
+    assert positions == kept, "another choice than when the prompt is alone"
+    return oracle.replaced(prompted, kept, rows)
+
+
 def by_hand(
-    case: Case, inputs: dict[str, Tensor], kept: list[int], *, compact: bool, steps: int = STEPS
+    case: Case,
+    prompt: Prompt,
+    kept: list[int],
+    *,
+    compact: bool,
+    keep: float | int | None = None,
+    steps: int = STEPS,
 ) -> tuple[list[int], Tensor]:
     """Tokens and logits of one unpadded row, by the oracle."""
-    prompt = oracle.merge(case.model, inputs)
-    return oracle.decode(case.model, prompt, kept, steps=steps, compact=compact, forbidden=case.forbidden)
+    prompted = whole(case, prompt, kept, keep=keep)
+    return oracle.decode(case.model, prompted, kept, steps=steps, compact=compact, forbidden=case.forbidden)

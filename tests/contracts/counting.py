@@ -44,14 +44,21 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Name the cell of every test; `-m matrix` selects the default cells too, so that it is the full product."""
+    """Name the cell of every test, and mark it `matrix` as far as its selection says so.
+
+    `-m matrix` selects the default cells too: what it leaves out is in neither.
+    """
+    from tests.contracts import cases
+
+    left_out = "product" if config.option.markexpr.strip() == "matrix" else "default"
     for item in items:
         law, callspec = item.get_closest_marker("law"), getattr(item, "callspec", None)
         if law is None or callspec is None or "case" not in callspec.params:
             continue
         case = callspec.params["case"]
         item.user_properties.append(("cell", (case.method, case.family, law.args[0])))
-        if config.option.markexpr.strip() == "matrix":
+        again = callspec.params.get("positions", case.positions) != case.positions
+        if cases.selection(case.method, case.family, law.args[0], again=again) != left_out:
             item.add_marker("matrix")
 
 
@@ -97,12 +104,18 @@ def summary(counted: dict[Cell, str], product: list[Cell]) -> str:
     if counts[SKIPPED]:
         line += f", {counts[SKIPPED]} skipped"
     if missing:
-        line += f"; {missing} of the full product of {len(product)} not in this selection (pytest -m matrix)"
+        line += f"; {missing} of the full product of {len(product)} not in this selection"
     return line
+
+
+def _told(method: str, settings: dict[str, Any]) -> str:
+    return f"`{method}` is {', '.join(f'`{name}={value}`' for name, value in settings.items())}"
 
 
 def table(counted: dict[Cell, str], product: list[Cell]) -> str:
     """A Markdown page: one row for each family and method, one column for each law."""
+    from tests.contracts import cases
+
     versions = f"torch {version('torch')}, transformers {version('transformers')}, Python {platform.python_version()}"
     lines = [
         "# The laws, cell by cell",
@@ -114,6 +127,10 @@ def table(counted: dict[Cell, str], product: list[Cell]) -> str:
         "A cell is every test of `tests/contracts/` for that law, method and family, with pictures and, where the",
         "family takes them, with clips. *refused*: every test of the cell ends in one of our documented errors and",
         "leaves the model as it was; that is what law 6 asks for. `identity` keeps everything, the others prune.",
+        "Laws 5 to 8 are the runtime's, which sees kinds of stages: methods of a kind of their own are held to them on",
+        "every family, each other method on one.",
+        "",
+        f"Not at default parameters: {'; '.join(_told(*setting) for setting in cases.SETTINGS.items())}.",
         "",
         "| family | method | " + " | ".join(LAWS) + " |",
         "|" + "---|" * (len(LAWS) + 2),

@@ -7,7 +7,7 @@ everything; `generate` lets transformers run its own beam search or sampling on 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -53,6 +53,13 @@ def merge(model: nn.Module, inputs: dict[str, Tensor]) -> Merged:
         visual=caught.get("visual_pos_masks"),
         deepstack=caught.get("deepstack_visual_embeds"),
     )
+
+
+def replaced(prompt: Merged, kept: list[int], rows: Tensor) -> Merged:
+    """The prompt with embeddings `rows` (1, K, D) at the kept tokens."""
+    embeds = prompt.embeds.clone()
+    embeds[:, kept] = rows
+    return replace(prompt, embeds=embeds)
 
 
 def join(pieces: Sequence[Merged], positions: Tensor) -> Merged:

@@ -81,13 +81,26 @@ def test_every_law_that_is_counted_has_its_file() -> None:
     assert sorted(named) == sorted([law] for law in counting.LAWS)
 
 
-def test_the_default_selection_has_every_method_and_every_family() -> None:
-    every = [
-        cases.Case(method=method, family=family, kind="image") for method in cases.METHODS for family in cases.FAMILIES
-    ]
-    core = [case for case in every if case.core]
-    for method in cases.METHODS:
-        assert len({case.family for case in core if case.method == method}) >= 3
-    for family in cases.FAMILIES:
-        assert len({case.method for case in core if case.family == family}) >= 4
-    assert len(core) < len(every)
+def test_every_selection_has_every_method_and_every_family_and_grows() -> None:
+    found = {cell: cases.selection(*cell) for cell in counting.every_cell()}
+    default = {cell for cell, selection in found.items() if selection == "default"}
+    matrix = default | {cell for cell, selection in found.items() if selection == "matrix"}
+    assert default < matrix < found.keys()
+    for law in counting.LAWS:
+        of_the_methods = law not in cases.RUNTIME_LAWS
+        for method in cases.METHODS:
+            wanted = 3 if of_the_methods else 0
+            assert len({family for m, family, name in default if (m, name) == (method, law)}) >= wanted
+            wanted = len(cases.FAMILIES) if of_the_methods else 1
+            assert len({family for m, family, name in matrix if (m, name) == (method, law)}) >= wanted
+        for family in cases.FAMILIES:
+            wanted = set(cases.CORE_METHODS if of_the_methods else cases.WIDE_METHODS)
+            assert {method for method, f, name in default if (f, name) == (family, law)} >= wanted
+
+
+def test_one_core_method_for_each_kind_of_stage() -> None:
+    core = set(cases.CORE_METHODS)
+    for kind in (cases.MERGING, cases.ADAPTIVE, cases.IN_TOWER):
+        assert core & set(kind)
+    assert core & {method for method, pipeline in cases.PIPELINES.items() if not pipeline.needs}
+    assert core & {method for method, pipeline in cases.PIPELINES.items() if "importance" in pipeline.needs}

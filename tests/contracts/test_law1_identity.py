@@ -17,7 +17,7 @@ def test_keeping_everything_is_bit_equal(case: Case) -> None:
     with case.pruned(keep=1.0) as pruner:
         got = answer(case.model, case.batch)
         report = pruner.last
-    assert report.method == case.method
+    assert report.method == case.name
     assert report.kept == report.tokens > 0
     assert report.length_after == report.length_before
     assert torch.equal(got.logits, expected.logits)

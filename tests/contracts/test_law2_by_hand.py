@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from tests.contracts import oracle
 from tests.contracts.cases import (
+    IN_TOWER,
+    MERGING,
     PRUNING_METHODS,
     TOLERANCE,
     Answer,
@@ -18,11 +20,15 @@ from tests.contracts.cases import (
     answer,
     assert_close,
     by_hand,
+    candidate_positions,
     cells,
     distance,
+    handed_over,
     kept_positions,
+    placeholders,
     unpruned,
 )
+from vtprune.report import PruneReport
 
 pytestmark = pytest.mark.law("2 by hand")
 
@@ -35,13 +41,13 @@ def test_equals_the_short_prompt(case: Case, positions: str) -> None:
         report = pruner.last
         uncached = answer(case.model, case.batch, use_cache=False)
     assert report.positions == positions
-    for row, inputs in enumerate(case.rows):
+    for row, (prompt, inputs) in enumerate(zip(case.prompts, case.rows, strict=True)):
         kept = kept_positions(case, report, row, inputs["input_ids"][0].tolist())
-        tokens, logits = by_hand(case, inputs, kept, compact=positions == "compact")
+        tokens, logits = by_hand(case, prompt, kept, compact=positions == "compact")
         _agrees(cached, row, tokens, logits)
         _agrees(uncached, row, tokens, logits)
-        prompt = oracle.merge(case.model, inputs)
-        ids = oracle.compacted(prompt.positions, kept)[0] if positions == "compact" else prompt.positions[:, kept]
+        before = oracle.merge(case.model, inputs).positions
+        ids = oracle.compacted(before, kept)[0] if positions == "compact" else before[:, kept]
         assert torch.equal(_real(seen[0], row, len(kept)), ids), "the ids that reach the rotary embedding"
 
 
@@ -76,7 +82,7 @@ def test_auto_compacts_one_dimensional_ids_and_keeps_mrope_ids(case: Case) -> No
     with case.pruned() as pruner:
         by_default = answer(case.model, case.batch)
         report = pruner.last
-    assert report.positions == ("keep" if case.mrope else "compact")
+    assert report.positions == case.positions
     with case.pruned(positions=report.positions):
         asked_for = answer(case.model, case.batch)
     assert torch.equal(by_default.logits, asked_for.logits)
@@ -88,3 +94,61 @@ def test_pruning_moves_the_logits_far_more_than_the_tolerance(case: Case) -> Non
         got = answer(case.model, case.batch)
     moved = [distance(got.logits[row], unpruned(case.family, case.kind).logits[row]) for row in range(2)]
     assert min(moved) > 1000 * TOLERANCE
+
+
+MEANS = ("pool", "visionzip")
+"""Methods whose merged rows are plain means."""
+NAMED = (*MEANS, "vflowopt_select")
+"""Methods that give a token to one kept one, which the report names; others share it out."""
+SUMS = ("prumerge_plus", "prumerge_plus-adaptive")
+"""Methods that add parts of other tokens to a kept one."""
+CHANGING = tuple(method for method in (*MERGING, *IN_TOWER) if method != "zero_tprune")
+"""Methods that change rows; in two blocks zero_tprune drops patches only behind the last."""
+
+
+@cells(methods=CHANGING)
+@torch.no_grad()
+def test_a_token_becomes_what_it_swallowed(case: Case) -> None:
+    """The reference takes merged rows from vtprune: here the embeddings without it say what they may be."""
+    changed = 0
+    for inputs in case.rows:
+        before = oracle.merge(case.model, inputs).embeds[0]
+        with case.pruned() as pruner, handed_over(case.model) as seen:
+            case.model(**inputs)
+            report = pruner.last
+        ids = inputs["input_ids"][0].tolist()
+        swallowed = _swallowed(case, report, ids)
+        for position, after in zip(kept_positions(case, report, 0, ids), seen[0][0], strict=True):
+            others = swallowed.get(position, [])
+            if not others:
+                assert torch.equal(after, before[position])
+                continue
+            changed += distance(after, before[position]) > 1000 * TOLERANCE
+            if case.method in MEANS:
+                assert_close(after, before[[position, *others]].mean(dim=0))
+            if case.method in SUMS and len(others) < len(after) // 2:
+                own, *added = _shares(before[[position, *others]], after)
+                assert own == pytest.approx(1, abs=1e-3)
+                assert min(added) > -1e-3
+    assert changed > 0
+
+
+def _shares(tokens: Tensor, mixture: Tensor) -> list[float]:
+    """How much of each of the tokens (N, D) there is in a mixture (D,) of them, for N < D."""
+    shares = torch.linalg.lstsq(tokens.T.double(), mixture[:, None].double()).solution[:, 0]
+    assert_close(shares @ tokens.double(), mixture.double())
+    return shares.tolist()
+
+
+def _swallowed(case: Case, report: PruneReport, ids: list[int]) -> dict[int, list[int]]:
+    """Prompt positions of the tokens that may have gone into each kept one of a single row, by its own."""
+    if case.method in IN_TOWER:
+        visual = [position for position, token in enumerate(ids) if token in placeholders(case.model)]
+        return dict.fromkeys(visual, visual)
+    found: dict[int, list[int]] = {}
+    for segment, candidates in candidate_positions(case, report, 0, ids):
+        for index in segment.keep.tolist():
+            into = segment.into.tolist() if case.method in NAMED else [index] * segment.n
+            assert into[index] == index
+            found[candidates[index]] = [candidates[i] for i in range(segment.n) if into[i] == index and i != index]
+    return found

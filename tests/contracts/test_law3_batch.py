@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.contracts.cases import (
+    EXACT_METHODS,
     PRUNING_METHODS,
     TOLERANCE,
     Case,
@@ -18,6 +19,7 @@ from tests.contracts.cases import (
     cells,
     choices,
     distance,
+    handed_over,
     kept_positions,
     unpruned,
 )
@@ -42,14 +44,17 @@ MIXED_CLIPS = (
 def check_rows(case: Case, prompts: tuple[Prompt, ...], **options: object) -> None:
     """Batch and rows alone, under one wrap."""
     batch = case.inputs(prompts)
-    with case.pruned(**options) as pruner:
-        together = answer(case.model, batch)
+    with case.pruned(prompts, **options) as pruner:
+        with handed_over(case.model) as to_all:
+            together = answer(case.model, batch)
         report = pruner.last
         for row, prompt in enumerate(prompts):
-            alone = answer(case.model, case.inputs((prompt,)))
+            with case.using(pruner, (prompt,)), handed_over(case.model) as to_one:
+                alone = answer(case.model, case.inputs((prompt,)))
             assert choices(pruner.last, 0) == choices(report, row)
             assert len(choices(report, row)) == len(prompt.images) + len(prompt.clips)
             assert pruner.last.length_after == (report.length_after[row],)
+            assert_close(to_all[0][row, -report.length_after[row] :], to_one[0][0])
             assert_close(together.logits[row], alone.logits[0])
             assert torch.equal(together.tokens[row], alone.tokens[0])
 
@@ -84,15 +89,14 @@ def test_ragged_counts_in_a_batch_without_padding(case: Case) -> None:
     prompts = _of_equal_length(case)
     batch = case.inputs(prompts)
     assert batch["attention_mask"].all()
-    with case.pruned(keep=5) as pruner:
+    with case.pruned(prompts, keep=5) as pruner:
         got = answer(case.model, batch)
         report = pruner.last
     assert report.length_before[0] == report.length_before[1]
     assert report.length_after[0] != report.length_after[1]
     for row, prompt in enumerate(prompts):
-        inputs = case.inputs((prompt,))
-        kept = kept_positions(case, report, row, inputs["input_ids"][0].tolist())
-        tokens, logits = by_hand(case, inputs, kept, compact=report.positions == "compact")
+        kept = kept_positions(case, report, row, case.inputs((prompt,))["input_ids"][0].tolist())
+        tokens, logits = by_hand(case, prompt, kept, compact=report.positions == "compact", keep=5)
         assert_close(got.logits[row], logits)
         assert got.tokens[row].tolist() == tokens
 
@@ -112,8 +116,9 @@ def test_right_padding_in_a_plain_forward(case: Case) -> None:
     with case.pruned() as pruner:
         together = case.model(**batch).logits
         report = pruner.last
-        for row, inputs in enumerate(case.rows):
-            alone = case.model(**inputs).logits[0]
+        for row, prompt in enumerate(case.prompts):
+            with case.using(pruner, (prompt,)):
+                alone = case.model(**case.inputs((prompt,))).logits[0]
             assert choices(pruner.last, 0) == choices(report, row)
             assert_close(together[row, : len(alone)], alone)
 
@@ -121,10 +126,11 @@ def test_right_padding_in_a_plain_forward(case: Case) -> None:
 @cells()
 @torch.no_grad()
 def test_left_padding_in_a_plain_forward(case: Case) -> None:
-    with case.pruned():
+    with case.pruned() as pruner:
         together = case.model(**case.batch).logits
-        for row, inputs in enumerate(case.rows):
-            alone = case.model(**inputs).logits[0]
+        for row, prompt in enumerate(case.prompts):
+            with case.using(pruner, (prompt,)):
+                alone = case.model(**case.inputs((prompt,))).logits[0]
             assert_close(together[row, -len(alone) :], alone)
 
 
@@ -138,7 +144,7 @@ def _right_padded(batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[int
     return moved, padding
 
 
-@cells(methods=PRUNING_METHODS)
+@cells(methods=EXACT_METHODS)
 def test_another_choice_would_show(case: Case) -> None:
     """The comparison of logits above is sensitive to one token more."""
     with case.pruned(keep=5):

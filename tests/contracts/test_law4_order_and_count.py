@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.contracts.cases import PRUNING_METHODS, Case, cells
+from tests.contracts.cases import ADAPTIVE, EXACT_METHODS, PRUNING_METHODS, Case, cells
 from tests.models import QWEN, Prompt
 from vtprune.report import PruneReport, SegmentReport
 from vtprune.types import Budget
@@ -51,7 +51,7 @@ def _length_in_the_model(model: nn.Module) -> Iterator[list[int]]:
 @torch.no_grad()
 def _prefill(case: Case, prompts: tuple[Prompt, ...], **options: object) -> PruneReport:
     """The report of one prefill, checked against what the language model was given."""
-    with case.pruned(**options) as pruner, _length_in_the_model(case.model) as lengths:
+    with case.pruned(prompts, **options) as pruner, _length_in_the_model(case.model) as lengths:
         case.model(**case.inputs(prompts))
         report = pruner.last
     assert lengths == [max(report.length_after)]
@@ -70,16 +70,16 @@ def _check_order(segment: SegmentReport) -> None:
     assert segment.n == sum(part.grid[0] * part.grid[1] for part in segment.parts)
 
 
-@cells(methods=PRUNING_METHODS, kinds=("image",))
+@cells(methods=EXACT_METHODS, kinds=("image",))
 def test_every_number_from_one_to_all(case: Case) -> None:
     n = _prefill(case, (SMALL,), keep=1.0).tokens
     assert n % 2 == (case.family in QWEN), "an odd number of tokens where the family can have one"
-    for k in [*range(2, n + 1), n + 3]:
+    for k in [*range(max(2, _least(case, n)), n + 1), n + 3]:
         report = _prefill(case, (SMALL,), keep=k)
         assert [segment.k for segment in report.segments] == [min(k, n)] == [Budget(keep=k).resolve(n)]
 
 
-@cells(methods=PRUNING_METHODS, kinds=("image",))
+@cells(methods=EXACT_METHODS, kinds=("image",))
 def test_halves_round_up(case: Case) -> None:
     n = _prefill(case, (SMALL,), keep=1.0).tokens
     for wanted in (3.5, 4.5):
@@ -89,22 +89,34 @@ def test_halves_round_up(case: Case) -> None:
         assert [segment.k for segment in report.segments] == [wanted + 0.5]
 
 
-@cells(methods=PRUNING_METHODS)
+@cells(methods=EXACT_METHODS)
 @pytest.mark.parametrize("per", ["image", "part", "prompt"])
 def test_shares_and_numbers_round_per_unit(case: Case, per: str) -> None:
-    for keep in BUDGETS:
+    for keep in BUDGETS if case.method != "tome" else BUDGETS[1:-1]:
         report = _prefill(case, MANY[case.kind], keep=keep, per=per)
         for n, k in _units(report, per):
             assert k == counted(keep, n) == Budget(keep=keep, per=per).resolve(n)
 
 
-@cells(methods=PRUNING_METHODS, kinds=("image",))
+@cells(methods=[method for method in PRUNING_METHODS if method != "tome"], kinds=("image",))
 def test_one_token_is_the_least(case: Case) -> None:
+    least = _prefill(case, MANY[case.kind], keep=0.001)
     with pytest.warns(UserWarning, match="1.0 keeps all"):
         one = _prefill(case, MANY[case.kind], keep=1)
-    least = _prefill(case, MANY[case.kind], keep=0.001)
     for report in (one, least):
         assert [segment.k for segment in report.segments] == [1, 1, 1]
+
+
+@cells(methods=ADAPTIVE)
+@pytest.mark.parametrize("per", ["image", "part", "prompt"])
+def test_an_adaptive_method_keeps_what_it_wants_but_at_most_the_budget(case: Case, per: str) -> None:
+    most = list(_units(_prefill(case, MANY[case.kind], keep=0.8, per=per), per))
+    for keep in (0.1, 1 / 3, 0.5, 3):
+        report = _prefill(case, MANY[case.kind], keep=keep, per=per)
+        for (n, k), (same, wanted) in zip(_units(report, per), most, strict=True):
+            assert n == same
+            assert k == min(counted(keep, n), wanted)
+    assert any(wanted < counted(0.8, n) for n, wanted in most), "the budget is not what decides"
 
 
 @cells(methods=("identity",))
@@ -112,6 +124,11 @@ def test_the_neutral_method_keeps_every_token(case: Case) -> None:
     report = _prefill(case, MANY[case.kind], keep=1.0)
     assert [segment.keep.tolist() for segment in report.segments] == [list(range(s.n)) for s in report.segments]
     assert len(report.segments) == 3
+
+
+def _least(case: Case, n: int) -> int:
+    """ToMe halves at most, in each of the two blocks that make the features of the tiny models."""
+    return n // 4 if case.method == "tome" else 1
 
 
 def _units(report: PruneReport, per: str) -> Iterator[tuple[int, int]]:

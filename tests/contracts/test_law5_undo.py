@@ -31,9 +31,10 @@ def test_unwrap_leaves_nothing_on_a_model_never_wrapped_before(case: Case) -> No
     model = fresh_model(case.family)
     expected = answer(model, case.batch)
     before = snapshot(model)
-    assert vtprune.wrap(model, case.method, keep=case.keep) is model
+    assert case.wrap(model) is model
     assert snapshot(model) != before, "the snapshot sees a wrap"
-    answer(model, case.batch)
+    with case.using(model.vtprune, case.prompts):
+        answer(model, case.batch)
     assert vtprune.unwrap(model) is model
     assert not hasattr(model, "vtprune")
     assert snapshot(model) == before
@@ -125,11 +126,13 @@ class FailsOnce:
 
 @cells(methods=PRUNING_METHODS)
 def test_an_exception_in_a_stage(case: Case) -> None:
-    with case.pruned() as pruner:
+    alone = case.prompts[:1]
+    with case.pruned(alone) as pruner:
         pipeline = pruner.pipeline
         first = answer(case.model, case.rows[0])
-    picks = tuple(replace(pick, scorer=FailsOnce(pick.scorer)) for pick in pipeline.picks)
-    with restored(case), vtprune.pruning(case.model, replace(pipeline, picks=picks), keep=case.keep):
+    *earlier, last = pipeline.picks
+    picks = (*earlier, replace(last, scorer=FailsOnce(last.scorer)))
+    with restored(case), case.pruned(alone, method=replace(pipeline, picks=picks)):
         _same(answer(case.model, case.rows[0]), first)
         with pytest.raises(Boom):
             answer(case.model, case.rows[0])

@@ -11,10 +11,20 @@ import pytest
 import torch
 
 import vtprune
-from tests.contracts.cases import FAMILIES, PRUNING_METHODS, Case, answer, assert_close, cells, model_of
+from tests.contracts.cases import (
+    FAMILIES,
+    GIVEN,
+    IN_TOWER,
+    PRUNING_METHODS,
+    Case,
+    answer,
+    assert_close,
+    cells,
+    model_of,
+)
 from tests.contracts.state import restored, snapshot
 from tests.models import IMAGE, VIDEO
-from vtprune.errors import BackendUnavailable, InvalidOption, UnsupportedCall, UnsupportedModel
+from vtprune.errors import BackendUnavailable, InvalidOption, MissingEvidence, UnsupportedCall, UnsupportedModel
 
 pytestmark = pytest.mark.law("6 refusal")
 Refuses = Callable[..., Any]
@@ -28,7 +38,7 @@ def test_options(case: Case, refuses: Refuses) -> None:
         before = snapshot(case.model)
         for keep in BAD_KEEPS:
             with refuses(InvalidOption, "keep="):
-                vtprune.wrap(case.model, case.method, keep=keep)
+                case.wrap(case.model, keep=keep)
         for options, message in (
             ({"per": "crop"}, "per='crop'"),
             ({"positions": "dense"}, "positions='dense'"),
@@ -36,11 +46,11 @@ def test_options(case: Case, refuses: Refuses) -> None:
             ({"no_such_parameter": 1}, "no_such_parameter"),
         ):
             with refuses(InvalidOption, message):
-                vtprune.wrap(case.model, case.method, keep=case.keep, **options)
-        with refuses(InvalidOption, f"did you mean '{case.method}'"):
-            vtprune.wrap(case.model, case.method + "x", keep=case.keep)
+                case.wrap(case.model, **options)
+        with refuses(InvalidOption, f"did you mean '{case.name}'"):
+            case.wrap(case.model, method=case.name + "x")
         with refuses(BackendUnavailable, "triton"):
-            vtprune.wrap(case.model, case.method, keep=case.keep, backend="triton")
+            case.wrap(case.model, backend="triton")
         assert snapshot(case.model) == before
 
 
@@ -49,7 +59,7 @@ def test_the_neutral_method_refuses_to_prune(case: Case, refuses: Refuses) -> No
     with restored(case):
         for keep in (0.4, 5):
             with refuses(InvalidOption, "keep=1.0"):
-                vtprune.wrap(case.model, case.method, keep=keep)
+                case.wrap(case.model, keep=keep)
 
 
 @cells(kinds=("image",))
@@ -60,7 +70,7 @@ def test_wrapping_twice_and_copies(case: Case, refuses: Refuses) -> None:
         with case.pruned():
             wrapped = snapshot(case.model)
             with refuses(UnsupportedModel, "wrapped already"):
-                vtprune.wrap(case.model, case.method, keep=case.keep)
+                case.wrap(case.model)
             for duplicate in (copy.copy, copy.deepcopy, pickle.dumps):
                 with refuses(UnsupportedCall, "cannot be copied"):
                     duplicate(case.model)
@@ -72,10 +82,10 @@ def test_compiled_models_and_models_without_the_seam(case: Case, refuses: Refuse
     compiled = torch.compile(case.model, backend="eager")
     with restored(case):
         with refuses(UnsupportedModel, "wrap first"):
-            vtprune.wrap(compiled, case.method, keep=case.keep)
+            case.wrap(compiled)
         for part in (case.model.model.language_model, torch.nn.Linear(2, 2), None):
             with refuses(UnsupportedModel, "seam|expected"):
-                vtprune.wrap(part, case.method, keep=case.keep)
+                case.wrap(part)
 
 
 @cells()
@@ -101,7 +111,7 @@ def test_embeddings_without_ids_or_pictures(case: Case, refuses: Refuses) -> Non
 @cells(methods=PRUNING_METHODS)
 def test_a_pruned_cache_elsewhere(case: Case, refuses: Refuses) -> None:
     with restored(case):
-        with case.pruned():
+        with case.pruned(case.prompts[:1]):
             cache = answer(case.model, case.rows[0]).cache
             word = torch.tensor([[7]])
         with case.pruned(), refuses(UnsupportedCall, "another pruning"):
@@ -112,7 +122,7 @@ def test_a_pruned_cache_elsewhere(case: Case, refuses: Refuses) -> None:
 
 @cells(methods=PRUNING_METHODS)
 def test_chunked_prefill(case: Case, refuses: Refuses) -> None:
-    with restored(case), case.pruned():
+    with restored(case), case.pruned(case.prompts[:1]):
         with refuses(UnsupportedCall, "prefill_chunk_size"):
             answer(case.model, case.rows[0], prefill_chunk_size=6)
         answer(case.model, case.rows[0])
@@ -120,20 +130,53 @@ def test_chunked_prefill(case: Case, refuses: Refuses) -> None:
 
 @cells(methods=PRUNING_METHODS)
 def test_evidence_that_does_not_fit(case: Case, refuses: Refuses) -> None:
-    with restored(case), case.pruned(keep=2) as pruner:
+    with restored(case), case.pruned(case.prompts[:1], keep=4) as pruner:
         first = answer(case.model, case.rows[0])
         with refuses(InvalidOption, "does not read"), pruner.using(mood=[torch.zeros(3)]):
             pass
         for evidence, message in (
-            ({"protect": [torch.tensor([0, 1, 2])]}, "3 tokens protected"),
+            ({"protect": [torch.arange(5)]}, "5 tokens protected"),
             ({"protect": [torch.tensor([10_000])]}, "indices must lie"),
-            ({"protect": [torch.tensor([1])] * 5}, "rows"),
             ({"forbid": [torch.arange(pruner.last.segments[0].n)]}, "forbidden"),
         ):
             with refuses(UnsupportedCall, message), pruner.using(**evidence):
                 answer(case.model, case.rows[0])
+        five = {name: [torch.tensor([1])] * 5 for name in ("protect", *pruner.pipeline.needs)}
+        with refuses(UnsupportedCall, "5 rows"), pruner.using(**five):
+            answer(case.model, case.rows[0])
         again = answer(case.model, case.rows[0])
         assert torch.equal(again.logits, first.logits)
+
+
+@cells(methods=GIVEN)
+def test_evidence_that_is_missing(case: Case, refuses: Refuses) -> None:
+    with restored(case), vtprune.pruning(case.model, case.name, keep=case.keep) as pruner:
+        with refuses(MissingEvidence, "using\\(relevance="):
+            answer(case.model, case.rows[0])
+        with refuses(UnsupportedCall, "got nothing"), pruner.using(relevance=[None]):
+            answer(case.model, case.rows[0])
+        with refuses(UnsupportedCall, "got 7 scores"), pruner.using(relevance=[torch.zeros(7)]):
+            answer(case.model, case.rows[0])
+
+
+@cells(methods=IN_TOWER, kinds=("image",))
+def test_an_encoder_that_cannot_be_cut(case: Case, refuses: Refuses) -> None:
+    with restored(case):
+        if case.refused:
+            with refuses(UnsupportedModel, "inside the encoder"):
+                case.wrap(case.model)
+        else:
+            with case.pruned() as pruner:
+                answer(case.model, case.batch)
+            assert pruner.last.kept < pruner.last.tokens
+
+
+@cells(methods=("tome",))
+def test_more_than_pairs_can_merge(case: Case, refuses: Refuses) -> None:
+    with restored(case), case.pruned(keep=3):
+        for _ in range(2):
+            with refuses(InvalidOption, "merging pairs"):
+                answer(case.model, case.batch)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

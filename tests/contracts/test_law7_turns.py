@@ -22,6 +22,7 @@ from tests.contracts.cases import (
     choices,
     distance,
     kept_positions,
+    whole,
 )
 from tests.models import Prompt
 
@@ -49,18 +50,18 @@ class Conversation:
     grids: dict[str, list[Tensor]] = field(default_factory=dict)
     kept: list[int] = field(default_factory=list)
 
-    def say(self, inputs: dict[str, Tensor], merged: oracle.Merged) -> None:
+    def say(self, inputs: dict[str, Tensor]) -> None:
         """A prompt of one row."""
         ids = inputs["input_ids"][0].tolist()
         self.ids += ids
         self.types += inputs["mm_token_type_ids"][0].tolist() if "mm_token_type_ids" in inputs else [0] * len(ids)
-        self.pieces.append(merged)
         for name in GRIDS:
             self.grids.setdefault(name, []).extend(inputs.get(name, ()))
 
-    def keep(self, kept: list[int], length: int) -> None:
-        """What stays of the last prompt, of so many tokens."""
-        self.kept += [len(self.ids) - length + position for position in kept]
+    def keep(self, kept: list[int], piece: oracle.Merged) -> None:
+        """What stays of the last prompt, and all of it for the language model."""
+        self.kept += [len(self.ids) - piece.embeds.shape[1] + position for position in kept]
+        self.pieces.append(piece)
 
     def reply(self, tokens: list[int]) -> None:
         """What the model said: all of it is kept."""
@@ -102,10 +103,11 @@ class Chat:
     so_far: dict[str, Tensor] = field(default_factory=dict)
     cache: Any = None
 
-    def turn(self, prompts: tuple[Prompt, ...], alone: list[dict[str, Tensor]], merged: list[oracle.Merged]) -> Turn:
+    def turn(self, prompts: tuple[Prompt, ...]) -> Turn:
         """One more prompt of every row, and the model's reply."""
-        for conversation, inputs, piece in zip(self.rows, alone, merged, strict=True):
-            conversation.say(inputs, piece)
+        alone = [self.case.inputs((prompt,)) for prompt in prompts]
+        for conversation, inputs in zip(self.rows, alone, strict=True):
+            conversation.say(inputs)
         fresh = self.case.inputs(prompts)
         self._append({name: fresh[name] for name in WHOLE if name in fresh})
         given: dict[str, Any] = {**fresh, **self.so_far}
@@ -114,13 +116,14 @@ class Chat:
             if self.case.mrope and any(name in fresh for name in GRIDS):
                 given["position_ids"] = self._positions()
         self.pruner.history.clear()
-        reply = answer(self.case.model, given)
+        with self.case.using(self.pruner, prompts):
+            reply = answer(self.case.model, given)
         reports = list(self.pruner.history)
         before = []
         for row, conversation in enumerate(self.rows):
             ids = alone[row]["input_ids"][0].tolist()
             kept = kept_positions(self.case, reports[0], row, ids) if reports else list(range(len(ids)))
-            conversation.keep(kept, len(ids))
+            conversation.keep(kept, whole(self.case, prompts[row], kept))
             before.append((conversation.whole(), list(conversation.kept)))
             conversation.reply(reply.tokens[row].tolist())
         self.cache = reply.cache
@@ -144,20 +147,18 @@ class Chat:
 
 def talk(case: Case, turns: Turns, **options: Any) -> list[Turn]:
     """The turns of a chat under one wrap."""
-    alone = [[case.inputs((prompt,)) for prompt in prompts] for prompts in turns]
-    merged = [[oracle.merge(case.model, inputs) for inputs in rows] for rows in alone]
     with case.pruned(**options) as pruner:
         chat = Chat(case, pruner, [Conversation(case) for _ in turns[0]])
-        return [chat.turn(*turn) for turn in zip(turns, alone, merged, strict=True)]
+        return [chat.turn(prompts) for prompts in turns]
 
 
 def check(case: Case, turns: Turns, positions: str) -> list[Turn]:
     """Every reply of the chat against the reference."""
     done = talk(case, turns, positions=positions)
     for turn in done:
-        for row, (whole, kept) in enumerate(turn.rows):
+        for row, (before, kept) in enumerate(turn.rows):
             tokens, logits = oracle.decode(
-                case.model, whole, kept, steps=STEPS, compact=positions == "compact", forbidden=case.forbidden
+                case.model, before, kept, steps=STEPS, compact=positions == "compact", forbidden=case.forbidden
             )
             assert_close(turn.reply.logits[row], logits)
             assert turn.reply.tokens[row].tolist() == tokens
@@ -205,7 +206,7 @@ def test_the_whole_chat_at_once_keeps_the_same_tokens(case: Case) -> None:
     words["mm_token_type_ids"] = torch.zeros_like(replied).int()
     pixels = {name: torch.cat([asked[name], asked_again[name]]) for name in asked if name not in WHOLE}
     spoken = {name: torch.cat([asked[name], words[name], asked_again[name]], dim=1) for name in WHOLE if name in asked}
-    with case.pruned() as pruner:
+    with case.pruned() as pruner, case.using(pruner, (*turns[0], *turns[1]), as_one=True):
         case.model(**pixels, **spoken)
         at_once = pruner.last
     assert choices(at_once, 0) == [choice for turn in done for choice in choices(turn.reports[0], 0)]

@@ -10,7 +10,18 @@ from torch import Tensor
 from transformers import StaticCache
 
 from tests.contracts import oracle
-from tests.contracts.cases import STEPS, Answer, Case, answer, assert_close, by_hand, cells, choices, kept_positions
+from tests.contracts.cases import (
+    STEPS,
+    Answer,
+    Case,
+    answer,
+    assert_close,
+    by_hand,
+    cells,
+    choices,
+    kept_positions,
+    whole,
+)
 
 pytestmark = pytest.mark.law("8 modes")
 
@@ -34,11 +45,11 @@ def shortened(case: Case, report: Any) -> list[oracle.Merged]:
     """Both rows as the report says they were shortened."""
     repeats = len(report.length_after) // len(case.prompts)
     shorts = []
-    for row, inputs in enumerate(case.rows):
+    for row, (prompt, inputs) in enumerate(zip(case.prompts, case.rows, strict=True)):
         assert all(choices(report, row * repeats + beam) == choices(report, row * repeats) for beam in range(repeats))
         kept = kept_positions(case, report, row * repeats, inputs["input_ids"][0].tolist())
-        prompt = oracle.merge(case.model, inputs)
-        shorts.append(oracle.shorten(prompt, kept, compact=report.positions == "compact"))
+        prompted = whole(case, prompt, kept)
+        shorts.append(oracle.shorten(prompted, kept, compact=report.positions == "compact"))
     return shorts
 
 
@@ -69,9 +80,9 @@ def test_without_a_cache(case: Case, mode: str, positions: str) -> None:
 def test_a_static_cache(case: Case, positions: str) -> None:
     static, report = wrapped(case, positions, cache_implementation="static")
     assert isinstance(static.cache, StaticCache)
-    for row, inputs in enumerate(case.rows):
+    for row, (prompt, inputs) in enumerate(zip(case.prompts, case.rows, strict=True)):
         kept = kept_positions(case, report, row, inputs["input_ids"][0].tolist())
-        tokens, logits = by_hand(case, inputs, kept, compact=positions == "compact", steps=4)
+        tokens, logits = by_hand(case, prompt, kept, compact=positions == "compact", steps=4)
         assert_close(static.logits[row], logits)
         assert static.tokens[row].tolist() == tokens
     beams, _ = wrapped(case, positions, cache_implementation="static", **MODES["beams"])
@@ -83,8 +94,8 @@ def test_a_static_cache(case: Case, positions: str) -> None:
 @pytest.mark.parametrize("positions", ["keep", "compact"])
 @torch.no_grad()
 def test_a_loop_written_by_hand_without_position_ids(case: Case, positions: str) -> None:
-    for inputs in case.rows:
-        with case.pruned(positions=positions) as pruner:
+    for prompt, inputs in zip(case.prompts, case.rows, strict=True):
+        with case.pruned((prompt,), positions=positions) as pruner:
             out = case.model(**inputs, use_cache=True)
             logits = [out.logits[0, -1]]
             for _ in range(STEPS - 1):
@@ -93,7 +104,7 @@ def test_a_loop_written_by_hand_without_position_ids(case: Case, positions: str)
                 logits.append(out.logits[0, -1])
             report = pruner.last
         kept = kept_positions(case, report, 0, inputs["input_ids"][0].tolist())
-        _, expected = by_hand(case, inputs, kept, compact=positions == "compact")
+        _, expected = by_hand(case, prompt, kept, compact=positions == "compact")
         assert_close(torch.stack(logits), expected)
 
 
