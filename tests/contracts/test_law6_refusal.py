@@ -169,6 +169,8 @@ def test_an_encoder_that_cannot_be_cut(case: Case, refuses: Refuses) -> None:
             with case.pruned() as pruner:
                 answer(case.model, case.batch)
             assert pruner.last.kept < pruner.last.tokens
+            with refuses(InvalidOption, "must be a share"):
+                case.wrap(case.model, per="prompt", keep=5)
 
 
 @cells(methods=("tome",))
