@@ -127,7 +127,7 @@ def test_the_neutral_method_keeps_every_token(case: Case) -> None:
 
 
 def _budgets(case: Case, per: str) -> list[float | int]:
-    """Those of `BUDGETS` that are not refused: the encoder sees pictures, and a number for a prompt tells it nothing."""
+    """Those of `BUDGETS` that are not refused: a number for a prompt tells the encoder of a picture nothing."""
     refused = {0.1, 3} if case.method == "tome" else {3} if case.method in IN_TOWER and per == "prompt" else set()
     return [keep for keep in BUDGETS if keep not in refused]
 

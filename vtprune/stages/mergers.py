@@ -96,7 +96,8 @@ class IntoCell:
         count = K if self.pick is None else selection.counts[self.pick]
         own = torch.arange(K, device=selection.keep.device).expand_as(selection.keep)
         if count == 0:
-            return torch.nn.functional.one_hot(selection.keep, tokens.features.shape[1]).float()
+            every = torch.arange(tokens.features.shape[1], device=own.device)
+            return (selection.keep[..., None] == every).float()
         cell = torch.from_numpy(cells_of(tokens.parts, count).owner).to(own.device, non_blocking=True)
         at_home = own if self.pick is None else own.masked_fill(selection.taken != self.pick, K)
         head = own.new_full((len(own), count), K).scatter_reduce_(1, cell[selection.keep], at_home, "amin")
