@@ -269,9 +269,7 @@ def test_timm_models_that_would_be_read_wrongly_are_refused(
     name: str, options: dict[str, Any], why: str, method: str
 ) -> None:
     if options:
-        from timm.models.vision_transformer import ParallelScalingBlock
-
-        options = {"block_fn": ParallelScalingBlock}
+        options = {"block_fn": pytest.importorskip("timm.models.vision_transformer").ParallelScalingBlock}
     model = _timm(name, **options)
     with pytest.raises(UnsupportedModel, match=why):
         vtprune.wrap(model, method)
