@@ -11,13 +11,12 @@ only: no claim about others.
 from __future__ import annotations
 
 import argparse
-import csv
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from prefill import commit
+from recording import append_rows, commit
 from rich.progress import track
 
 from vtprune import Pick, Pipeline, load_tiny
@@ -140,12 +139,7 @@ def main() -> None:
         )
     print(table(rows))
     if options.csv:
-        new = not options.csv.exists()
-        with options.csv.open("a", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            if new:
-                writer.writeheader()
-            writer.writerows(rows)
+        append_rows(options.csv, rows)
 
 
 if __name__ == "__main__":

@@ -14,21 +14,20 @@ Pictures are encoded once beforehand: the arms differ only behind the encoder, e
 from __future__ import annotations
 
 import argparse
-import csv
 import ctypes
 import gc
 import platform
 import random
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from recording import append_rows, commit
 from rich.progress import track
 from torch import Tensor, nn
 
@@ -257,12 +256,6 @@ def keep_freed_memory() -> bool:
     return bool(libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1) and libc.mallopt(M_MMAP_THRESHOLD, 2**25))
 
 
-def commit() -> str:
-    """Short hash of the checkout, with a mark where it has changes."""
-    run = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return run.stdout.strip() or "unknown"
-
-
 def main() -> None:
     """Run the benchmark and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -305,12 +298,7 @@ def main() -> None:
         ratio = f"{row.ratio:6.3f} [{row.sure_low:.3f}, {row.sure_high:.3f}]"
         print(f"{name:28s} keep {row.keep:<5} {row.median_ms:8.2f} ms ({spread})  {ratio} x {row.over}")
     if options.csv:
-        new = not options.csv.exists()
-        with options.csv.open("a", newline="") as file:
-            writer = csv.DictWriter(file, [field.name for field in fields(Row)])
-            if new:
-                writer.writeheader()
-            writer.writerows(asdict(row) for row in rows)
+        append_rows(options.csv, [asdict(row) for row in rows])
 
 
 if __name__ == "__main__":

@@ -15,18 +15,18 @@ arm runs once, in random order, and a share is held against the prefill of its o
 from __future__ import annotations
 
 import argparse
-import csv
 import platform
 import random
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from prefill import clock_ms, commit, keep_freed_memory
+from prefill import clock_ms, keep_freed_memory
+from recording import append_rows, commit
 from rich.progress import track
 
 from vtprune._torchvision import heal
@@ -185,12 +185,7 @@ def main() -> None:
         spread = f"{row.low_ms:9.2f} .. {row.high_ms:9.2f}"
         print(f"{row.pick:10s} {row.median_ms:9.2f} ms ({spread})  share {row.share:.4%} of what it saves")
     if options.csv:
-        new = not options.csv.exists()
-        with options.csv.open("a", newline="") as file:
-            writer = csv.DictWriter(file, [field.name for field in fields(Row)])
-            if new:
-                writer.writeheader()
-            writer.writerows(asdict(row) for row in rows)
+        append_rows(options.csv, [asdict(row) for row in rows])
 
 
 if __name__ == "__main__":

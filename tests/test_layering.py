@@ -19,7 +19,7 @@ ROOT = Path(vtprune.__file__).parent
 ROWS = (
     ("errors",),
     ("types", "readings"),
-    ("kernels", "protocols", "_torchvision"),
+    ("kernels", "protocols", "_checks", "_torchvision"),
     ("stages", "pipeline", "positions", "report", "relevance", "viz", "_prompts"),
     ("cache", "methods", "adapters", "tiny"),
     ("catalog", "seam"),

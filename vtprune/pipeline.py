@@ -86,6 +86,11 @@ class Pipeline:
         return {need.name: need for need in self._wanted if isinstance(need, Reading)}
 
     @cached_property
+    def survivors(self) -> str | None:
+        """Name of the evidence of what an `encoder` stage left, None without one."""
+        return next((name for name, reading in self.readings.items() if reading.rule.of == "cut"), None)
+
+    @cached_property
     def _wanted(self) -> frozenset[str | Reading]:
         """What the stages need; only scorers must say so."""
         stages: list[Any] = [self.merger, self.counter, self.frames]

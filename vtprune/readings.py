@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor, nn
 
@@ -50,6 +50,20 @@ class Rule(Protocol):
     @property
     def needs_cls(self) -> bool: ...
     def __call__(self, seen: Any) -> Tensor: ...
+
+
+class OfAttention:
+    """Base of rules on the attention of a block, of any encoder unless they say `needs_cls`."""
+
+    of: ClassVar[Literal["attention"]] = "attention"
+    needs_cls: ClassVar[bool] = False
+
+
+class OfProjector:
+    """Base of rules on what the projector gets."""
+
+    of: ClassVar[Literal["projector"]] = "projector"
+    needs_cls: ClassVar[bool] = False
 
 
 @dataclass(frozen=True, kw_only=True)

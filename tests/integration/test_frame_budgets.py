@@ -29,7 +29,7 @@ OTHER_CLIP = Prompt(clips=((32, 32, 8),), text_after=7, seed=4)
 PICTURES = (Prompt(images=((32, 32),), seed=1), Prompt(images=((32, 32),), text_after=7, seed=9))
 COUNTERS = {
     "mass": (Mass(scorer=Given(name="worth"), share=0.5), lambda own: loops.mass(own, 0.5)),
-    "above": (Above(scorer=Given(name="worth")), lambda own: sum(score > max(own) / 2 for score in own)),
+    "above": (Above(scorer=Given(name="worth")), lambda own: sum(score >= max(own) / 2 for score in own)),
     "outliers": (Outliers(scorer=Given(name="worth"), factor=2.0), lambda own: 2 * loops.outliers(own)),
 }
 
@@ -200,7 +200,7 @@ def worths() -> list[Tensor]:
 
 
 @pytest.mark.parametrize("name", COUNTERS)
-@pytest.mark.parametrize("keep", [2, 7, 15])
+@pytest.mark.parametrize("keep", [2, 7, 15, 16, 20])
 def test_counters_keep_what_a_picture_is_worth(name: str, keep: int) -> None:
     """The best ones, at most the budget and one at least; different pictures differently, in a batch as alone."""
     model = models.build("llava")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vtprune.methods._checks import check_whole
+from vtprune._checks import check_whole
 from vtprune.pipeline import Pick, Pipeline
 from vtprune.stages.scorers import Norm
 from vtprune.stages.structured import Pivots

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from vtprune.methods._checks import check_share
 from vtprune.pipeline import Pick, Pipeline
 from vtprune.stages.encoder import Flow, Survivors
 from vtprune.stages.scorers import Read
@@ -22,7 +21,5 @@ def flowcut(*, momentum: float = 0.5, pace: float = 0.2) -> Pipeline:
         momentum: weight of the past in the average over blocks, in [0, 1].
         pace: what the entropy term is in the authors' schedule, in [0, 1].
     """
-    check_share("momentum", momentum)
-    check_share("pace", pace)
     pick = Pick(name="flow", scorer=Read(rule=Survivors()), selector=TopK())
     return Pipeline(name="flowcut", picks=(pick,), encoder=Flow(momentum=momentum, pace=pace))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from vtprune.methods._checks import check_positive, check_whole
 from vtprune.pipeline import Pick, Pipeline
 from vtprune.stages.scorers import Importance
 from vtprune.stages.structured import ChunkQuota
@@ -23,7 +22,5 @@ def holov(*, chunks: int = 16, diversity: float = 0.09) -> Pipeline:
         chunks: how many stretches.
         diversity: weight of local variety against attention.
     """
-    check_whole("chunks", chunks, least=1)
-    check_positive("diversity", diversity, zero=True)
     selector = ChunkQuota(chunks=chunks, diversity=diversity)
     return Pipeline(name="holov", picks=(Pick(name="chunks", scorer=Importance(), selector=selector),))

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Literal
 
 from vtprune.errors import InvalidOption
-from vtprune.methods._checks import check_share
 from vtprune.pipeline import Pick, Pipeline
 from vtprune.protocols import Scorer
 from vtprune.stages.debiasers import MinMax
@@ -44,7 +43,6 @@ def idpruner(
         scorer: a safetensors file with the layers of a trained scorer, see `TrainedScorer`; it takes the place of
             `importance`.
     """
-    check_share("lam", lam)
     if importance not in _IMPORTANCE:
         raise InvalidOption(f"importance={importance!r}: expected one of {', '.join(_IMPORTANCE)}")
     chosen = _IMPORTANCE[importance] if scorer is None else TrainedScorer(path=str(scorer))

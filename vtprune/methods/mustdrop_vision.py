@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from vtprune.methods._checks import check_whole
 from vtprune.pipeline import Pick, Pipeline
 from vtprune.stages.encoder import MergeWindows, Survivors
 from vtprune.stages.scorers import Read
@@ -21,6 +20,5 @@ def mustdrop_vision(*, side: int = 3) -> Pipeline:
     Args:
         side: of a window.
     """
-    check_whole("side", side, least=2)
     pick = Pick(name="windows", scorer=Read(rule=Survivors()), selector=TopK())
     return Pipeline(name="mustdrop_vision", picks=(pick,), encoder=MergeWindows(side=side))

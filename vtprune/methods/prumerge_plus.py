@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vtprune.methods._checks import check_share, check_switch
+from vtprune._checks import check_share, check_switch
 from vtprune.pipeline import Pick, Pipeline
 from vtprune.stages.counters import Outliers
 from vtprune.stages.mergers import NeighbourSum

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from vtprune.methods._checks import check_whole
 from vtprune.pipeline import Pick, Pipeline
 from vtprune.stages.scorers import Constant
 from vtprune.stages.selectors import Random
@@ -18,5 +17,4 @@ def random(*, seed: int = 0) -> Pipeline:
     Args:
         seed: another seed, another draw.
     """
-    check_whole("seed", seed)
     return Pipeline(name="random", picks=(Pick(name="random", scorer=Constant(), selector=Random(seed=seed)),))

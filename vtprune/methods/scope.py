@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from vtprune.methods._checks import check_positive
 from vtprune.pipeline import Pick, Pipeline
 from vtprune.stages.diverse import Facility
 from vtprune.stages.scorers import Importance
@@ -19,5 +18,4 @@ def scope(*, alpha: float = 1.0) -> Pipeline:
     Args:
         alpha: exponent of importance; 0 selects by coverage alone.
     """
-    check_positive("alpha", alpha, zero=True)
     return Pipeline(name="scope", picks=(Pick(name="cover", scorer=Importance(), selector=Facility(alpha=alpha)),))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vtprune.methods._checks import check_share
+from vtprune._checks import check_share
 from vtprune.pipeline import Pick, Pipeline
 from vtprune.stages.mergers import IntoNearest
 from vtprune.stages.scorers import Constant, Importance

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from vtprune.methods._checks import check_share
 from vtprune.pipeline import Pick, Pipeline
 from vtprune.stages.debiasers import MinMax
 from vtprune.stages.scorers import Importance
@@ -19,7 +18,6 @@ def vtprune(*, lam: float = 0.5) -> Pipeline:
     Args:
         lam: weight of importance against diversity, in [0, 1].
     """
-    check_share("lam", lam)
     selector = MMR(lam=lam)
     return Pipeline(
         name="vtprune", picks=(Pick(name="mmr", scorer=Importance(), debiasers=(MinMax(),), selector=selector),)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from vtprune.methods._checks import check_whole
 from vtprune.pipeline import Pick, Pipeline
 from vtprune.stages.encoder import RankAndPrune, Survivors
 from vtprune.stages.scorers import Read
@@ -21,6 +20,5 @@ def zero_tprune(*, steps: int = 5) -> Pipeline:
     Args:
         steps: rounds of page rank.
     """
-    check_whole("steps", steps, least=1)
     pick = Pick(name="ranked", scorer=Read(rule=Survivors()), selector=TopK())
     return Pipeline(name="zero_tprune", picks=(pick,), encoder=RankAndPrune(steps=steps))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vtprune.methods._checks import check_positive, check_switch, check_whole
+from vtprune._checks import check_switch
 from vtprune.pipeline import Pick, Pipeline
 from vtprune.readings import Rule
 from vtprune.stages.debiasers import MinMax
@@ -26,9 +26,6 @@ def zoo_prune(*, probes: int = 64, step: float = 0.01, seed: int = 0, closed_for
         seed: of the directions.
         closed_form: take the norm of the Jacobian instead of probes, where the projector has two linears. Ours.
     """
-    check_whole("probes", probes, least=1)
-    check_positive("step", step)
-    check_whole("seed", seed)
     check_switch("closed_form", closed_form)
     rule: Rule = JacobianSensitivity() if closed_form else ProbedSensitivity(probes=probes, step=step, seed=seed)
     pick = Pick(name="sensitive", scorer=Read(rule=rule), debiasers=(MinMax(),), selector=SensitiveDiversity())

@@ -18,7 +18,7 @@ from vtprune.report import DROPPED
 from vtprune.runtime.evidence import Forced, Given, forced_tokens, readings_of
 from vtprune.runtime.reading import Prompt
 from vtprune.runtime.units import Unit, make_units, split_unit
-from vtprune.types import Budget, VisualTokens
+from vtprune.types import Budget, Merged, VisualTokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,13 +55,13 @@ def decide(
     layout = prompt.layout
     units = make_units(layout, budget, prompt.seen)
     forced = forced_tokens(units, given, layout)
-    pruned = any(unit.k < len(unit.at) for unit in units)
+    adaptive = pipeline.counter is not None and not budget.keeps_all
+    pruned = adaptive or any(unit.k < len(unit.at) for unit in units)
     if pruned:
         _check_encoder_decides(pipeline, given, forced)
     scores = _evidence(prompt, pipeline, given, embeds.device) if pruned else {}
-    cuts = [name for name, reading in pipeline.readings.items() if reading.rule.of == "cut"]
-    stacker = _Stacker(embeds=embeds, scores=scores, survivors=cuts[0] if cuts else None)
-    if pruned and pipeline.counter is not None:
+    stacker = _Stacker(embeds=embeds, scores=scores, survivors=pipeline.survivors)
+    if adaptive:
         units = _counted(pipeline, budget, units, forced, stacker)
     if pruned and pipeline.frames is not None:
         units = _shared(pipeline, units, stacker)
@@ -81,18 +81,19 @@ def decide(
         choice = _choose(pipeline, stack)
         kept.view(-1).scatter_(0, stack.at.view(-1), (choice.stages > DROPPED).view(-1))
         decided.update(zip(numbers, choice.stages.unbind(), strict=True))
-        starts = torch.tensor([units[number].pieces[0].start for number in numbers])[:, None]
-        into = choice.into + starts.to(stack.at.device, non_blocking=True) * (choice.into >= 0)
-        swallowed.update(zip(numbers, into.unbind(), strict=True))
-        if choice.rows is not None:
-            merged.append((choice.rows.flatten(0, 1), stack.at.gather(1, choice.keep).flatten()))
+        if choice.into is not None:
+            starts = torch.tensor([units[number].pieces[0].start for number in numbers])[:, None]
+            into = choice.into + starts.to(stack.at.device, non_blocking=True) * (choice.into >= 0)
+            swallowed.update(zip(numbers, into.unbind(), strict=True))
+        if choice.merged is not None:
+            merged.append((choice.merged.rows.flatten(0, 1), stack.at.gather(1, choice.keep).flatten()))
     return Decision(
         kept=kept,
         size=max(row_lengths),
         row_lengths=tuple(row_lengths),
         stages=_per_segment(units, decided, len(layout.segments)),
         merged=tuple(merged),
-        into=_per_segment(units, swallowed, len(layout.segments)) if merged else (),
+        into=_per_segment(units, swallowed, len(layout.segments)) if swallowed else (),
     )
 
 
@@ -100,8 +101,7 @@ def _check_encoder_decides(pipeline: Pipeline, given: Given | None, forced: list
     """Raise `UnsupportedCall` where evidence would bring back patches that are gone from the encoder already."""
     if pipeline.encoder is None or given is None:
         return
-    cuts = {name for name, reading in pipeline.readings.items() if reading.rule.of == "cut"}
-    if cuts & given.values.keys() or any(force != Forced() for force in forced):
+    if pipeline.survivors in given.values or any(force != Forced() for force in forced):
         raise UnsupportedCall(
             f"using(...): method {pipeline.name!r} prunes inside the encoder, before a token can be forced in or out"
         )
@@ -114,8 +114,6 @@ def _counted(
     found = dict(enumerate(units))
     for numbers in _stacks(units, forced):
         stack = stacker.stack([units[number] for number in numbers], [forced[number] for number in numbers])
-        if stack.k == stack.at.shape[1]:
-            continue
         with torch.no_grad(), kernels.exact(stack.at.device):
             counts = host.read_counts(pipeline.count(stack.tokens, stack.k))
         for number, count in zip(numbers, counts, strict=True):
@@ -186,7 +184,7 @@ class _Stacker:
         if forced[0].forbid:
             banned = torch.tensor([force.forbid for force in forced]).to(at.device, non_blocking=True)
             evidence["forbid"] = torch.zeros(at.shape, dtype=torch.bool, device=at.device).scatter_(1, banned, True)
-        if self.survivors is not None and self.survivors in evidence:
+        if self.survivors in evidence:
             evidence["forbid"] = evidence[self.survivors] == 0
         tokens = VisualTokens(
             features=_features(self.embeds, where, at),
@@ -199,29 +197,32 @@ class _Stacker:
 
 @dataclass(frozen=True, kw_only=True)
 class _Choice:
-    """What became of a stack: `stages` and `into` (S, N); `keep` (S, K) and, where merged, `rows` (S, K, D)."""
+    """What became of a stack: `stages` (S, N), `keep` (S, K); where the method merges, `into` (S, N) and what came of
+    it, None where all tokens stay."""
 
     stages: Tensor
-    into: Tensor
     keep: Tensor
-    rows: Tensor | None = None
+    into: Tensor | None = None
+    merged: Merged | None = None
 
 
 def _choose(pipeline: Pipeline, stack: _Stack) -> _Choice:
     """Run the pipeline on one stack; only merged rows are differentiable."""
     stages = torch.full(stack.at.shape, DROPPED, device=stack.at.device)
-    own = torch.arange(stack.at.shape[1], device=stack.at.device).expand(stack.at.shape)
     if stack.k == stack.at.shape[1]:
-        return _Choice(stages=stages.zero_(), into=own, keep=own)
+        own = torch.arange(stack.k, device=stack.at.device).expand(stack.at.shape)
+        return _Choice(stages=stages.zero_(), keep=own, into=None if pipeline.merger is None else own)
     with kernels.exact(stack.at.device):
         with torch.no_grad():
             selection = pipeline.run(stack.tokens, stack.k)
         merged = pipeline.merge(stack.tokens, selection) if stack.k else None
     stages = stages.scatter_(1, selection.keep, selection.taken)
+    if pipeline.merger is None:
+        return _Choice(stages=stages, keep=selection.keep)
     if merged is None:
-        return _Choice(stages=stages, into=own.masked_fill(stages == DROPPED, -1), keep=selection.keep)
+        return _Choice(stages=stages, keep=selection.keep, into=torch.full_like(stages, -1))
     into = selection.keep.gather(1, merged.into.clamp(min=0)).masked_fill(merged.into < 0, -1)
-    return _Choice(stages=stages, into=into, keep=selection.keep, rows=merged.rows)
+    return _Choice(stages=stages, keep=selection.keep, into=into, merged=merged)
 
 
 def _features(embeds: Tensor, where: np.ndarray, at: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers.utils.generic import ModelOutput
 
-from vtprune.adapters.base import Family, pooled_lengths
+from vtprune.adapters.base import Family, Tower, pooled_lengths
 from vtprune.errors import UnsupportedCall
 from vtprune.protocols import EncoderStage
 from vtprune.readings import Reading
@@ -74,8 +74,7 @@ class EncoderTap:
             for name in names:
                 self._listener.take(name, going.survivors())
 
-        found = {kind: self._family.tower(self._inner, kind) for kind in self.kinds}
-        towers = {id(tower.blocks[0].block): (kind, tower) for kind, tower in found.items() if tower is not None}
+        towers = {id(tower.blocks[0].block): (kind, tower) for kind, tower in self._towers().items()}
         for kind, tower in towers.values():
             alone = budget.per == "part" or (budget.per == "image" and kind == "image")
             count = budget.resolve if alone else budget.at_least
@@ -88,10 +87,14 @@ class EncoderTap:
     def listen(self, readings: Mapping[str, Reading]) -> None:
         """Hook what `readings` are taken from."""
         if readings:
-            found = {kind: self._family.tower(self._inner, kind) for kind in self.kinds}
-            towers = {kind: tower for kind, tower in found.items() if tower is not None}
+            towers = self._towers()
             self._has_cls = {kind: tower.has_cls for kind, tower in towers.items()}
             self._listener.hook(list(towers.values()), readings)
+
+    def _towers(self) -> dict[Modality, Tower]:
+        """The encoder of every kind of picture, where it is known how to read it."""
+        found = {kind: self._family.tower(self._inner, kind) for kind in self.kinds}
+        return {kind: tower for kind, tower in found.items() if tower is not None}
 
     def remove(self) -> None:
         """Undo `install`."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vtprune.errors import InvalidOption
+from vtprune._checks import check_positive
 from vtprune.protocols import Scorer
 from vtprune.readings import Reading
 from vtprune.stages.allocation import largest_remainder
@@ -26,8 +26,7 @@ class Proportional:
     power: float = 1.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.power, bool) or not isinstance(self.power, (int, float)) or not self.power > 0:
-            raise InvalidOption(f"power={self.power!r}: expected a number above 0")
+        check_positive("power", self.power)
 
     @property
     def needs(self) -> frozenset[str | Reading]:

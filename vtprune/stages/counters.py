@@ -7,25 +7,31 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vtprune.errors import InvalidOption
+from vtprune._checks import check_share
 from vtprune.protocols import Scorer
 from vtprune.readings import Reading
 from vtprune.types import VisualTokens
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outliers:
+class _Scored:
+    """What goes by the scores of tokens."""
+
+    scorer: Scorer
+
+    @property
+    def needs(self) -> frozenset[str | Reading]:
+        return self.scorer.needs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outliers(_Scored):
     """`factor` for every token whose score is an outlier: above the third quartile by 1.5 interquartile ranges.
 
     Source: LLaVA-PruMerge, arXiv 2403.15388; quartiles are those of one picture (in the authors' code of the batch).
     """
 
-    scorer: Scorer
     factor: float = 1.0
-
-    @property
-    def needs(self) -> frozenset[str | Reading]:
-        return self.scorer.needs
 
     def __call__(self, tokens: VisualTokens, k: int) -> Tensor:
         scores = self.scorer(tokens)
@@ -35,18 +41,20 @@ class Outliers:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mass:
-    """As many of the highest scores as hold a `share` of the sum of all."""
+class _Shared(_Scored):
+    """A share, above 0, of what the scores reach."""
 
-    scorer: Scorer
-    share: float = 0.9
+    share: float
 
     def __post_init__(self) -> None:
-        _check_share(self.share)
+        check_share("share", self.share, above=0)
 
-    @property
-    def needs(self) -> frozenset[str | Reading]:
-        return self.scorer.needs
+
+@dataclass(frozen=True, kw_only=True)
+class Mass(_Shared):
+    """As many of the highest scores as hold a `share` of the sum of all."""
+
+    share: float = 0.9
 
     def __call__(self, tokens: VisualTokens, k: int) -> Tensor:
         scores = _from_zero(self.scorer(tokens)).sort(dim=1, descending=True).values
@@ -55,18 +63,10 @@ class Mass:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Above:
+class Above(_Shared):
     """As many as score `share` of the highest score or more."""
 
-    scorer: Scorer
     share: float = 0.5
-
-    def __post_init__(self) -> None:
-        _check_share(self.share)
-
-    @property
-    def needs(self) -> frozenset[str | Reading]:
-        return self.scorer.needs
 
     def __call__(self, tokens: VisualTokens, k: int) -> Tensor:
         scores = _from_zero(self.scorer(tokens))
@@ -77,8 +77,3 @@ def _from_zero(scores: Tensor) -> Tensor:
     """Scores with negative ones at 0; where none is above 0, moved up so that the lowest is 0."""
     low, high = scores.aminmax(dim=1, keepdim=True)
     return torch.where(high <= 0, scores - low, scores.clamp(min=0))
-
-
-def _check_share(share: object) -> None:
-    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
-        raise InvalidOption(f"share={share!r}: expected a number in (0, 1]")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vtprune.errors import InvalidOption
+from vtprune._checks import check_positive
 from vtprune.kernels import reference as kernels
 from vtprune.stages.vectors import FEATURES, needed_for, vectors_of
 from vtprune.types import VisualTokens
@@ -34,7 +34,7 @@ class WithoutSinks:
     limit: float = 12.0
 
     def __post_init__(self) -> None:
-        _check_limit(self.limit)
+        check_positive("limit", self.limit)
 
     def __call__(self, tokens: VisualTokens, scores: Tensor) -> Tensor:
         return torch.where(_far_above(scores, self.limit), _median(scores), scores)
@@ -51,7 +51,7 @@ class WithoutHighNorms:
     vectors: str = FEATURES
 
     def __post_init__(self) -> None:
-        _check_limit(self.limit)
+        check_positive("limit", self.limit)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -122,8 +122,3 @@ def _far_above(values: Tensor, limit: float) -> Tensor:
     middle = _median(values)
     spread = _median((values - middle).abs())
     return (values > middle + limit * spread) & (spread > 0)
-
-
-def _check_limit(limit: object) -> None:
-    if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit > 0:
-        raise InvalidOption(f"limit={limit!r}: expected a number above 0")

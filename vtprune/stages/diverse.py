@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vtprune._checks import check_positive
 from vtprune.kernels import greedy
 from vtprune.kernels import reference as kernels
 from vtprune.types import VisualTokens
@@ -88,6 +89,9 @@ class Facility:
     """
 
     alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_positive("alpha", self.alpha, zero=True)
 
     def __call__(self, tokens: VisualTokens, scores: Tensor, k: int, taken: Tensor | None) -> Tensor:
         units = kernels.unit_rows(tokens.features)

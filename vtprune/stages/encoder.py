@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from vtprune._checks import check_share, check_whole
 from vtprune.errors import InvalidOption
 from vtprune.kernels import attention as attentions
 from vtprune.kernels import reference as kernels
@@ -90,8 +91,8 @@ class Flow:
     needs_cls: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not (0 <= self.momentum <= 1 and 0 <= self.pace <= 1):
-            raise InvalidOption(f"momentum={self.momentum!r}, pace={self.pace!r}: expected numbers in [0, 1]")
+        check_share("momentum", self.momentum)
+        check_share("pace", self.pace)
 
     def counts(self, n: int, k: int, blocks: int) -> tuple[int, ...]:
         found = []
@@ -132,8 +133,7 @@ class MergeWindows:
     needs_cls: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.side < 2:
-            raise InvalidOption(f"side={self.side!r}: expected at least 2")
+        check_whole("side", self.side, least=2)
 
     def counts(self, n: int, k: int, blocks: int) -> tuple[int, ...]:
         each = self.side**2 - 1
@@ -188,8 +188,8 @@ class RankAndPrune:
     needs_cls: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.every < 1:
-            raise InvalidOption(f"steps={self.steps!r}, every={self.every!r}: expected at least 1")
+        check_whole("steps", self.steps, least=1)
+        check_whole("every", self.every, least=1)
 
     def counts(self, n: int, k: int, blocks: int) -> tuple[int, ...]:
         turns = [block for block in range(blocks) if (blocks - 1 - block) % self.every == 0]

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from vtprune.kernels import attention as kernels
-from vtprune.readings import BlockAttention, Projection, Rule
+from vtprune.readings import BlockAttention, OfAttention, OfProjector, Projection, Rule
 
 
 @dataclass(frozen=True)
-class ClsRow:
+class ClsRow(OfAttention):
     """Attention of the CLS token, averaged over heads."""
 
     name: ClassVar[str] = "cls_attention"
-    of: ClassVar[Literal["attention"]] = "attention"
     needs_cls: ClassVar[bool] = True
 
     def __call__(self, seen: BlockAttention) -> Tensor:
@@ -25,39 +24,33 @@ class ClsRow:
 
 
 @dataclass(frozen=True)
-class Received:
+class Received(OfAttention):
     """Attention that a patch gets from all tokens, averaged over them and over heads."""
 
     name: ClassVar[str] = "received_attention"
-    of: ClassVar[Literal["attention"]] = "attention"
-    needs_cls: ClassVar[bool] = False
 
     def __call__(self, seen: BlockAttention) -> Tensor:
         return kernels.received_attention(seen.query, seen.key, scale=seen.scale)[:, int(seen.has_cls) :]
 
 
 @dataclass(frozen=True)
-class ClsOrReceived:
+class ClsOrReceived(OfAttention):
     """`ClsRow` where the encoder has a CLS token, `Received` elsewhere."""
 
     name: ClassVar[str] = "importance"
-    of: ClassVar[Literal["attention"]] = "attention"
-    needs_cls: ClassVar[bool] = False
 
     def __call__(self, seen: BlockAttention) -> Tensor:
         return ClsRow()(seen) if seen.has_cls else Received()(seen)
 
 
 @dataclass(frozen=True)
-class MoreVaried:
+class MoreVaried(OfAttention):
     """Attention among patches only: what each gets, or what each pays, whichever varies more over a picture.
 
     Source: FoPru, arXiv 2411.14164. Without a CLS token all patches pay the same.
     """
 
     name: ClassVar[str] = "patch_attention"
-    of: ClassVar[Literal["attention"]] = "attention"
-    needs_cls: ClassVar[bool] = False
 
     def __call__(self, seen: BlockAttention) -> Tensor:
         first = int(seen.has_cls)
@@ -73,7 +66,7 @@ class MoreVaried:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SinkRows:
+class SinkRows(OfAttention):
     """Attention paid by the patches that get more than `threshold` times the mean themselves; by the top one at least.
 
     Source: VFlowOpt, arXiv 2508.05211.
@@ -81,8 +74,6 @@ class SinkRows:
 
     threshold: float
     name: ClassVar[str] = "sink_attention"
-    of: ClassVar[Literal["attention"]] = "attention"
-    needs_cls: ClassVar[bool] = False
 
     def __call__(self, seen: BlockAttention) -> Tensor:
         first = int(seen.has_cls)
@@ -93,7 +84,7 @@ class SinkRows:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PageRank:
+class PageRank(OfAttention):
     """Weight of a patch after `steps` rounds of voting: each token hands its own on as it attends, head by head.
 
     Heads are joined by their root mean square. Source: Zero-TPrune, arXiv 2305.17328.
@@ -101,8 +92,6 @@ class PageRank:
 
     steps: int
     name: ClassVar[str] = "page_rank"
-    of: ClassVar[Literal["attention"]] = "attention"
-    needs_cls: ClassVar[bool] = False
 
     def __call__(self, seen: BlockAttention) -> Tensor:
         B, H, n, _ = seen.query.shape
@@ -113,24 +102,20 @@ class PageRank:
 
 
 @dataclass(frozen=True)
-class Keys:
+class Keys(OfAttention):
     """Keys averaged over heads, (B, N, d)."""
 
     name: ClassVar[str] = "keys"
-    of: ClassVar[Literal["attention"]] = "attention"
-    needs_cls: ClassVar[bool] = False
 
     def __call__(self, seen: BlockAttention) -> Tensor:
         return seen.key.float().mean(dim=1)[:, int(seen.has_cls) :]
 
 
 @dataclass(frozen=True)
-class EncoderFeatures:
+class EncoderFeatures(OfProjector):
     """What the projector gets, (B, N, C)."""
 
     name: ClassVar[str] = "encoder_features"
-    of: ClassVar[Literal["projector"]] = "projector"
-    needs_cls: ClassVar[bool] = False
 
     def __call__(self, seen: Projection) -> Tensor:
         return seen.inputs.float()

@@ -8,10 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vtprune.errors import InvalidOption, MissingEvidence
+from vtprune._checks import check_positive
 from vtprune.readings import Reading, Rule
 from vtprune.stages.rules import ClsOrReceived
-from vtprune.stages.vectors import FEATURES, needed_for, vectors_of
+from vtprune.stages.vectors import FEATURES, evidence_of, needed_for, vectors_of
 from vtprune.types import VisualTokens
 
 
@@ -84,8 +84,7 @@ class Norm:
     vectors: str = FEATURES
 
     def __post_init__(self) -> None:
-        if isinstance(self.p, bool) or not self.p > 0:
-            raise InvalidOption(f"p={self.p!r}: expected the order of a norm, above 0")
+        check_positive("p", self.p)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -93,14 +92,3 @@ class Norm:
 
     def __call__(self, tokens: VisualTokens) -> Tensor:
         return vectors_of(tokens, self.vectors).float().norm(p=self.p, dim=2)
-
-
-def evidence_of(tokens: VisualTokens, name: str) -> Tensor:
-    """Evidence of that name.
-
-    Raises:
-        MissingEvidence: where nobody recorded it.
-    """
-    if name not in tokens.evidence:
-        raise MissingEvidence(f"this method needs encoder attention or scores as {name!r}, and none was recorded")
-    return tokens.evidence[name]

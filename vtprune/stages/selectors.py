@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vtprune._checks import check_share, check_whole
 from vtprune.kernels import reference as kernels
 from vtprune.types import Ordinal, VisualTokens
 
@@ -41,6 +42,9 @@ class Random:
 
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        check_whole("seed", self.seed)
+
     def __call__(self, tokens: VisualTokens, scores: Tensor, k: int, taken: Tensor | None) -> Tensor:
         N = scores.shape[1]
         draw = torch.stack([self._draw(ordinal, N) for ordinal in tokens.ordinals]).to(scores.device, non_blocking=True)
@@ -56,6 +60,9 @@ class MMR:
     """Maximal marginal relevance: `lam` x score - (1 - `lam`) x highest cosine similarity to what is chosen."""
 
     lam: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_share("lam", self.lam)
 
     def __call__(self, tokens: VisualTokens, scores: Tensor, k: int, taken: Tensor | None) -> Tensor:
         forbidden = scores == float("-inf")

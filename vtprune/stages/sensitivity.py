@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
-from vtprune.errors import InvalidOption, MissingEvidence
-from vtprune.readings import Projection
+from vtprune._checks import check_positive, check_whole
+from vtprune.errors import MissingEvidence
+from vtprune.readings import OfProjector, Projection
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbedSensitivity:
+class ProbedSensitivity(OfProjector):
     """Mean length of the change over a step of length `step`, in both of each of `probes` random directions.
 
     The directions are a function of the seed, the same for all tokens; the projector runs in fp32, where steps are not
@@ -25,12 +26,11 @@ class ProbedSensitivity:
     step: float = 0.01
     seed: int = 0
     name: ClassVar[str] = "probed_sensitivity"
-    of: ClassVar[Literal["projector"]] = "projector"
-    needs_cls: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.probes < 1 or not self.step > 0:
-            raise InvalidOption(f"probes={self.probes!r}, step={self.step!r}: expected at least 1, and above 0")
+        check_whole("probes", self.probes, least=1)
+        check_positive("step", self.step)
+        check_whole("seed", self.seed)
 
     def __call__(self, seen: Projection) -> Tensor:
         inputs = seen.inputs.float()
@@ -47,7 +47,7 @@ class ProbedSensitivity:
 
 
 @dataclass(frozen=True)
-class JacobianSensitivity:
+class JacobianSensitivity(OfProjector):
     """Root mean square of that change in the limit of small steps, over all directions: the norm of the Jacobian.
 
     In closed form, for a projector of two linears with an activation between them: with a_i its slope at the i-th
@@ -56,8 +56,6 @@ class JacobianSensitivity:
     """
 
     name: ClassVar[str] = "sensitivity"
-    of: ClassVar[Literal["projector"]] = "projector"
-    needs_cls: ClassVar[bool] = False
 
     def __call__(self, seen: Projection) -> Tensor:
         projector: Any = seen.projector

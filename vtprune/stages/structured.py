@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vtprune.errors import InvalidOption
+from vtprune._checks import check_positive, check_whole
 from vtprune.kernels import greedy
 from vtprune.kernels import reference as kernels
 from vtprune.stages.allocation import best_of_groups, group_sizes, largest_remainder
@@ -62,7 +62,7 @@ class ResidualDrop:
     vectors: str = FEATURES
 
     def __post_init__(self) -> None:
-        _check_count("step", self.step)
+        check_whole("step", self.step, least=1)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -87,7 +87,7 @@ class Pivots:
     vectors: str = FEATURES
 
     def __post_init__(self) -> None:
-        _check_count("count", self.count)
+        check_whole("count", self.count, least=1)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -121,7 +121,8 @@ class ChunkQuota:
     diversity: float = 0.09
 
     def __post_init__(self) -> None:
-        _check_count("chunks", self.chunks)
+        check_whole("chunks", self.chunks, least=1)
+        check_positive("diversity", self.diversity, zero=True)
 
     def __call__(self, tokens: VisualTokens, scores: Tensor, k: int, taken: Tensor | None) -> Tensor:
         S, N = scores.shape
@@ -151,7 +152,7 @@ class GroupSuppress:
     vectors: str = FEATURES
 
     def __post_init__(self) -> None:
-        _check_count("groups", 1 if self.groups is None else self.groups)
+        check_whole("groups", 1 if self.groups is None else self.groups, least=1)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -186,11 +187,6 @@ class GroupSuppress:
         conflicts = (similarity > limit[:, None, None]) & (groups[:, :, None] == groups[:, None])
         conflicts.diagonal(dim1=1, dim2=2).fill_(False)
         return conflicts
-
-
-def _check_count(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InvalidOption(f"{name}={value!r}: expected a whole number of at least 1")
 
 
 def _earliest(key: Tensor, barred: Tensor, k: int) -> Tensor:

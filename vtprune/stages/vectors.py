@@ -1,4 +1,4 @@
-"""Which vectors a selector compares: the projected tokens, or others that were recorded for them."""
+"""What stages read of tokens: evidence by name, and vectors to compare them by."""
 
 from __future__ import annotations
 
@@ -21,8 +21,15 @@ def vectors_of(tokens: VisualTokens, name: str) -> Tensor:
     Raises:
         MissingEvidence: where nobody recorded it.
     """
-    if name == FEATURES:
-        return tokens.features
+    return tokens.features if name == FEATURES else evidence_of(tokens, name)
+
+
+def evidence_of(tokens: VisualTokens, name: str) -> Tensor:
+    """Evidence of that name.
+
+    Raises:
+        MissingEvidence: where nobody recorded it.
+    """
     if name not in tokens.evidence:
-        raise MissingEvidence(f"this method compares tokens by {name!r}, and none was recorded for these tokens")
+        raise MissingEvidence(f"this method reads {name!r}, and none was recorded for these tokens")
     return tokens.evidence[name]

@@ -1,4 +1,4 @@
-"""Checks of method parameters; each raises `InvalidOption` with what was got and what was expected."""
+"""Checks of parameters; each raises `InvalidOption` with what was got and what was expected."""
 
 from __future__ import annotations
 
