@@ -222,7 +222,7 @@ def method_rows() -> list[tuple[str, ...]]:
     for name in list_methods():
         card = describe(name)
         parameters = ", ".join(f"{key}={value!r}" for key, value in card.parameters.items()) or "-"
-        rows.append((name, card.summary.rstrip("."), card.source, ", ".join(card.needs) or "features only", parameters))
+        rows.append((name, card.summary.rstrip("."), card.source, card.reads, parameters))
     return rows
 
 

@@ -51,7 +51,12 @@ def list_families() -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class MethodCard:
-    """What `describe` tells; `str(card)` is for people. `parameters` holds defaults, `meanings` what each is for."""
+    """What `describe` tells; `str(card)` is for people.
+
+    `parameters` holds defaults, `meanings` what each is for. `published` says per family what the authors set, as
+    arguments of `wrap`, with ` | ` between several budgets. `adaptive` methods take the budget for the most they keep;
+    those `in_encoder` drop patches while pictures are encoded.
+    """
 
     name: str
     title: str
@@ -61,60 +66,75 @@ class MethodCard:
     meanings: Mapping[str, str]
     needs: tuple[str, ...]
     picks: tuple[str, ...]
+    published: Mapping[str, str]
     deviations: str
+    adaptive: bool
+    in_encoder: bool
 
     @property
     def arxiv(self) -> str | None:
         """The arXiv id, None where there is none."""
         return self.source.removeprefix("arXiv ") if self.source.startswith("arXiv ") else None
 
+    @property
+    def reads(self) -> str:
+        """What it decides by, for people."""
+        alone = "blocks of the encoder, which it cuts" if self.in_encoder else "features only"
+        return ", ".join(self.needs) or alone
+
     def __str__(self) -> str:
         parameters = "; ".join(
             f"{name}={value!r}, {self.meanings.get(name, '')}".rstrip(", .") for name, value in self.parameters.items()
         )
+        published = "; ".join(f"{family}: {settings}" for family, settings in self.published.items())
         lines = (
             f"{self.name}: {self.title} ({self.source})",
             self.summary,
+            f"keeps: {'at most `keep`, as the picture says' if self.adaptive else 'exactly `keep`'}",
             f"parameters: {parameters or 'none'}",
-            f"needs: {', '.join(self.needs) or 'features only'}",
+            f"needs: {self.reads}",
             f"picks: {' then '.join(self.picks)}",
+            f"published: {published or 'nothing known for the families here'}",
             f"deviations: {self.deviations}",
         )
         return "\n".join(lines)
 
 
 def describe(name: str) -> MethodCard:
-    """What a method does, its source, parameters, needs, and where it departs from its authors' code.
+    """What a method does, its source, parameters, needs, published settings, and where it departs from its authors.
 
     Raises:
         InvalidOption: for an unknown method, with the nearest name.
     """
     builder = METHODS[_known(name, METHODS, "method")]
-    summary, fields, meanings = _read_docstring(inspect.getdoc(builder) or "")
+    summary, sections = _read_docstring(inspect.getdoc(builder) or "")
     pipeline = builder()
     defaults = {key: parameter.default for key, parameter in inspect.signature(builder).parameters.items()}
     return MethodCard(
         name=name,
-        title=fields["Title"],
-        source=fields["Source"],
+        title=sections[""]["Title"],
+        source=sections[""]["Source"],
         summary=summary,
         parameters=defaults,
-        meanings=meanings,
-        needs=tuple(sorted(pipeline.needs)),
+        meanings=sections["Args"],
+        needs=tuple(sorted(pipeline.needs - {pipeline.survivors})),
         picks=tuple(pick.name for pick in pipeline.picks),
-        deviations=fields["Deviations"],
+        published=sections["Published"],
+        deviations=sections[""]["Deviations"],
+        adaptive=pipeline.counter is not None,
+        in_encoder=pipeline.encoder is not None,
     )
 
 
-def _read_docstring(text: str) -> tuple[str, dict[str, str], dict[str, str]]:
-    """Summary, the fields Title, Source and Deviations, and the entries under `Args:`."""
+def _read_docstring(text: str) -> tuple[str, dict[str, dict[str, str]]]:
+    """Summary, and the entries under `Published:`, under `Args:`, and under no heading."""
     summary, *paragraphs = text.split("\n\n")
-    fields: dict[str, str] = {}
-    meanings: dict[str, str] = {}
+    sections: dict[str, dict[str, str]] = {"": {}, "Published": {}, "Args": {}}
     for paragraph in paragraphs:
-        lines = inspect.cleandoc(paragraph.removeprefix("Args:\n")).splitlines()
-        _read_entries(lines, meanings if paragraph.startswith("Args:") else fields)
-    return " ".join(summary.split()), fields, meanings
+        heading = next((name for name in ("Published", "Args") if paragraph.startswith(f"{name}:\n")), "")
+        lines = inspect.cleandoc(paragraph.removeprefix(f"{heading}:\n")).splitlines()
+        _read_entries(lines, sections[heading])
+    return " ".join(summary.split()), sections
 
 
 def _read_entries(lines: list[str], entries: dict[str, str]) -> None:

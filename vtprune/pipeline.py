@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vtprune.errors import InvalidOption, UnsupportedCall
+from vtprune.kernels import host
 from vtprune.kernels import reference as kernels
 from vtprune.protocols import Counter, Debiaser, EncoderStage, FrameBudget, Merger, Scorer, Selector
 from vtprune.readings import Reading
@@ -102,8 +103,11 @@ class Pipeline:
         """Choose `k` of the `N` tokens of every row.
 
         `tokens.evidence` may hold `protect` (S, m) indices, which are taken first (m <= k, marked -1 in `taken`), and
-        `forbid` (S, N) bool, which are never taken. Raises `UnsupportedCall` where a stage returns a wrong number of
-        tokens.
+        `forbid` (S, N) bool, which are never taken.
+
+        Raises:
+            UnsupportedCall: where a stage returns a wrong number of tokens, or on the CPU NaN, which counts as 0
+                elsewhere.
         """
         S = tokens.features.shape[0]
         chosen: list[Tensor] = []
@@ -135,10 +139,8 @@ class Pipeline:
     def _pick(self, pick: Pick, tokens: VisualTokens, count: int, taken: Tensor | None) -> Tensor:
         scores = pick.scorer(tokens)
         for debiaser in pick.debiasers:
-            _check(f"the scorer of pick {pick.name!r}", scores, tokens.features.shape[:2])
-            scores = debiaser(tokens, scores.nan_to_num(nan=0.0, posinf=_INF, neginf=-_INF))
-        _check(f"the scorer or a debiaser of pick {pick.name!r}", scores, tokens.features.shape[:2])
-        scores = scores.nan_to_num(nan=0.0, posinf=_INF, neginf=-_INF)
+            scores = debiaser(tokens, _checked(f"the scorer of pick {pick.name!r}", scores, tokens))
+        scores = _checked(f"the scorer or a debiaser of pick {pick.name!r}", scores, tokens)
         forbidden = tokens.evidence.get("forbid")
         if forbidden is not None:
             scores = scores.masked_fill(forbidden, float("-inf"))
@@ -206,6 +208,16 @@ def _check(who: str, tensor: object, shape: tuple[int, ...], dtype: torch.dtype 
         wanted = f"a tensor {tuple(shape)}" + (f" of {dtype}" if dtype is not None else "")
         got = f"{tuple(tensor.shape)} of {tensor.dtype}" if isinstance(tensor, Tensor) else type(tensor).__name__
         raise UnsupportedCall(f"{who} returned {got}: expected {wanted}")
+
+
+def _checked(who: str, scores: Tensor, tokens: VisualTokens) -> Tensor:
+    """Scores (S, N) without NaN: in host memory they raise, elsewhere they count as 0, since nothing may wait."""
+    _check(who, scores, tokens.features.shape[:2])
+    if not host.holds(scores):
+        return scores.nan_to_num(nan=0.0, posinf=_INF, neginf=-_INF)
+    if host.has_nan(scores):
+        raise UnsupportedCall(f"{who} returned NaN: expected numbers, or -inf at tokens that must not be picked")
+    return scores
 
 
 def _stage_to_dict(stage: Any) -> Any:

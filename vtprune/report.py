@@ -13,9 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtprune.errors import UnsupportedCall
 from vtprune.types import Modality, Part
 
 DROPPED = -2
+NOT_FINITE = (
+    "{} of the visual tokens hold NaN or infinity: nothing can be chosen by them. Look at the pixels, or run the "
+    "encoder in a wider dtype (bfloat16 or float32 instead of float16)"
+)
 
 
 class Stopwatch:
@@ -89,7 +94,8 @@ class SegmentReport:
     """One picture or clip: `stages` (n,) says which pick took each token (-1 protected, -2 dropped).
 
     `into` (n,), where the method merges, says which token took each over, -1 where it is lost; where pictures of a
-    prompt share one budget, and parts none of their own, the tokens are counted through all of them.
+    prompt share one budget, and parts none of their own, the tokens are counted through all of them. `held` (n,) then
+    says how many tokens live in each, itself included, 0 where it was dropped.
     """
 
     row: int
@@ -97,6 +103,7 @@ class SegmentReport:
     parts: tuple[Part, ...]
     stages: Tensor = field(repr=False)
     into: Tensor | None = field(default=None, repr=False)
+    held: Tensor | None = field(default=None, repr=False)
 
     @property
     def n(self) -> int:
@@ -124,6 +131,11 @@ class SegmentReport:
         return len(self.keep)
 
     @cached_property
+    def sizes(self) -> Tensor:
+        """How many tokens each of `keep` stands for, itself included, on the CPU: 1 where nothing is merged."""
+        return torch.ones(self.k, dtype=torch.long) if self.held is None else self.held.cpu()[self.keep]
+
+    @cached_property
     def merged(self) -> int:
         """Dropped tokens that live on in a kept one."""
         return 0 if self.into is None else int(((self.into >= 0) & (self.stages <= DROPPED)).sum())
@@ -139,7 +151,7 @@ class SegmentReport:
             "parts": parts,
             "keep": self.keep.tolist(),
             "taken": self.taken.tolist(),
-            **({} if self.into is None else {"into": self.into.tolist()}),
+            **({} if self.into is None else {"into": self.into.tolist(), "sizes": self.sizes.tolist()}),
         }
 
 
@@ -168,6 +180,18 @@ class PruneReport:
     kv_bytes_saved: int
     stopwatch: Stopwatch = field(compare=False, repr=False)
     adaptive: bool = False
+    sound: Tensor | None = field(default=None, repr=False)
+
+    def check(self) -> None:
+        """Raise where features or evidence were not finite on a device that nothing waited for.
+
+        On the CPU the call itself raised. `kept`, `to_dict` and `summary` look first.
+
+        Raises:
+            UnsupportedCall: where the choice means nothing.
+        """
+        if self.sound is not None and not self.sound:
+            raise UnsupportedCall(NOT_FINITE.format("features or evidence"))
 
     @property
     def tokens(self) -> int:
@@ -177,6 +201,7 @@ class PruneReport:
     @property
     def kept(self) -> int:
         """Tokens kept of them."""
+        self.check()
         return sum(segment.k for segment in self.segments)
 
     @property

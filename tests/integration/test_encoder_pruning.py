@@ -131,6 +131,29 @@ def test_it_is_a_tower_pruned_by_hand(name: str, kind: str, method: str, keep: f
     assert written[0].tolist() == expected
 
 
+@every_method
+@every_place
+def test_the_report_says_which_token_took_over_which(name: str, kind: str, method: str) -> None:
+    """Every token of a picture is in one that stays, or lost; sizes count them, as the loops do."""
+    model = shared(name)
+    row = rows_of(model, kind)[0]
+    with vtprune.pruning(model, method, keep=0.3) as pruner:
+        write(model, row)
+        segment = pruner.last.segments[0]
+    keep, into, sizes = segment.keep.tolist(), segment.into.tolist(), segment.sizes.tolist()
+    assert [into[token] for token in keep] == keep
+    assert sizes == [into.count(token) for token in keep]
+    assert set(into) == {*keep, -1} if -1 in into else set(into) == set(keep)
+    assert segment.merged == sum(sizes) - len(keep)
+    assert (segment.merged > 0) == (method in ("tome", "mustdrop_vision"))
+    if kind == "image":
+        inner = model.model
+        tower = inner.vision_tower if hasattr(inner, "vision_tower") else inner.image_tower
+        _, walk = walked(tower, row["pixel_values"][0], method, segment.k)
+        assert keep == walk.alive
+        assert [[token for token in range(PATCHES) if into[token] == place] for place in keep] == walk.holds
+
+
 @pytest.mark.parametrize("keep", [0.1, 0.5, 7, 63])
 @every_method
 @every_place

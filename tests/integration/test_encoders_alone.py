@@ -250,6 +250,15 @@ def test_what_an_encoder_alone_refuses(name: str) -> None:
     assert torch.equal(seen(copy.deepcopy(model), pixels()), seen(model, pixels()))
 
 
+@pytest.mark.parametrize("name", ["timm", "open_clip"])
+def test_maps_of_the_patches_between_blocks_are_refused(name: str) -> None:
+    model = fresh(name)
+    before = model.forward_intermediates(pixels())
+    with vtprune.pruning(model, "tome", keep=0.3), pytest.raises(UnsupportedCall, match="unwrap"):
+        model.forward_intermediates(pixels())
+    assert type(model.forward_intermediates(pixels())) is type(before)
+
+
 @pytest.mark.parametrize(
     ("name", "options", "why"),
     [

@@ -1,4 +1,7 @@
-"""Pipelines and evidence that make no sense are refused when they are made; numbers that are none cost no token."""
+"""Pipelines and evidence that make no sense are refused when they are made; so are numbers that are none, on the CPU.
+
+Where nothing may wait for the device, such numbers cost no token, and the report raises.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from tests.integration.common import FRAMES, kept_of, llava, logits
 from tests.models import Prompt
 from vtprune import Pick, Pipeline
 from vtprune.errors import InvalidOption, UnsupportedCall
+from vtprune.kernels import host
 from vtprune.stages.debiasers import MinMax
 from vtprune.stages.diverse import Dispersion
 from vtprune.stages.scorers import Constant
@@ -93,6 +97,21 @@ BAD_SCORES = {
 }
 
 
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if tensors lay on a device that nothing may wait for."""
+    monkeypatch.setattr(host, "holds", lambda tensor: False)
+
+
+@pytest.mark.parametrize("debiasers", [(), (MinMax(),)], ids=["raw", "stretched"])
+@pytest.mark.parametrize("scores", [name for name, values in BAD_SCORES.items() if NAN in values])
+def test_scores_that_are_nan_are_an_error_that_names_the_pick(scores: str, debiasers: Any) -> None:
+    bad = pick(name="mine", scorer=Says(BAD_SCORES[scores]), debiasers=debiasers)
+    with pytest.raises(UnsupportedCall, match=r"scorer.*'mine' returned NaN"):
+        Pipeline(name="one", picks=(bad,)).run(tokens(), K)
+
+
+@pytest.mark.usefixtures("elsewhere")
 @pytest.mark.parametrize("debiasers", [(), (MinMax(),)], ids=["raw", "stretched"])
 @pytest.mark.parametrize("selector", SELECTORS, ids=lambda stage: type(stage).__name__)
 @pytest.mark.parametrize("scores", BAD_SCORES)
@@ -109,6 +128,7 @@ def test_scores_that_are_no_numbers_still_give_the_count(scores: str, selector: 
     assert not ((kept >= 7) & (kept < 12)).any()
 
 
+@pytest.mark.usefixtures("elsewhere")
 @pytest.mark.parametrize("scores", ["one NaN", "few finite"])
 def test_a_score_that_is_no_number_is_the_worst(scores: str) -> None:
     values = torch.tensor(BAD_SCORES[scores])
@@ -132,16 +152,39 @@ def test_features_that_are_no_numbers_still_give_the_count(rows: slice, value: f
     assert torch.equal(kept[1], chosen(pipeline, tokens())[1])
 
 
-@pytest.mark.parametrize("method", [name for name in vtprune.list_methods() if name not in ("identity", "cdpruner")])
-def test_a_picture_of_nothing_but_nan_still_gives_the_count(method: str) -> None:
+every_method = pytest.mark.parametrize(
+    "method", [name for name in vtprune.list_methods() if name not in ("identity", "cdpruner")]
+)
+
+
+def with_nan(method: str) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A wrapped model, and a picture of nothing but NaN."""
     model = vtprune.wrap(llava(), method, keep=K)
     inputs = models.inputs(model, ONE)
-    inputs["pixel_values"] = torch.full_like(inputs["pixel_values"], NAN)
+    return model, {**inputs, "pixel_values": torch.full_like(inputs["pixel_values"], NAN)}
+
+
+@every_method
+def test_a_picture_of_nothing_but_nan_is_an_error(method: str) -> None:
+    model, inputs = with_nan(method)
+    with pytest.raises(UnsupportedCall, match=r"hold NaN or infinity.*pixels"):
+        logits(model, inputs)
+    assert torch.isfinite(logits(model, models.inputs(model, ONE))).all()
+
+
+@every_method
+@pytest.mark.usefixtures("elsewhere")
+def test_where_nothing_may_wait_the_report_raises_instead(method: str) -> None:
+    model, inputs = with_nan(method)
     with torch.no_grad():
         stored = model(**inputs, use_cache=True).past_key_values.layers[0].keys.shape[-2]
     report = model.vtprune.last
-    assert report.kept == report.segments[0].k == K
     assert report.length_after == (stored,) == (inputs["input_ids"].shape[1] - N + K,)
+    for look in (lambda: report.kept, report.summary, report.to_dict, report.check):
+        with pytest.raises(UnsupportedCall, match="hold NaN or infinity"):
+            look()
+    logits(model, models.inputs(model, ONE))
+    assert model.vtprune.last.kept == K
 
 
 @pytest.fixture

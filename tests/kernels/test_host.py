@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.kernels.test_reference import drawn
+from vtprune.kernels import greedy as steps
 from vtprune.kernels import host
 from vtprune.kernels import reference as kernels
 
@@ -65,6 +66,33 @@ def test_guesses_of_what_is_asked_next_change_nothing(at_once: int, monkeypatch:
     options = {"weight": 2.0}
     chosen = kernels.greedy_select(units, relevance, relevance, 40, **options)
     assert torch.equal(chosen, by_reference(kernels.greedy_select, units, relevance, relevance, 40, **options))
+
+
+@pytest.mark.parametrize("m", [0, 2])
+@pytest.mark.parametrize(("N", "k"), [(1, 1), (2, 1), (40, 17), (97, 60), (200, 9)])
+def test_facility_location_is_that_of_the_reference(N: int, k: int, m: int) -> None:
+    m = min(m, N - k)
+    units, salience = kernels.unit_rows(drawn(3, N, 7)), drawn(3, N, seed=1).abs()
+    available = torch.rand(3, N, generator=torch.Generator().manual_seed(2)) < (1 if N < 40 else 0.9)
+    taken = available.byte().sort(dim=1, descending=True, stable=True).indices[:, :m] if m else None
+    options = {"taken": taken, "available": available if taken is None else available.scatter(1, taken, False)}
+    chosen = steps.facility_select(units, salience, k, **options)
+    assert torch.equal(chosen, by_reference(steps.facility_select, units, salience, k, **options))
+    assert options["available"].gather(1, chosen).all()
+    assert (chosen.sort(dim=1).values.diff(dim=1) > 0).all()
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 500])
+def test_bounds_brought_up_to_date_in_any_number_choose_the_same(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "_GAINS_AT_ONCE", at_once)
+    units, salience = kernels.unit_rows(drawn(2, 150, 5)), drawn(2, 150, seed=1).abs()
+    expected = by_reference(steps.facility_select, units, salience, 80)
+    assert torch.equal(steps.facility_select(units, salience, 80), expected)
+
+
+def test_facility_location_of_equal_tokens_takes_the_lower_index() -> None:
+    units, same = kernels.unit_rows(torch.ones(1, 100, 3)), torch.ones(1, 100)
+    assert steps.facility_select(units, same, 20).tolist() == [list(range(20))]
 
 
 def test_equal_tokens_are_chosen_by_the_lower_index() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vtprune.kernels import host
 from vtprune.kernels.reference import cosine_similarity
 
 NOVEL = 1e-5
@@ -98,6 +99,8 @@ def facility_select(
         covered = similarity.gather(1, taken[:, :, None].expand(-1, -1, N)).amax(dim=1).clamp_min_(0)
     barred = torch.zeros_like(salience, dtype=torch.bool) if available is None else ~available
     covered = covered.masked_fill(barred, float("inf"))
+    if host.holds(units):
+        return host.facility_select(similarity, salience, covered, barred, k)
     chosen = []
     for _ in range(k):
         gain = (similarity - covered[:, None]).clamp_min_(0).sum(dim=2)

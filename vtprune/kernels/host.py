@@ -14,6 +14,7 @@ from torch import Tensor
 
 _BLOCK = 96
 _ROWS_AT_ONCE = 48
+_GAINS_AT_ONCE = 8
 
 
 def holds(tensor: Tensor) -> bool:
@@ -24,6 +25,11 @@ def holds(tensor: Tensor) -> bool:
 def is_finite(tensor: Tensor) -> bool:
     """Whether it holds neither NaN nor infinity."""
     return bool(np.isfinite(_values(tensor)).all())
+
+
+def has_nan(scores: Tensor) -> bool:
+    """Whether a number is missing among scores (S, N); infinite ones are numbers."""
+    return bool(scores.isnan().any())
 
 
 def read_counts(counts: Tensor) -> list[int]:
@@ -92,6 +98,31 @@ def greedy_select(
             best = int(candidates.argmax())
             chosen[row, step] = best
             unseen = [best]
+    return torch.from_numpy(chosen)
+
+
+def facility_select(similarity: Tensor, salience: Tensor, covered: Tensor, barred: Tensor, k: int) -> Tensor:
+    """What `greedy.facility_select` says, lazily: a gain never grows, so one known from an earlier step is a bound.
+
+    Each step brings the highest bounds up to date until the highest of all is.
+    """
+    S, N, _ = similarity.shape
+    chosen = np.empty((S, k), dtype=np.int64)
+    for row in range(S):
+        table, worth = _values(similarity[row]), _values(salience[row].float())
+        cover, bound = _values(covered[row]).copy(), np.full(N, np.inf, dtype=np.float32)
+        bound[_values(barred[row])] = -np.inf
+        for step in range(k):
+            known = np.isneginf(bound)
+            while not known[best := int(bound.argmax())]:
+                stale = np.where(known, -np.inf, bound)
+                likely = range(N) if step == 0 else np.argpartition(stale, -min(_GAINS_AT_ONCE, N))[-_GAINS_AT_ONCE:]
+                likely = np.asarray(likely)[~known[likely]]
+                bound[likely] = worth[likely] * np.maximum(table[likely] - cover, 0).sum(axis=1)
+                known[likely] = True
+            chosen[row, step] = best
+            np.maximum(cover, table[best], out=cover)
+            bound[best] = -np.inf
     return torch.from_numpy(chosen)
 
 

@@ -17,6 +17,9 @@ def flowcut(*, momentum: float = 0.5, pace: float = 0.2) -> Pipeline:
         need not agree (the authors: the largest number over the batch). All is cut in the encoder (the authors cut
         pictures of several crops in the second layer of the language model as well).
 
+    Published:
+        llava: keep=192 | 128 | 64
+
     Args:
         momentum: weight of the past in the average over blocks, in [0, 1].
         pace: what the entropy term is in the authors' schedule, in [0, 1].

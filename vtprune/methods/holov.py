@@ -18,6 +18,9 @@ def holov(*, chunks: int = 16, diversity: float = 0.09) -> Pipeline:
         within a stretch, where it has no effect). The order is that of the picture (the authors: by attention inside a
         stretch).
 
+    Published:
+        llava: keep=64
+
     Args:
         chunks: how many stretches.
         diversity: weight of local variety against attention.

@@ -36,6 +36,9 @@ def idpruner(
         network for each model, shipped with a Python file that they run; here only weights are read, from safetensors).
         Importance is scaled for each picture (the authors: over all pictures of a prompt).
 
+    Published:
+        qwen2_5_vl: keep=0.25 | 0.1
+
     Args:
         lam: weight of importance against similarity, in [0, 1].
         importance: attention of the encoder, norm of the tokens, sensitivity of the projector, or "given" for scores

@@ -20,6 +20,11 @@ def todre_select(*, spread: Literal["sum", "min"] = "sum") -> Pipeline:
         Encoders without a CLS token: received attention (the paper: any token). The stage inside the language model is
         not part of it.
 
+    Published:
+        llava_next: keep=720 | 288
+        qwen2_5_vl: keep=0.25 | 0.1
+        internvl: keep=0.25 | 0.1
+
     Args:
         spread: "sum" of the distances to all chosen tokens (the second version of the paper), or "min", the distance
             to the nearest (greedy k-center, the first version).

@@ -18,6 +18,9 @@ def vtc_cls(*, since: float = 0.667) -> Pipeline:
         Crops and batches work (the authors: one picture of 576 tokens). Encoders without a CLS token are ranked by
         received attention, over layers that see whole pictures.
 
+    Published:
+        llava: keep=256 | 128 | 64
+
     Args:
         since: share of the depth of the encoder where the layers begin, in [0, 1].
     """

@@ -20,6 +20,11 @@ def zoo_prune(*, probes: int = 64, step: float = 0.01, seed: int = 0, closed_for
         mostly rounding) and with the whole projector (the authors: of rank 128 on LLaVA-NeXT). One set a picture over
         all its crops. Newline tokens are kept and not counted. Mergers are probed with their patches moved together.
 
+    Published:
+        llava: keep=192 | 128 | 64
+        llava_next: keep=0.2222 | 0.1111 | 0.0556, per="part"
+        qwen2_5_vl: keep=0.2 | 0.1
+
     Args:
         probes: random directions; each takes two passes of the projector.
         step: length of a step.

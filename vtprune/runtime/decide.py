@@ -15,10 +15,12 @@ from vtprune.kernels import host
 from vtprune.kernels import reference as kernels
 from vtprune.pipeline import Pipeline
 from vtprune.report import DROPPED
+from vtprune.runtime.encoder_cut import HOLDERS
 from vtprune.runtime.evidence import Forced, Given, forced_tokens, readings_of
 from vtprune.runtime.reading import Prompt
+from vtprune.runtime.stacking import Stack, Stacker, soundness, stacks_of
 from vtprune.runtime.units import Unit, make_units, split_unit
-from vtprune.types import Budget, Merged, VisualTokens
+from vtprune.types import Budget, Layout, Merged, Selection, VisualTokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +29,8 @@ class Decision:
 
     `merged` are rows (m, D) that take the place of tokens, each with where they are, (m,), counted through all B * L.
     `into` (n,) per segment says which of its tokens swallowed each one, counted through all pictures where they share
-    one budget; empty where nothing is merged.
+    one budget, and `held` (n,) how many live in each; empty where nothing is merged. `sound` is False where what was
+    chosen by is not finite; None where that was looked at already.
     """
 
     kept: Tensor
@@ -36,6 +39,8 @@ class Decision:
     stages: tuple[Tensor, ...]
     merged: tuple[tuple[Tensor, Tensor], ...] = ()
     into: tuple[Tensor, ...] = ()
+    held: tuple[Tensor, ...] = ()
+    sound: Tensor | None = None
 
 
 def decide(
@@ -51,6 +56,9 @@ def decide(
     Args:
         embeds: (B, L, D), what the language model is about to get.
         given: evidence from the user.
+
+    Raises:
+        UnsupportedCall: on the CPU where features or evidence hold NaN or infinity; elsewhere `Decision.sound` says so.
     """
     layout = prompt.layout
     units = make_units(layout, budget, prompt.seen)
@@ -60,40 +68,54 @@ def decide(
     if pruned:
         _check_encoder_decides(pipeline, given, forced)
     scores = _evidence(prompt, pipeline, given, embeds.device) if pruned else {}
-    stacker = _Stacker(embeds=embeds, scores=scores, survivors=pipeline.survivors)
+    stacker = Stacker(embeds=embeds, scores=scores, survivors=pipeline.survivors)
     if adaptive:
         units = _counted(pipeline, budget, units, forced, stacker)
     if pruned and pipeline.frames is not None:
         units = _shared(pipeline, units, stacker)
         forced = forced_tokens(units, given, layout)
+    chosen = []
+    for numbers in stacks_of(units, forced):
+        stack = stacker.stack([units[number] for number in numbers], [forced[number] for number in numbers])
+        chosen.append(_Chosen(numbers=numbers, stack=stack, choice=_choose(pipeline, stack)))
+    return _collected(layout, units, chosen, embeds.device)
+
+
+def _collected(layout: Layout, units: list[Unit], chosen: list[_Chosen], device: torch.device) -> Decision:
+    """What was chosen of every stack, brought back to rows and segments."""
     base = layout.valid.copy()
     for unit in units:
         base.reshape(-1)[unit.at] = False
     row_lengths = [int(np.count_nonzero(row)) for row in base]
     for unit in units:
         row_lengths[unit.row] += unit.k
-    kept = torch.from_numpy(base).to(embeds.device, non_blocking=True)
-    decided: dict[int, Tensor] = {}
-    swallowed: dict[int, Tensor] = {}
+    kept = torch.from_numpy(base).to(device, non_blocking=True)
+    stages: dict[int, Tensor] = {}
+    into: dict[int, Tensor] = {}
+    held: dict[int, Tensor] = {}
     merged: list[tuple[Tensor, Tensor]] = []
-    for numbers in _stacks(units, forced):
-        stack = stacker.stack([units[number] for number in numbers], [forced[number] for number in numbers])
-        choice = _choose(pipeline, stack)
-        kept.view(-1).scatter_(0, stack.at.view(-1), (choice.stages > DROPPED).view(-1))
-        decided.update(zip(numbers, choice.stages.unbind(), strict=True))
+    for one in chosen:
+        at, choice = one.stack.at, one.choice
+        kept.view(-1).scatter_(0, at.view(-1), (choice.stages > DROPPED).view(-1))
+        stages.update(zip(one.numbers, choice.stages.unbind(), strict=True))
         if choice.into is not None:
-            starts = torch.tensor([units[number].pieces[0].start for number in numbers])[:, None]
-            into = choice.into + starts.to(stack.at.device, non_blocking=True) * (choice.into >= 0)
-            swallowed.update(zip(numbers, into.unbind(), strict=True))
+            starts = torch.tensor([units[number].pieces[0].start for number in one.numbers])[:, None]
+            counted = choice.into + starts.to(device, non_blocking=True) * (choice.into >= 0)
+            into.update(zip(one.numbers, counted.unbind(), strict=True))
+            held.update(zip(one.numbers, _tally(choice.into).unbind(), strict=True))
         if choice.merged is not None:
-            merged.append((choice.merged.rows.flatten(0, 1), stack.at.gather(1, choice.keep).flatten()))
+            merged.append((choice.merged.rows.flatten(0, 1), at.gather(1, choice.keep).flatten()))
+    sound = [flag for one in chosen for flag in one.choice.sound]
+    count = len(layout.segments)
     return Decision(
         kept=kept,
         size=max(row_lengths),
         row_lengths=tuple(row_lengths),
-        stages=_per_segment(units, decided, len(layout.segments)),
+        stages=_per_segment(units, stages, count),
         merged=tuple(merged),
-        into=_per_segment(units, swallowed, len(layout.segments)) if swallowed else (),
+        into=_per_segment(units, into, count) if into else (),
+        held=_per_segment(units, held, count) if held else (),
+        sound=torch.stack(sound).all() if sound else None,
     )
 
 
@@ -108,11 +130,11 @@ def _check_encoder_decides(pipeline: Pipeline, given: Given | None, forced: list
 
 
 def _counted(
-    pipeline: Pipeline, budget: Budget, units: list[Unit], forced: list[Forced], stacker: _Stacker
+    pipeline: Pipeline, budget: Budget, units: list[Unit], forced: list[Forced], stacker: Stacker
 ) -> list[Unit]:
     """The units with as many tokens as an adaptive method wants, floor and forced ones at least."""
     found = dict(enumerate(units))
-    for numbers in _stacks(units, forced):
+    for numbers in stacks_of(units, forced):
         stack = stacker.stack([units[number] for number in numbers], [forced[number] for number in numbers])
         with torch.no_grad(), kernels.exact(stack.at.device):
             counts = host.read_counts(pipeline.count(stack.tokens, stack.k))
@@ -122,10 +144,10 @@ def _counted(
     return list(found.values())
 
 
-def _shared(pipeline: Pipeline, units: list[Unit], stacker: _Stacker) -> list[Unit]:
+def _shared(pipeline: Pipeline, units: list[Unit], stacker: Stacker) -> list[Unit]:
     """A unit for every part of those that have several, with its share of the budget."""
     found: list[Unit] = []
-    for numbers in _stacks(units, [Forced()] * len(units)):
+    for numbers in stacks_of(units, [Forced()] * len(units)):
         stacked = [units[number] for number in numbers]
         stack = stacker.stack(stacked, [Forced()] * len(stacked))
         if stack.k == stack.at.shape[1] or len(stacked[0].parts) == 1:
@@ -150,100 +172,78 @@ def _per_segment(units: list[Unit], decided: Mapping[int, Tensor], count: int) -
     return tuple(kernels.joined(stages[segment]) for segment in range(count))
 
 
-def _stacks(units: list[Unit], forced: list[Forced]) -> list[list[int]]:
-    groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
-    for number, (unit, force) in enumerate(zip(units, forced, strict=True)):
-        groups[(*unit.shape, force.shape)].append(number)
-    return list(groups.values())
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Stack:
-    """Equal units as tensors: `at` (S, N) says where their tokens are, `k` of them stay."""
-
-    tokens: VisualTokens
-    at: Tensor
-    k: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Stacker:
-    """Builds stacks from the prompt and the evidence per segment. What is 0 in `survivors` is gone, and forbidden."""
-
-    embeds: Tensor
-    scores: Mapping[str, list[Tensor]]
-    survivors: str | None = None
-
-    def stack(self, units: list[Unit], forced: list[Forced]) -> _Stack:
-        """What a pipeline gets to see of equal units."""
-        where = np.array([unit.at for unit in units])
-        at = torch.from_numpy(where).to(self.embeds.device, non_blocking=True)
-        evidence = {name: _of_units(units, per_segment) for name, per_segment in self.scores.items()}
-        if forced[0].protect:
-            evidence["protect"] = torch.tensor([force.protect for force in forced]).to(at.device, non_blocking=True)
-        if forced[0].forbid:
-            banned = torch.tensor([force.forbid for force in forced]).to(at.device, non_blocking=True)
-            evidence["forbid"] = torch.zeros(at.shape, dtype=torch.bool, device=at.device).scatter_(1, banned, True)
-        if self.survivors in evidence:
-            evidence["forbid"] = evidence[self.survivors] == 0
-        tokens = VisualTokens(
-            features=_features(self.embeds, where, at),
-            parts=units[0].parts,
-            ordinals=tuple(unit.ordinal for unit in units),
-            evidence=evidence,
-        )
-        return _Stack(tokens=tokens, at=at, k=units[0].k)
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Choice:
-    """What became of a stack: `stages` (S, N), `keep` (S, K); where the method merges, `into` (S, N) and what came of
-    it, None where all tokens stay."""
+    """What became of a stack: `stages` (S, N), `keep` (S, K), `into` (S, N) where the method merges.
+
+    `merged` is what came of it, None where all tokens stay or it happened inside the encoder; `sound` see `soundness`.
+    """
 
     stages: Tensor
     keep: Tensor
     into: Tensor | None = None
     merged: Merged | None = None
+    sound: tuple[Tensor, ...] = ()
 
 
-def _choose(pipeline: Pipeline, stack: _Stack) -> _Choice:
+@dataclass(frozen=True, kw_only=True)
+class _Chosen:
+    """The choice of one stack, made of the units of these numbers."""
+
+    numbers: list[int]
+    stack: Stack
+    choice: _Choice
+
+
+def _choose(pipeline: Pipeline, stack: Stack) -> _Choice:
     """Run the pipeline on one stack; only merged rows are differentiable."""
     stages = torch.full(stack.at.shape, DROPPED, device=stack.at.device)
     if stack.k == stack.at.shape[1]:
         own = torch.arange(stack.k, device=stack.at.device).expand(stack.at.shape)
-        return _Choice(stages=stages.zero_(), keep=own, into=None if pipeline.merger is None else own)
+        merges = pipeline.merger is not None or pipeline.encoder is not None
+        return _Choice(stages=stages.zero_(), keep=own, into=own if merges else None)
+    sound = soundness(stack.tokens)
     with kernels.exact(stack.at.device):
         with torch.no_grad():
             selection = pipeline.run(stack.tokens, stack.k)
         merged = pipeline.merge(stack.tokens, selection) if stack.k else None
     stages = stages.scatter_(1, selection.keep, selection.taken)
+    into = _into(pipeline, stack.tokens, stages, selection, merged)
+    return _Choice(stages=stages, keep=selection.keep, into=into, merged=merged, sound=sound)
+
+
+def _into(
+    pipeline: Pipeline, tokens: VisualTokens, stages: Tensor, selection: Selection, merged: Merged | None
+) -> Tensor | None:
+    """The token (S, N) that took each over, inside the encoder or behind it; None where the method never merges."""
+    if pipeline.encoder is not None:
+        return _holders(stages, tokens.evidence[HOLDERS])
     if pipeline.merger is None:
-        return _Choice(stages=stages, keep=selection.keep)
+        return None
     if merged is None:
-        return _Choice(stages=stages, keep=selection.keep, into=torch.full_like(stages, -1))
-    into = selection.keep.gather(1, merged.into.clamp(min=0)).masked_fill(merged.into < 0, -1)
-    return _Choice(stages=stages, keep=selection.keep, into=into, merged=merged)
+        return torch.full_like(stages, -1)
+    return selection.keep.gather(1, merged.into.clamp(min=0)).masked_fill(merged.into < 0, -1)
 
 
-def _features(embeds: Tensor, where: np.ndarray, at: Tensor) -> Tensor:
-    """Tokens (S, N, D); those that lie one after the other need no copy."""
-    order = where.reshape(-1)
-    if not (order[1:] - order[:-1] == 1).all():
-        return kernels.take_rows(embeds, at)
-    start, D = int(order[0]), embeds.shape[-1]
-    return embeds.reshape(-1, D)[start : start + len(order)].view(*where.shape, D)
+def _tally(into: Tensor) -> Tensor:
+    """How often (S, N) each token is named in `into` (S, N), -1 naming none."""
+    return torch.zeros_like(into).scatter_add_(1, into.clamp(min=0), (into >= 0).long())
 
 
-def _of_units(units: list[Unit], per_segment: list[Tensor]) -> Tensor:
-    """Evidence (S, N) or (S, N, C) of stacked units, from that per segment."""
-    pieces = [per_segment[piece.segment][piece.start : piece.stop] for unit in units for piece in unit.pieces]
-    return kernels.joined(pieces).unflatten(0, (len(units), -1))
+def _holders(stages: Tensor, steps: Tensor) -> Tensor:
+    """Of steps (S, N) from each token to the one that holds it, the holders; -1 where those or it are gone."""
+    own = torch.arange(stages.shape[1], device=stages.device).expand_as(stages)
+    into = own + steps.long()
+    lives = ((stages > DROPPED) | (into != own)) & (stages.gather(1, into) > DROPPED)
+    return into.masked_fill(~lives, -1)
 
 
 def _evidence(prompt: Prompt, pipeline: Pipeline, given: Given | None, device: torch.device) -> dict[str, list[Tensor]]:
     """Everything the pipeline reads, per segment: (n,), or (n, C) where a row has several numbers."""
     found: dict[str, list[Tensor]] = {}
     readings = readings_of(pipeline)
+    if pipeline.encoder is not None:
+        found[HOLDERS] = [rows[:, 0] for rows in prompt.read(HOLDERS, device)]
     for name in pipeline.needs:
         if given is not None and name in given.values:
             found[name] = given.scores(name, prompt.layout, device)

@@ -19,7 +19,7 @@ from vtprune.protocols import EncoderStage
 from vtprune.readings import Reading
 from vtprune.report import Stopwatch
 from vtprune.runtime.encoded import Blocks, Encoded, carry
-from vtprune.runtime.encoder_cut import EncoderCutter, Going
+from vtprune.runtime.encoder_cut import HOLDERS, EncoderCutter, Going
 from vtprune.runtime.listening import Listener
 from vtprune.seam import without_adapters
 from vtprune.types import Budget, Modality
@@ -73,6 +73,7 @@ class EncoderTap:
         def note(going: Going) -> None:
             for name in names:
                 self._listener.take(name, going.survivors())
+            self._listener.take(HOLDERS, going.steps_to_holders())
 
         towers = {id(tower.blocks[0].block): (kind, tower) for kind, tower in self._towers().items()}
         for kind, tower in towers.values():

@@ -20,6 +20,9 @@ from vtprune.runtime.attending import AttentionTap, EagerForwards
 from vtprune.seam import refuse_copy
 from vtprune.types import EncoderCut
 
+HOLDERS = "holders"
+"""Name of what `Going.steps_to_holders` says."""
+
 
 class Going:
     """The patches of one call on their way: B rows of N at first, m later.
@@ -58,6 +61,12 @@ class Going:
         """All N patches (B, N, D) again: each stands where the one stands that holds it, the lost ones are zeros."""
         blank = patches.new_zeros(patches.shape[0], 1, patches.shape[2])
         return kernels.cut_sequence(torch.cat([patches, blank], dim=1), self.home % (patches.shape[1] + 1))
+
+    def steps_to_holders(self) -> Tensor:
+        """(B, N): how many patches further on the one stands that holds a patch; 0 at those that stay or are lost."""
+        own = torch.arange(self.home.shape[1], device=self.home.device)
+        holder = self.alive.gather(1, self.home.clamp(min=0))
+        return (holder - own).masked_fill(self.home < 0, 0).float()
 
     def survivors(self) -> Tensor:
         """(B, N): 0 where a patch is gone; of the others the one of highest memory has 2, the next a little less.

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
 from vtprune.adapters.base import Tower
+from vtprune.errors import UnsupportedCall
 from vtprune.pipeline import Pipeline
 from vtprune.runtime.encoder_cut import EncoderCutter, Going
 from vtprune.seam import HANDLE, refuse_copy
 from vtprune.types import Budget
+
+_WHOLE_MAPS = ("forward_intermediates", "get_intermediate_layers")
+"""Methods of encoders that fold what comes out of blocks back into the grid of the picture."""
+
+
+def _refuse_maps(*args: Any, **kwargs: Any) -> NoReturn:
+    raise UnsupportedCall("maps of the patches between blocks: they are gone from a pruned encoder; unwrap it first")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -64,6 +73,9 @@ class EncoderPruner:
             )
             cutter.hook()
             self._cutter = cutter
+            for name in _WHOLE_MAPS:
+                if hasattr(model, name):
+                    setattr(model, name, _refuse_maps)
         model.__dict__[HANDLE] = self
         self._model = model
 
@@ -72,7 +84,8 @@ class EncoderPruner:
         if self._cutter is not None:
             self._cutter.remove()
         if self._model is not None:
-            self._model.__dict__.pop(HANDLE, None)
+            for name in (HANDLE, *_WHOLE_MAPS):
+                self._model.__dict__.pop(name, None)
 
     def _done(self, going: Going) -> None:
         at_end = going.home.clamp(min=0)

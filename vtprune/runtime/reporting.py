@@ -33,10 +33,11 @@ def report_of(
     if prompt is not None and decision is not None:
         before, after = prompt.layout.row_lengths, decision.row_lengths
         stored = L if before == after else decision.size
+        nothing = (None,) * len(decision.stages)
         segments = tuple(
-            SegmentReport(row=segment.row, kind=segment.kind, parts=segment.parts, stages=stages, into=into)
-            for segment, stages, into in zip(
-                prompt.layout.segments, decision.stages, decision.into or (None,) * len(decision.stages), strict=True
+            SegmentReport(row=segment.row, kind=segment.kind, parts=segment.parts, stages=stages, into=into, held=held)
+            for segment, stages, into, held in zip(
+                prompt.layout.segments, decision.stages, decision.into or nothing, decision.held or nothing, strict=True
             )
         )
         readings = readings_of(pipeline)
@@ -64,4 +65,5 @@ def report_of(
         kv_bytes_saved=B * (L - stored) * kv_bytes_per_element * embeds.itemsize,
         stopwatch=stopwatch,
         adaptive=pipeline.counter is not None,
+        sound=None if decision is None else decision.sound,
     )
