@@ -21,6 +21,7 @@ SHARED = {"METHODS", "STAGES", "Pick", "Pipeline", "Reading", "Rule", "MissingEv
     "Title",
     "Source",
     "Deviations",
+    "Published",
     "Args",
 }
 """Names in code style that are no stages."""
