@@ -59,6 +59,11 @@ CANDIDATES = [
     build("cdpruner", {"evidence": "importance"}),
     build("todre_select"),
     build("visionzip"),
+    build("divprune"),
+    build("holov"),
+    build("prunesid"),
+    build("dart"),
+    build("zoo_prune"),
 ]
 
 

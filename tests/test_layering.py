@@ -19,15 +19,16 @@ ROOT = Path(vtprune.__file__).parent
 ROWS = (
     ("errors",),
     ("types", "readings"),
-    ("kernels", "protocols", "_checks", "_torchvision"),
-    ("stages", "pipeline", "positions", "report", "relevance", "viz", "_prompts"),
+    ("kernels", "protocols", "_checks", "_storing", "_torchvision"),
+    ("stages", "pipeline", "positions", "masks", "schedule", "report", "estimates", "relevance", "viz", "_prompts"),
     ("cache", "methods", "adapters", "tiny"),
-    ("catalog", "seam"),
+    ("catalog", "calibration", "debiasing", "seam"),
+    ("inside",),
     ("runtime",),
     ("api",),
     ("comparing",),
     ("eval",),
-    ("cli", "_console", "_pictures", "_doctor", "_evaluate", "_arguments", "_train", "__main__"),
+    ("cli", "_console", "_pictures", "_doctor", "_evaluate", "_arguments", "_train", "_calibrate", "__main__"),
     ("__init__",),
 )
 """Bottom row first. A room may import strictly lower rows; the files of a folder may import each other."""
@@ -42,11 +43,15 @@ WITHIN_A_ROW = {
     ("cli", "_train"),
     ("_doctor", "_console"),
     ("_train", "_console"),
+    ("cli", "_calibrate"),
+    ("_calibrate", "_console"),
+    ("_calibrate", "_arguments"),
+    ("_calibrate", "_pictures"),
     ("_evaluate", "_console"),
     ("_evaluate", "_arguments"),
 }
 """The command line is one room in several flat files, and uses the package through its public door."""
-HOOKING = ("runtime",)
+HOOKING = ("inside", "runtime")
 LATE = {
     "triton": ("kernels/triton",),
     "gradio": ("demo/app",),

@@ -24,6 +24,9 @@ WITHOUT_LLAVA = {
     "prumerge_plus": "known from ports and from another paper's baseline only",
     "tome": "image classification",
     "mustdrop_vision": "merges above a threshold; its budgets are those of the stages inside the language model",
+    "todre": "as todre_select",
+    "information_horizon": "the shares of its stages are not public",
+    "vflowopt": "as vflowopt_select",
     "zero_tprune": "image classification",
 }
 """Methods of a paper, and why none of its budgets is one for LLaVA-1.5."""

@@ -60,3 +60,12 @@ def write_outputs(writers: Mapping[str, tuple[Path | None, Callable[[Path], obje
             troubles.append(str(error))
     if troubles:
         raise InvalidOption("; ".join(troubles))
+
+
+def versions() -> str:
+    import torch
+    import transformers
+
+    from vtprune import __version__
+
+    return f"vtprune {__version__}, torch {torch.__version__}, transformers {transformers.__version__}"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vtprune._arguments import check_writable, share_or_number, write_outputs
+from vtprune._arguments import check_writable, share_or_number, versions, write_outputs
 from vtprune.errors import InvalidOption
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ def _run(options: argparse.Namespace) -> list[Row]:
         "seed": options.seed,
         "scenes": options.samples,
         "positions": options.positions,
-        "versions": _versions(),
+        "versions": versions(),
     }
     return tabulate(results, items, about, options.seed)
 
@@ -190,7 +190,7 @@ def _run(options: argparse.Namespace) -> list[Row]:
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
     """What else answers depend on, but for the method and the budget."""
     names = ("about", "split", "seed", "samples", "batch", "positions", "instruction")
-    return {**{name: getattr(options, name) for name in names}, "versions": _versions()}
+    return {**{name: getattr(options, name) for name in names}, "versions": versions()}
 
 
 def _answer(subject: Subject, items: Sequence[Any], options: argparse.Namespace, store: Store) -> list[Result]:
@@ -215,15 +215,6 @@ def _progress(console: Console) -> Progress:
 def _name(source: str) -> str:
     """The model as the table calls it: of a directory the last part."""
     return Path(source).resolve().name if Path(source).is_dir() else source
-
-
-def _versions() -> str:
-    import torch
-    import transformers
-
-    from vtprune import __version__
-
-    return f"vtprune {__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
 
 
 def _shown(rows: Sequence[Row]) -> Any:

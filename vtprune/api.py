@@ -6,22 +6,27 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import nn
 
 from vtprune.adapters import family_of
-from vtprune.adapters.base import Family, Tower, rope_axes
+from vtprune.adapters.base import Family, Tower, language_model, rope_axes
 from vtprune.adapters.plain import plain_tower
+from vtprune.calibration import Calibration
 from vtprune.catalog import build, features_only, list_methods
+from vtprune.debiasing import debiased
 from vtprune.errors import InvalidOption, MissingEvidence, UnsupportedModel
 from vtprune.kernels import choose_backend
 from vtprune.pipeline import Pipeline
-from vtprune.protocols import EncoderStage
+from vtprune.protocols import Debiaser, EncoderStage
 from vtprune.report import PruneReport
+from vtprune.runtime.deep import schedule_of
 from vtprune.runtime.encoder_pruner import EncoderPruner
 from vtprune.runtime.evidence import readings_of
 from vtprune.runtime.pruner import Pruner
+from vtprune.schedule import Schedule
 from vtprune.seam import HANDLE, find_base, is_compiled, shells
 from vtprune.types import Budget, Per
 
@@ -36,6 +41,8 @@ def wrap(
     per: Per = "image",
     positions: str = "auto",
     backend: str = "auto",
+    debias: bool | str | Debiaser | None = None,
+    calibration: str | Path | None = None,
     on_report: Callable[[PruneReport], None] | None = None,
     history: int = 1,
     **parameters: Any,
@@ -43,15 +50,17 @@ def wrap(
     """Hook `model` so that only a part of its visual tokens reaches the language model; returns the same object.
 
     Args:
-        model: a transformers image-text-to-text model (or a PEFT model around one); for methods that prune inside the
-            vision encoder also a vision encoder by itself, of timm, open_clip or transformers.
+        model: a transformers image-text-to-text model (or a PEFT model around one); for methods that prune inside it
+            also a vision encoder by itself, of timm, open_clip or transformers.
         method: a name from `list_methods()`, or a `Pipeline`.
-        keep: share of the tokens as a float in (0, 1], or their number as an int.
+        keep: share of the tokens as a float in (0, 1], or their number as an int, on average over decoder layers.
         per: what `keep` applies to: each `"image"` (a clip counts as one), each `"part"` (crop, tile, frame), or the
             whole `"prompt"`.
         positions: `"compact"` closes the gaps that pruning leaves in the position ids, `"keep"` leaves the ids alone,
             `"auto"` compacts on 1-D RoPE and keeps on M-RoPE.
         backend: `"auto"`, `"torch"` or `"triton"`.
+        debias: to take off attention: True or `"recency"`, `"cubic"`, `"sinks"`, `"padding"`, `"trend"`, or a debiaser.
+        calibration: a file of `vtprune calibrate`, for methods that cut between layers.
         on_report: called with the `PruneReport` of every prefill.
         history: how many reports `model.vtprune.history` remembers.
         **parameters: parameters of the method, see `describe(method)`.
@@ -63,30 +72,46 @@ def wrap(
         BackendUnavailable: for `backend="triton"`, which this version does not have.
     """
     budget = Budget(keep=keep, per=per)
-    pipeline = build(method, parameters, options=inspect.signature(wrap).parameters)
+    measured = None if calibration is None else Calibration.read(calibration)
+    pipeline = _pipeline(method, parameters, debias, measured)
     tower = plain_tower(model) if isinstance(model, nn.Module) else None
     if tower is not None:
         if (per, positions, backend, on_report, history) != ("image", "auto", "auto", None, 1):
             raise InvalidOption("a vision encoder by itself takes a method, its parameters and `keep`, nothing else")
         return _wrap_encoder(model, tower, pipeline, budget)
     inner = find_base(model)
-    family = family_of(inner.config)
     _check_options(pipeline, budget, history, on_report)
-    _check_evidence(pipeline, budget, family, inner)
-    if type(keep) is int and keep == 1:
-        warnings.warn("keep=1 keeps a single token per picture; 1.0 keeps all of them", stacklevel=2)
-    pruner = Pruner(
-        inner,
-        family=family,
-        pipeline=pipeline,
-        budget=budget,
-        compact=_compacts(positions, inner),
-        backend=choose_backend(backend),
-        on_report=on_report,
-        history=history,
-    )
+    _warn_of_one(keep)
+    options = {"compact": _compacts(positions, inner), "backend": choose_backend(backend)}
+    pruner = _pruner(inner, pipeline, budget, measured, on_report=on_report, history=history, **options)
     pruner.install(shells(model, inner))
     return model
+
+
+def _pruner(
+    inner: nn.Module, pipeline: Pipeline, budget: Budget, measured: Calibration | None, **options: Any
+) -> Pruner:
+    """The handle of a model, which does not hook yet."""
+    family = family_of(inner.config)
+    _check_evidence(pipeline, budget, family, inner)
+    schedule = _schedule(pipeline, budget, inner)
+    if measured is not None:
+        measured.check(inner)
+        pipeline = measured.applied(pipeline, schedule)
+    return Pruner(inner, family=family, pipeline=pipeline, budget=budget, schedule=schedule, **options)
+
+
+def _pipeline(
+    method: str | Pipeline, parameters: dict[str, Any], debias: Any, measured: Calibration | None
+) -> Pipeline:
+    """The method with its parameters, those that were measured where none are given, debiased where asked."""
+    found = {} if measured is None or not isinstance(method, str) else measured.parameters(method)
+    return debiased(build(method, {**found, **parameters}, options=inspect.signature(wrap).parameters), debias)
+
+
+def _warn_of_one(keep: object) -> None:
+    if type(keep) is int and keep == 1:
+        warnings.warn("keep=1 keeps a single token per picture; 1.0 keeps all of them", stacklevel=3)
 
 
 def _wrap_encoder(model: ModelT, tower: Tower, pipeline: Pipeline, budget: Budget) -> ModelT:
@@ -153,6 +178,17 @@ def _check_evidence(pipeline: Pipeline, budget: Budget, family: Family, inner: n
                 )
             if reading.rule.needs_cls and not tower.has_cls:
                 raise MissingEvidence(f"method {pipeline.name!r} needs {name!r}, and {encoder} has no CLS token")
+
+
+def _schedule(pipeline: Pipeline, budget: Budget, inner: nn.Module) -> Schedule | None:
+    """The drop points of a method that cuts between layers, None for any other and where everything is kept."""
+    lm = language_model(inner)
+    if not pipeline.inside or budget.keeps_all or lm is None:
+        return None
+    schedule = schedule_of(pipeline, inner, lm)
+    if isinstance(budget.keep, float):
+        schedule.solve(budget.keep)
+    return schedule
 
 
 def _check_rows(method: str, budget: Budget) -> None:

@@ -16,13 +16,29 @@ from vtprune.errors import UnsupportedCall
 
 
 @dataclass
+class DeepState:
+    """What is stored behind each drop point between layers: `valid` (B, P) tells real tokens from padding there.
+
+    They are as many as those that `CacheState.valid` covers in front of the first drop point, less what was cut.
+    """
+
+    valid: tuple[Tensor, ...]
+    padded: bool
+
+    def cached(self, later: int) -> tuple[int, ...]:
+        """Tokens behind each drop point, `later` of them stored after the last cut."""
+        return tuple(valid.shape[1] + later for valid in self.valid)
+
+
+@dataclass
 class CacheState:
     """What decoding must know about earlier cuts.
 
     `removed` is logical minus physical length; `valid` (B, P) tells real tokens from padding among the first P stored
     ones and `padded` whether any is padding; `shift` (B, 1) is subtracted from later position ids; `pictures` (B,)
     counts the segments of the conversation per row. `stored` is the physical length, counted on the host, and
-    `cut_length` what it was up to the last picture that was cut; `owner` names the pruner that made it.
+    `cut_length` what it was up to the last picture that was cut; `owner` names the pruner that made it. `deep` is there
+    where it cuts between layers too; all else is then about the layers in front of the first drop point.
     """
 
     owner: str
@@ -34,6 +50,7 @@ class CacheState:
     shift: Tensor | None
     pictures: Tensor
     entered: bool = False
+    deep: DeepState | None = None
 
     def select_rows(self, rows: Callable[[Tensor], Tensor]) -> None:
         """Apply a choice of batch rows to every tensor."""
@@ -41,6 +58,8 @@ class CacheState:
         self.valid = rows(self.valid)
         if self.shift is not None:
             self.shift = rows(self.shift)
+        if self.deep is not None:
+            self.deep.valid = tuple(map(rows, self.deep.valid))
 
 
 class _PrunedCache:
@@ -83,7 +102,10 @@ class _PrunedCache:
             )
         super().crop(tokens_to_remove)  # type: ignore[misc]
         if state is not None:
+            gone = max(0, state.valid.shape[1] - left)
             state.valid = state.valid[:, :left]
+            if state.deep is not None:
+                state.deep.valid = tuple(valid[:, : valid.shape[1] - gone] for valid in state.deep.valid)
 
     def reset(self) -> None:
         """Forget everything, the cuts included."""

@@ -55,7 +55,8 @@ class MethodCard:
 
     `parameters` holds defaults, `meanings` what each is for. `published` says per family what the authors set, as
     arguments of `wrap`, with ` | ` between several budgets. `adaptive` methods take the budget for the most they keep;
-    those `in_encoder` drop patches while pictures are encoded.
+    those `in_encoder` drop patches while pictures are encoded, those `in_layers` between decoder layers: for these
+    `keep` is an average over layers.
     """
 
     name: str
@@ -70,6 +71,7 @@ class MethodCard:
     deviations: str
     adaptive: bool
     in_encoder: bool
+    in_layers: bool
 
     @property
     def arxiv(self) -> str | None:
@@ -82,6 +84,12 @@ class MethodCard:
         alone = "blocks of the encoder, which it cuts" if self.in_encoder else "features only"
         return ", ".join(self.needs) or alone
 
+    @property
+    def _keeps(self) -> str:
+        if self.adaptive:
+            return "at most `keep`, as the picture says"
+        return "`keep` on average over decoder layers" if self.in_layers else "exactly `keep`"
+
     def __str__(self) -> str:
         parameters = "; ".join(
             f"{name}={value!r}, {self.meanings.get(name, '')}".rstrip(", .") for name, value in self.parameters.items()
@@ -90,7 +98,7 @@ class MethodCard:
         lines = (
             f"{self.name}: {self.title} ({self.source})",
             self.summary,
-            f"keeps: {'at most `keep`, as the picture says' if self.adaptive else 'exactly `keep`'}",
+            f"keeps: {self._keeps}",
             f"parameters: {parameters or 'none'}",
             f"needs: {self.reads}",
             f"picks: {' then '.join(self.picks)}",
@@ -118,11 +126,14 @@ def describe(name: str) -> MethodCard:
         parameters=defaults,
         meanings=sections["Args"],
         needs=tuple(sorted(pipeline.needs - {pipeline.survivors})),
-        picks=tuple(pick.name for pick in pipeline.picks),
+        picks=tuple(
+            pick.name for pick in (*pipeline.picks, *(pick for stage in pipeline.inside for pick in stage.picks))
+        ),
         published=sections["Published"],
         deviations=sections[""]["Deviations"],
-        adaptive=pipeline.counter is not None,
+        adaptive=pipeline.adaptive,
         in_encoder=pipeline.encoder is not None,
+        in_layers=bool(pipeline.inside),
     )
 
 

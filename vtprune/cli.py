@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vtprune import _evaluate, _train
+from vtprune import _calibrate, _evaluate, _train
 from vtprune._arguments import check_writable, share_or_number, write_outputs
 from vtprune.errors import InvalidOption, VtpruneError
 
@@ -97,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.set_defaults(command=_doctor)
     _evaluate.add_eval(commands.add_parser)
     _train.add_train(commands.add_parser)
+    _calibrate.add_calibrate(commands.add_parser)
     for command in commands.choices.values():
         command.set_defaults(parser=command)
     return parser
@@ -115,7 +116,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the method")
     parser.add_argument("--max-new-tokens", type=int, help="longest answer (default: 4 for the tiny model, else 64)")
     parser.add_argument("--report", metavar="OUT.jsonl", help="append the report of the pruned run")
-    parser.add_argument("--overlay", metavar="OUT.png", help="save the picture with dropped patches dimmed")
+    parser.add_argument("--overlay", metavar="OUT.png", help="save the picture, dim where dropped, framed by pick")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: %(default)s)")
     parser.set_defaults(command=_run)
 
@@ -156,7 +157,7 @@ def _run(options: argparse.Namespace, console: Console) -> None:
     def save_overlay(path: Path) -> None:
         from vtprune.viz import overlay
 
-        overlay(report, pictures.as_seen(picture, processor, report)).save(path)
+        overlay(report, pictures.as_seen(picture, processor, report), stages=len(report.picks) > 1).save(path)
 
     writers = {
         "report appended to": (options.report, report.write_jsonl),

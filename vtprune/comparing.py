@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vtprune.adapters import family_of
 from vtprune.api import pruning
 from vtprune.catalog import build, list_methods
-from vtprune.errors import MissingEvidence, UnsupportedModel
+from vtprune.errors import InvalidOption, MissingEvidence, UnsupportedModel
 from vtprune.pipeline import Pipeline
 from vtprune.report import PruneReport
 from vtprune.runtime.encoder import encode_once
@@ -64,12 +64,15 @@ def compare(
     """
     inner = find_base(model)
     options = {**options, "history": 1}
-    pipelines = _able(model, options) if methods is None else [build(method) for method in _listed(methods)]
-    arms = [(build("identity"), 1.0), *itertools.product(pipelines, _listed(keep))]
+    if methods is None:
+        asked = _able(model, _listed(keep), options)
+    else:
+        asked = list(itertools.product(map(build, _listed(methods)), _listed(keep)))
+    arms = [(build("identity"), 1.0), *asked]
     for pipeline, budget in arms:
         with pruning(model, pipeline, keep=budget, **options):
             pass
-    readings = {name: reading for pipeline in pipelines for name, reading in readings_of(pipeline).items()}
+    readings = {name: reading for pipeline, _ in asked for name, reading in readings_of(pipeline).items()}
     shared = encode_once(model, inner, family_of(inner.config), inputs, readings=readings)
     rows: list[Comparison] = []
     unpruned: Tensor | None = None
@@ -99,18 +102,25 @@ def _row(method: str, keep: float | int, answer: Tensor, unpruned: Tensor, repor
     )
 
 
-def _able(model: nn.Module, options: Mapping[str, Any]) -> list[Pipeline]:
-    """The methods that run on the model without evidence from the user, behind the encoder."""
+def _able(
+    model: nn.Module, budgets: Sequence[float | int], options: Mapping[str, Any]
+) -> list[tuple[Pipeline, float | int]]:
+    """Methods that run on the model without evidence from the user, behind the encoder, at the budgets they reach."""
     found = []
     known = [build(name) for name in list_methods() if name != "identity"]
-    for pipeline in (pipeline for pipeline in known if pipeline.encoder is None):
+    alone = [one for one in known if one.needs <= readings_of(one).keys() | one.glances.keys()]
+    for pipeline, budget in itertools.product(alone, budgets):
         try:
-            with pruning(model, pipeline, keep=0.5, **options):
-                alone = pipeline.needs <= readings_of(pipeline).keys()
+            with pruning(model, pipeline, keep=budget, **options):
+                able = pipeline.encoder is None
         except (MissingEvidence, UnsupportedModel):
             continue
-        if alone:
-            found.append(pipeline)
+        except InvalidOption:
+            if not pipeline.inside:
+                raise
+            continue
+        if able:
+            found.append((pipeline, budget))
     return found
 
 

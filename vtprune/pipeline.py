@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vtprune._checks import check_share
+from vtprune._storing import from_plain, to_plain
 from vtprune.errors import InvalidOption, UnsupportedCall
 from vtprune.kernels import host
 from vtprune.kernels import reference as kernels
 from vtprune.protocols import Counter, Debiaser, EncoderStage, FrameBudget, Merger, Scorer, Selector
-from vtprune.readings import Reading
+from vtprune.readings import Glance, Reading
 from vtprune.types import Merged, Selection, VisualTokens
 
 FORMAT = 1
 _INF = float("inf")
 _WHOLE = ("merger", "counter", "frames", "encoder")
 """Stages of a pipeline that belong to none of its picks."""
+_DEEP = ("inside", "before")
+"""What a pipeline has where it cuts between decoder layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +56,8 @@ class Pipeline:
     most that stays, and one more wait for the device tells how much it is.
     `frames` shares the budget of a clip, or of a picture of several parts, among them, and each is pruned by itself,
     after one more wait too. `encoder` prunes inside the vision encoder already; the picks then take what it left.
+    `inside` are cuts between decoder layers; with them the budget is the average over all layers, `before` is the share
+    published for what the picks leave, and picks may be missing.
     A pipeline compares, prints and stores as a value: see `to_dict` and `from_dict`.
     """
 
@@ -61,12 +67,28 @@ class Pipeline:
     counter: Counter | None = None
     frames: FrameBudget | None = None
     encoder: EncoderStage | None = None
+    inside: tuple[LayerStage, ...] = ()
+    before: float = 1.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.picks, tuple) or not all(isinstance(pick, Pick) for pick in self.picks):
             raise InvalidOption(f"picks of pipeline {self.name!r}: expected a tuple of Pick, got {self.picks!r}")
-        if not self.picks:
+        if not self.picks and not self.inside:
             raise InvalidOption(f"pipeline {self.name!r} has no picks: it would keep nothing")
+        if not isinstance(self.inside, tuple) or not all(isinstance(stage, LayerStage) for stage in self.inside):
+            raise InvalidOption(
+                f"inside of pipeline {self.name!r}: expected a tuple of LayerStage, got {self.inside!r}"
+            )
+        check_share("before", self.before, above=0)
+        if self.inside and (self.counter is not None or self.frames is not None or self.encoder is not None):
+            raise InvalidOption(
+                f"pipeline {self.name!r} cuts between decoder layers: counters, budgets of frames and cuts inside the "
+                "encoder do not go with that"
+            )
+        if (self.before < 1) != bool(self.picks and self.inside):
+            raise InvalidOption(
+                f"before={self.before!r} of pipeline {self.name!r}: picks and cuts between layers share it"
+            )
         later = (self.merger, self.counter, self.frames)
         if self.encoder is not None and (any(later) or not all(map(_reads_the_cut, self.picks))):
             raise InvalidOption(
@@ -77,9 +99,14 @@ class Pipeline:
             raise InvalidOption(f"pipeline {self.name!r}: a counter and budgets of frames do not go together")
 
     @cached_property
+    def adaptive(self) -> bool:
+        """Whether what pictures hold decides how many tokens stay; the budget is the most then."""
+        return self.counter is not None or any(stage.counter is not None for stage in self.inside)
+
+    @cached_property
     def needs(self) -> frozenset[str]:
         """Names of the evidence its stages read."""
-        return frozenset(need.name if isinstance(need, Reading) else need for need in self._wanted)
+        return frozenset(need if isinstance(need, str) else need.name for need in self._wanted)
 
     @cached_property
     def readings(self) -> dict[str, Reading]:
@@ -87,17 +114,23 @@ class Pipeline:
         return {need.name: need for need in self._wanted if isinstance(need, Reading)}
 
     @cached_property
+    def glances(self) -> dict[str, Glance]:
+        """How to take evidence from the language model at drop points, by name."""
+        return {need.name: need for need in self._wanted if isinstance(need, Glance)}
+
+    @cached_property
     def survivors(self) -> str | None:
         """Name of the evidence of what an `encoder` stage left, None without one."""
         return next((name for name, reading in self.readings.items() if reading.rule.of == "cut"), None)
 
     @cached_property
-    def _wanted(self) -> frozenset[str | Reading]:
+    def _wanted(self) -> frozenset[str | Reading | Glance]:
         """What the stages need; only scorers must say so."""
         stages: list[Any] = [self.merger, self.counter, self.frames]
         for pick in self.picks:
             stages += [pick.scorer, *pick.debiasers, pick.selector]
-        return frozenset().union(*(getattr(stage, "needs", ()) for stage in stages))
+        deep = (stage.choice._wanted for stage in self.inside)
+        return frozenset().union(*(getattr(stage, "needs", ()) for stage in stages), *deep)
 
     def run(self, tokens: VisualTokens, k: int) -> Selection:
         """Choose `k` of the `N` tokens of every row.
@@ -180,7 +213,8 @@ class Pipeline:
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready description with everything needed to rebuild it."""
         stages = {name: getattr(self, name) for name in _WHOLE if getattr(self, name) is not None}
-        described = {name: _stage_to_dict(stage) for name, stage in {"picks": self.picks, **stages}.items()}
+        deep = {name: getattr(self, name) for name in _DEEP} if self.inside else {}
+        described = {name: to_plain(stage) for name, stage in {"picks": self.picks, **stages, **deep}.items()}
         return {"format": FORMAT, "name": self.name, **described}
 
     @classmethod
@@ -194,9 +228,39 @@ class Pipeline:
             raise InvalidOption(f"pipeline format {data.get('format')!r}: this version reads format {FORMAT}")
         if not {"name", "picks"} <= data.keys():
             raise InvalidOption(f"a stored pipeline needs 'name' and 'picks', this one has {', '.join(data)}")
-        known = {**stages, "Pick": Pick}
-        found = {name: _stage_from_dict(data[name], known) for name in ("picks", *_WHOLE) if name in data}
+        known = {**stages, "Pick": Pick, "LayerStage": LayerStage}
+        found = {name: from_plain(data[name], known) for name in ("picks", *_WHOLE, *_DEEP) if name in data}
         return cls(name=data["name"], **found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerStage:
+    """A cut between decoder layers: in front of layer `at` (its number, or its share of the depth).
+
+    `keep` is the share of the tokens at first that stays behind it as the method was published, 0 where all leave;
+    other budgets change all shares of a schedule together, see `Schedule`. `picks`, `merger` and `counter` are those of
+    a `Pipeline`; they see hidden states for features, and `evidence["origin"]` (S, n) says which of the tokens at first
+    each is, whose `parts` they get.
+    """
+
+    at: float | int
+    keep: float
+    picks: tuple[Pick, ...]
+    merger: Merger | None = None
+    counter: Counter | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.at, bool) or not isinstance(self.at, (int, float)) or not self.at >= 0:
+            raise InvalidOption(f"at={self.at!r} of a stage: expected the number of a layer, or a share of the depth")
+        if isinstance(self.at, float) and not self.at < 1:
+            raise InvalidOption(f"at={self.at!r} of a stage: a share of the depth lies in [0, 1)")
+        check_share("keep", self.keep)
+        _ = self.choice
+
+    @cached_property
+    def choice(self) -> Pipeline:
+        """The stages as a pipeline of their own."""
+        return Pipeline(name=f"in front of layer {self.at}", picks=self.picks, merger=self.merger, counter=self.counter)
 
 
 def _reads_the_cut(pick: Pick) -> bool:
@@ -218,23 +282,3 @@ def _checked(who: str, scores: Tensor, tokens: VisualTokens) -> Tensor:
     if host.has_nan(scores):
         raise UnsupportedCall(f"{who} returned NaN: expected numbers, or -inf at tokens that must not be picked")
     return scores
-
-
-def _stage_to_dict(stage: Any) -> Any:
-    if isinstance(stage, tuple):
-        return [_stage_to_dict(item) for item in stage]
-    if hasattr(stage, "__dataclass_fields__"):
-        values = {field.name: _stage_to_dict(getattr(stage, field.name)) for field in fields(stage)}
-        return {"stage": type(stage).__name__, **values}
-    return stage
-
-
-def _stage_from_dict(data: Any, known: Mapping[str, type]) -> Any:
-    if isinstance(data, list):
-        return tuple(_stage_from_dict(item, known) for item in data)
-    if isinstance(data, Mapping):
-        name = data["stage"]
-        if name not in known:
-            raise InvalidOption(f"unknown stage {name!r}: expected one of {', '.join(sorted(known))}")
-        return known[name](**{key: _stage_from_dict(value, known) for key, value in data.items() if key != "stage"})
-    return data

@@ -52,6 +52,57 @@ class Rule(Protocol):
     def __call__(self, seen: Any) -> Tensor: ...
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RowAttention:
+    """What some rows of a decoder layer attend to: `weights` (B, H, R, n), a softmax over all keys a row may see.
+
+    `real` (B, R) is False at rows that only fill up; `own` (B, R) says which of the n keys are those of the rows,
+    `visual` (B, n) which belong to pictures of this prompt.
+    """
+
+    weights: Tensor
+    real: Tensor
+    own: Tensor
+    visual: Tensor
+
+
+Rows = Literal["last", "text", "raters"]
+
+
+class RowRule(Protocol):
+    """Makes one number per key (B, n) of a `RowAttention`; `name` is that of the evidence."""
+
+    @property
+    def name(self) -> str: ...
+    def __call__(self, seen: RowAttention) -> Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Glance:
+    """Evidence that is read off the language model at a drop point: a rule on the attention of a few rows.
+
+    `rows` are the `"last"` token of the prompt, all `"text"` behind its last picture, or the `"raters"` of that text:
+    the words whose embeddings are nearer to the pictures than those of the average word. `at` is the layer `"before"`
+    the drop point, whose own queries and keys are taken as it runs, or the one `"behind"` it, for which those of the
+    rows and all keys are computed once more.
+    """
+
+    rule: RowRule
+    rows: Rows = "text"
+    at: Literal["before", "behind"] = "before"
+
+    def __post_init__(self) -> None:
+        if self.rows not in ("last", "text", "raters"):
+            raise InvalidOption(f"rows={self.rows!r} of a glance: expected 'last', 'text' or 'raters'")
+        if self.at not in ("before", "behind"):
+            raise InvalidOption(f"at={self.at!r} of a glance: expected 'before' or 'behind'")
+
+    @property
+    def name(self) -> str:
+        """What the evidence is called."""
+        return f"{self.rows}_{self.rule.name}" + ("" if self.at == "before" else "@behind")
+
+
 class OfAttention:
     """Base of rules on the attention of a block, of any encoder unless they say `needs_cls`."""
 

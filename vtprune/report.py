@@ -18,7 +18,7 @@ from vtprune.types import Modality, Part
 
 DROPPED = -2
 NOT_FINITE = (
-    "{} of the visual tokens hold NaN or infinity: nothing can be chosen by them. Look at the pixels, or run the "
+    "{} of the pictures hold NaN or infinity: nothing can be chosen by them. Look at the pixels, or run the "
     "encoder in a wider dtype (bfloat16 or float32 instead of float16)"
 )
 
@@ -96,6 +96,8 @@ class SegmentReport:
     `into` (n,), where the method merges, says which token took each over, -1 where it is lost; where pictures of a
     prompt share one budget, and parts none of their own, the tokens are counted through all of them. `held` (n,) then
     says how many tokens live in each, itself included, 0 where it was dropped.
+
+    `depths` (n,), where the method cuts between decoder layers, is how many of these each token went through.
     """
 
     row: int
@@ -104,6 +106,7 @@ class SegmentReport:
     stages: Tensor = field(repr=False)
     into: Tensor | None = field(default=None, repr=False)
     held: Tensor | None = field(default=None, repr=False)
+    depths: Tensor | None = field(default=None, repr=False)
 
     @property
     def n(self) -> int:
@@ -151,6 +154,7 @@ class SegmentReport:
             "parts": parts,
             "keep": self.keep.tolist(),
             "taken": self.taken.tolist(),
+            **({} if self.depths is None else {"depths": self.depths.tolist()}),
             **({} if self.into is None else {"into": self.into.tolist(), "sizes": self.sizes.tolist()}),
         }
 
@@ -162,8 +166,11 @@ class PruneReport:
     `adaptive`: what the pictures hold decided how many tokens stay; the budget was only the most.
 
     `importance` names the evidence behind attention-guided choices (`cls_attention`, `received_attention`) or is None.
-    `picks` are the names that `SegmentReport.taken` counts. `length_before` and `length_after` are tokens per row,
-    padding left out where there are pictures; without any, nothing is read from the device and it is counted in.
+    `patches` counts those left of a picture or frame after each block of the encoder, where the method cuts there.
+    `flops_before` and `flops_after` are estimates of the operations of the language model in the prefill, from lengths.
+    `layers` is the number of decoder layers. `picks` are the names that `SegmentReport.taken` counts. `length_before`
+    and `length_after` (in the last layer) are tokens per row, padding left out where there are pictures; without any,
+    nothing is read from the device and it is counted in.
     `kv_bytes_saved` is bytes of keys and values, over all rows and layers, that a growing cache does not store (an
     upper bound where layers have a sliding window).
     """
@@ -180,7 +187,20 @@ class PruneReport:
     kv_bytes_saved: int
     stopwatch: Stopwatch = field(compare=False, repr=False)
     adaptive: bool = False
+    layers: int = 0
+    patches: tuple[int, ...] = ()
+    flops_before: int = 0
+    flops_after: int = 0
     sound: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def average(self) -> float:
+        """Tokens that a decoder layer saw, on average over layers: `kept`, but for cuts between layers."""
+        return sum(map(self.average_of, self.segments))
+
+    def average_of(self, segment: SegmentReport) -> float:
+        """The same of one picture or clip."""
+        return segment.k if segment.depths is None else int(segment.depths.sum()) / self.layers
 
     def check(self) -> None:
         """Raise where features or evidence were not finite on a device that nothing waited for.
@@ -230,6 +250,10 @@ class PruneReport:
             "picks": list(self.picks),
             "tokens": self.tokens,
             "kept": self.kept,
+            "merged": self.merged,
+            "average": self.average,
+            "flops_estimate": {"before": self.flops_before, "after": self.flops_after},
+            "patches": list(self.patches),
             "separators": self.separators,
             "length_before": list(self.length_before),
             "length_after": list(self.length_after),

@@ -40,14 +40,28 @@ METHODS = (*vtprune.list_methods(), "prumerge_plus-adaptive")
 SETTINGS: dict[str, dict[str, Any]] = {
     "prumerge_plus-adaptive": {"adaptive": True},
     "vflowopt_select": {"recycled": 0.4},
+    "vflowopt": {"recycled": 0.4},
 }
 """Parameters that are not the default ones: tiny pictures have too few tokens for the share that vflowopt recycles."""
 PIPELINES = {method: build(method.partition("-")[0], SETTINGS.get(method)) for method in METHODS}
 FAMILIES = IMAGE_FAMILIES
 CORE_FAMILIES = ("llava", "llava_onevision", "qwen2_5_vl")
-CORE_METHODS = ("random", "fastervlm", "divprune", "vtprune", "pool", "prumerge_plus-adaptive", "flowcut")
+CORE_METHODS = (
+    "random",
+    "fastervlm",
+    "divprune",
+    "vtprune",
+    "pool",
+    "prumerge_plus-adaptive",
+    "flowcut",
+    "pyramiddrop",
+)
 NEUTRAL = ("identity",)
 """Methods that refuse any budget but 1.0."""
+IN_LAYERS = tuple(method for method in METHODS if PIPELINES[method].inside)
+"""Methods that prune between the decoder layers."""
+LEAVING = tuple(m for m in IN_LAYERS if any(stage.counter is not None for stage in PIPELINES[m].inside))
+"""Those of them that let all tokens of a picture go or not: the budget is only the most."""
 MERGING = tuple(method for method in METHODS if PIPELINES[method].merger is not None)
 IN_TOWER = tuple(method for method in METHODS if PIPELINES[method].encoder is not None)
 """Methods that prune inside the vision encoder."""
@@ -89,9 +103,22 @@ class Case:
         return self.method in IN_TOWER and self.family not in CUT_TOWERS
 
     @property
+    def layers(self) -> int:
+        """Decoder layers of the model: methods that prune between them need some before and behind each cut."""
+        return 6 if self.method in IN_LAYERS else 2
+
+    @property
     def keep(self) -> float:
         """A budget that prunes, where the method prunes at all."""
-        return 1.0 if self.method in NEUTRAL else 0.4
+        return 1.0 if self.method in NEUTRAL else 0.6 if self.method in IN_LAYERS else 0.4
+
+    @property
+    def few(self) -> int:
+        """A number of tokens that prunes every picture of `prompts`, or the largest where few would be too few."""
+        if self.method not in IN_LAYERS:
+            return 5
+        most = max(n for prompt in self.prompts for n in _counts(self.family, prompt, self.kind))
+        return most * 9 // 20
 
     @property
     def mrope(self) -> bool:
@@ -106,7 +133,12 @@ class Case:
     @property
     def model(self) -> nn.Module:
         """Shared by all tests of the process: leave it unwrapped."""
-        return model_of(self.family)
+        return model_of(self.family, self.layers)
+
+    @property
+    def spare(self) -> nn.Module:
+        """Its twin, for what has to be known of a prompt while that one is wrapped."""
+        return spare_model_of(self.family, self.layers)
 
     @property
     def forbidden(self) -> list[int]:
@@ -181,44 +213,50 @@ def selection(method: str, family: str, law: str, *, again: bool = False) -> Sel
 
 
 PRUNING_METHODS = tuple(method for method in METHODS if method not in NEUTRAL)
-EXACT_METHODS = tuple(method for method in PRUNING_METHODS if method not in ADAPTIVE)
+EXACT_METHODS = tuple(method for method in PRUNING_METHODS if method not in (*ADAPTIVE, *IN_LAYERS))
 """Methods that keep as many tokens as the budget says."""
 
 
-def fresh_model(family: str) -> nn.Module:
+def fresh_model(family: str, layers: int = 2) -> nn.Module:
     """A tiny model of the family, which never stops early; always with the same weights."""
-    model = models.build(family, layers=2)
+    model = models.build(family, layers=layers)
     model.generation_config.eos_token_id = None
     return model
 
 
 @functools.cache
-def model_of(family: str) -> nn.Module:
+def model_of(family: str, layers: int = 2) -> nn.Module:
     """The model of the family that the tests of a process share."""
-    return fresh_model(family)
+    return fresh_model(family, layers)
 
 
 @functools.cache
-def spare_model_of(family: str) -> nn.Module:
-    """Its twin, for what has to be known of a prompt while that one is wrapped."""
-    return fresh_model(family)
+def spare_model_of(family: str, layers: int = 2) -> nn.Module:
+    """Its twin."""
+    return fresh_model(family, layers)
+
+
+@functools.cache
+def _counts(family: str, prompt: Prompt, kind: Kind) -> tuple[int, ...]:
+    """Tokens of every picture of a prompt that could be pruned."""
+    model = spare_model_of(family)
+    with vtprune.pruning(model, "identity", keep=1.0) as pruner, torch.no_grad():
+        model(**_inputs(family, (prompt,), kind))
+    return tuple(segment.n for segment in pruner.last.segments)
 
 
 @functools.cache
 def _relevance(family: str, prompt: Prompt, kind: Kind) -> list[Tensor]:
     """Scores for every picture of a prompt, the same wherever it stands."""
-    model = spare_model_of(family)
-    with vtprune.pruning(model, "identity", keep=1.0) as pruner, torch.no_grad():
-        model(**_inputs(family, (prompt,), kind))
     return [
-        torch.rand(segment.n, generator=torch.Generator().manual_seed(100 * prompt.seed + number))
-        for number, segment in enumerate(pruner.last.segments)
+        torch.rand(n, generator=torch.Generator().manual_seed(100 * prompt.seed + number))
+        for number, n in enumerate(_counts(family, prompt, kind))
     ]
 
 
 @functools.cache
-def _prompted(family: str, prompt: Prompt, kind: Kind) -> oracle.Merged:
-    return oracle.merge(spare_model_of(family), _inputs(family, (prompt,), kind))
+def _prompted(family: str, layers: int, prompt: Prompt, kind: Kind) -> oracle.Merged:
+    return oracle.merge(spare_model_of(family, layers), _inputs(family, (prompt,), kind))
 
 
 @functools.cache
@@ -247,11 +285,14 @@ def answer(model: nn.Module, inputs: dict[str, Any], *, steps: int = STEPS, **mo
     )
 
 
-@functools.cache
-def unpruned(family: str, kind: Kind) -> Answer:
+def unpruned(case: Case) -> Answer:
     """The answer of the model that was never wrapped to its batch."""
-    case = Case(method="identity", family=family, kind=kind)
-    return answer(case.model, case.batch)
+    return _unpruned(case.family, case.layers, case.kind)
+
+
+@functools.cache
+def _unpruned(family: str, layers: int, kind: Kind) -> Answer:
+    return answer(model_of(family, layers), Case(method="identity", family=family, kind=kind).batch)
 
 
 def distance(actual: Tensor, expected: Tensor) -> float:
@@ -271,12 +312,35 @@ def placeholders(model: nn.Module) -> set[int]:
     return {getattr(model.config, name, None) for name in names} - {None}
 
 
-def kept_positions(case: Case, report: Any, row: int, ids: Sequence[int]) -> list[int]:
-    """Prompt positions that a report says are kept, for the unpadded ids of a row: text, separators and choices."""
-    dropped: set[int] = set()
+def depths_of(segment: Any, layers: int) -> list[int]:
+    """How many of the decoder layers every token of a picture goes through, 0 where it is dropped before them."""
+    if segment.depths is not None:
+        return segment.depths.tolist()
+    kept = set(segment.keep.tolist())
+    return [layers if index in kept else 0 for index in range(segment.n)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """Prompt positions that go into the language model, and how many of its layers each goes through."""
+
+    positions: list[int]
+    depths: list[int]
+
+
+def kept_tokens(case: Case, report: Any, row: int, ids: Sequence[int]) -> Kept:
+    """What a report says is kept, for the unpadded ids of a row: text, separators and choices."""
+    depths = [case.layers] * len(ids)
     for segment, candidates in candidate_positions(case, report, row, ids):
-        dropped |= set(candidates) - {candidates[index] for index in segment.keep.tolist()}
-    return [position for position in range(len(ids)) if position not in dropped]
+        for position, depth in zip(candidates, depths_of(segment, case.layers), strict=True):
+            depths[position] = depth
+    positions = [position for position, depth in enumerate(depths) if depth]
+    return Kept(positions=positions, depths=[depths[position] for position in positions])
+
+
+def kept_positions(case: Case, report: Any, row: int, ids: Sequence[int]) -> list[int]:
+    """Prompt positions that go into the language model."""
+    return kept_tokens(case, report, row, ids).positions
 
 
 def candidate_positions(case: Case, report: Any, row: int, ids: Sequence[int]) -> list[tuple[Any, list[int]]]:
@@ -297,8 +361,8 @@ def candidate_positions(case: Case, report: Any, row: int, ids: Sequence[int]) -
 
 
 def choices(report: Any, row: int) -> list[list[int]]:
-    """Kept indices of every picture of a row."""
-    return [segment.keep.tolist() for segment in report.segments if segment.row == row]
+    """What became of every token of every picture of a row: how many layers it went through."""
+    return [depths_of(segment, report.layers) for segment in report.segments if segment.row == row]
 
 
 @contextmanager
@@ -319,7 +383,7 @@ def handed_over(model: nn.Module) -> Iterator[list[Tensor]]:
 @functools.cache
 def _merged_rows(case: Case, prompt: Prompt, keep: float | int) -> tuple[list[int], Tensor]:
     """Positions and embeddings (1, K, D) of what is kept of a prompt that is alone, as vtprune hands them over."""
-    model, inputs = spare_model_of(case.family), case.inputs((prompt,))
+    model, inputs = case.spare, case.inputs((prompt,))
     options = {"keep": keep, **case.settings}
     with torch.no_grad(), vtprune.pruning(model, case.name, **options) as pruner, handed_over(model) as seen:
         model(**inputs)
@@ -331,7 +395,7 @@ def whole(case: Case, prompt: Prompt, kept: list[int], *, keep: float | int | No
 
     What they become is taken from vtprune. Law 2 holds it to what the report says, law 3 to what it is in a batch.
     """
-    prompted = _prompted(case.family, prompt, case.kind)
+    prompted = _prompted(case.family, case.layers, prompt, case.kind)
     if case.method not in (*MERGING, *IN_TOWER):
         return prompted
     positions, rows = _merged_rows(case, prompt, case.keep if keep is None else keep)
@@ -342,12 +406,19 @@ def whole(case: Case, prompt: Prompt, kept: list[int], *, keep: float | int | No
 def by_hand(
     case: Case,
     prompt: Prompt,
-    kept: list[int],
+    kept: Kept,
     *,
     compact: bool,
     keep: float | int | None = None,
     steps: int = STEPS,
 ) -> tuple[list[int], Tensor]:
     """Tokens and logits of one unpadded row, by the oracle."""
-    prompted = whole(case, prompt, kept, keep=keep)
-    return oracle.decode(case.model, prompted, kept, steps=steps, compact=compact, forbidden=case.forbidden)
+    return oracle.decode(
+        case.model,
+        whole(case, prompt, kept.positions, keep=keep),
+        kept.positions,
+        steps=steps,
+        compact=compact,
+        forbidden=case.forbidden,
+        depths=kept.depths,
+    )

@@ -127,6 +127,7 @@ def table(counted: dict[Cell, str], product: list[Cell]) -> str:
         "A cell is every test of `tests/contracts/` for that law, method and family, with pictures and, where the",
         "family takes them, with clips. *refused*: every test of the cell ends in one of our documented errors and",
         "leaves the model as it was; that is what law 6 asks for. `identity` keeps everything, the others prune.",
+        "Those that cut between decoder layers run on six layers, the others on two.",
         "Laws 5 to 8 are the runtime's, which sees kinds of stages: methods of a kind of their own are held to them on",
         "every family, each other method on one.",
         "",

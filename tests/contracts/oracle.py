@@ -1,7 +1,8 @@
 """The reference: transformers alone, fed short `inputs_embeds` and `position_ids` built here.
 
 Nothing of vtprune is imported. `decode` runs a row without padding and without a cache, every step recomputes
-everything; `generate` lets transformers run its own beam search or sampling on the short prompts.
+everything; `generate` lets transformers run its own beam search or sampling on the short prompts. Tokens that are
+dropped between decoder layers are hidden there, see `dense`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from tests.contracts import dense
 
 
 @dataclass
@@ -97,9 +100,20 @@ def shorten(prompt: Merged, kept: list[int], *, compact: bool) -> Merged:
 
 @torch.no_grad()
 def decode(
-    model: nn.Module, prompt: Merged, kept: list[int], *, steps: int, compact: bool, forbidden: list[int]
+    model: nn.Module,
+    prompt: Merged,
+    kept: list[int],
+    *,
+    steps: int,
+    compact: bool,
+    forbidden: list[int],
+    depths: list[int] | None = None,
 ) -> tuple[list[int], Tensor]:
-    """Greedy tokens and raw logits (steps, V) of the shortened prompt."""
+    """Greedy tokens and raw logits (steps, V) of the shortened prompt.
+
+    Args:
+        depths: how many decoder layers each of the tokens at `kept` is seen in; None: all of them.
+    """
     short = shorten(prompt, kept, compact=compact)
     next_id = int(prompt.positions[0, -1]) + 1
     if compact:
@@ -113,9 +127,10 @@ def decode(
             extra["visual_pos_masks"] = nn.functional.pad(short.visual, (0, length - short.visual.shape[1]))
             extra["deepstack_visual_embeds"] = short.deepstack
         ids = positions if positions.shape[0] == 1 else positions[:, None]
-        hidden = model.model.language_model(
-            inputs_embeds=embeds, position_ids=ids, attention_mask=torch.ones(1, length, dtype=torch.long), **extra
-        ).last_hidden_state
+        with dense.hidden(model, [depths or []]):
+            hidden = model.model.language_model(
+                inputs_embeds=embeds, position_ids=ids, attention_mask=torch.ones(1, length, dtype=torch.long), **extra
+            ).last_hidden_state
         step = model.lm_head(hidden[:, -1])[0]
         logits.append(step)
         allowed = step.clone()
@@ -129,8 +144,12 @@ def decode(
 
 
 @torch.no_grad()
-def generate(model: nn.Module, shorts: Sequence[Merged], **mode: Any) -> Tensor:
-    """New tokens (rows, steps) of transformers' own `generate` from the short prompts, left padded."""
+def generate(model: nn.Module, shorts: Sequence[Merged], depths: Sequence[list[int]], **mode: Any) -> Tensor:
+    """New tokens (rows, steps) of transformers' own `generate` from the short prompts, left padded.
+
+    Args:
+        depths: for every prompt, how many decoder layers each of its tokens is seen in.
+    """
     width = max(short.embeds.shape[1] for short in shorts)
     pads = [width - short.embeds.shape[1] for short in shorts]
     embeds = torch.cat([nn.functional.pad(s.embeds, (0, 0, pad, 0)) for s, pad in zip(shorts, pads, strict=True)])
@@ -140,7 +159,8 @@ def generate(model: nn.Module, shorts: Sequence[Merged], **mode: Any) -> Tensor:
     position_ids = ids[0] if len(ids) == 1 else torch.cat([text[None], ids])
     handle = model.model.language_model.register_forward_pre_hook(_deepstack_of(shorts, pads), with_kwargs=True)
     try:
-        return model.generate(inputs_embeds=embeds, attention_mask=mask, position_ids=position_ids, **mode)
+        with dense.hidden(model, [[0] * pad + row for row, pad in zip(depths, pads, strict=True)]):
+            return model.generate(inputs_embeds=embeds, attention_mask=mask, position_ids=position_ids, **mode)
     finally:
         handle.remove()
 

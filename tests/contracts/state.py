@@ -31,7 +31,7 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
 @contextmanager
 def restored(case: Case) -> Iterator[None]:
     """The model is the same after the block as before it, and answers as if nothing had been."""
-    expected = unpruned(case.family, case.kind)
+    expected = unpruned(case)
     before = snapshot(case.model)
     yield
     assert snapshot(case.model) == before

@@ -100,7 +100,7 @@ def test_every_selection_has_every_method_and_every_family_and_grows() -> None:
 
 def test_one_core_method_for_each_kind_of_stage() -> None:
     core = set(cases.CORE_METHODS)
-    for kind in (cases.MERGING, cases.ADAPTIVE, cases.IN_TOWER):
+    for kind in (cases.MERGING, cases.ADAPTIVE, cases.IN_TOWER, cases.IN_LAYERS):
         assert core & set(kind)
     assert core & {method for method, pipeline in cases.PIPELINES.items() if not pipeline.needs}
     assert core & {method for method, pipeline in cases.PIPELINES.items() if "importance" in pipeline.needs}

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.law("1 identity")
 
 @cells()
 def test_keeping_everything_is_bit_equal(case: Case) -> None:
-    expected = unpruned(case.family, case.kind)
+    expected = unpruned(case)
     with case.pruned(keep=1.0) as pruner:
         got = answer(case.model, case.batch)
         report = pruner.last

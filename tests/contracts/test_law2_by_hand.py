@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 
 from tests.contracts import oracle
 from tests.contracts.cases import (
+    IN_LAYERS,
     IN_TOWER,
+    LEAVING,
     MERGING,
     PRUNING_METHODS,
     TOLERANCE,
@@ -22,9 +25,11 @@ from tests.contracts.cases import (
     by_hand,
     candidate_positions,
     cells,
+    depths_of,
     distance,
     handed_over,
     kept_positions,
+    kept_tokens,
     placeholders,
     unpruned,
 )
@@ -42,11 +47,11 @@ def test_equals_the_short_prompt(case: Case, positions: str) -> None:
         uncached = answer(case.model, case.batch, use_cache=False)
     assert report.positions == positions
     for row, (prompt, inputs) in enumerate(zip(case.prompts, case.rows, strict=True)):
-        kept = kept_positions(case, report, row, inputs["input_ids"][0].tolist())
-        tokens, logits = by_hand(case, prompt, kept, compact=positions == "compact")
+        into = kept_tokens(case, report, row, inputs["input_ids"][0].tolist())
+        tokens, logits = by_hand(case, prompt, into, compact=positions == "compact")
         _agrees(cached, row, tokens, logits)
         _agrees(uncached, row, tokens, logits)
-        before = oracle.merge(case.model, inputs).positions
+        before, kept = oracle.merge(case.model, inputs).positions, into.positions
         ids = oracle.compacted(before, kept)[0] if positions == "compact" else before[:, kept]
         assert torch.equal(_real(seen[0], row, len(kept)), ids), "the ids that reach the rotary embedding"
 
@@ -92,13 +97,27 @@ def test_auto_compacts_one_dimensional_ids_and_keeps_mrope_ids(case: Case) -> No
 def test_pruning_moves_the_logits_far_more_than_the_tolerance(case: Case) -> None:
     with case.pruned():
         got = answer(case.model, case.batch)
-    moved = [distance(got.logits[row], unpruned(case.family, case.kind).logits[row]) for row in range(2)]
+    moved = [distance(got.logits[row], unpruned(case).logits[row]) for row in range(2)]
     assert min(moved) > 1000 * TOLERANCE
+
+
+@cells(methods=IN_LAYERS)
+def test_one_layer_more_would_show(case: Case) -> None:
+    """The comparison with the reference is sensitive to how far tokens go that leave between layers."""
+    with case.pruned((case.prompts[0],)) as pruner:
+        answer(case.model, case.rows[0])
+        report = pruner.last
+    kept = kept_tokens(case, report, 0, case.rows[0]["input_ids"][0].tolist())
+    further = replace(kept, depths=[min(depth + 1, case.layers) for depth in kept.depths])
+    assert further != kept or case.method in LEAVING, "something leaves between layers"
+    compact = report.positions == "compact"
+    expected, moved = (by_hand(case, case.prompts[0], how, compact=compact, steps=1)[1] for how in (kept, further))
+    assert further == kept or distance(moved, expected) > 100 * TOLERANCE
 
 
 MEANS = ("pool", "visionzip")
 """Methods whose merged rows are plain means."""
-NAMED = (*MEANS, "vflowopt_select")
+NAMED = (*MEANS, "vflowopt_select", "vflowopt")
 """Methods that give a token to one kept one, which the report names; others share it out."""
 SUMS = ("prumerge_plus", "prumerge_plus-adaptive")
 """Methods that add parts of other tokens to a kept one."""
@@ -147,7 +166,7 @@ def _swallowed(case: Case, report: PruneReport, ids: list[int]) -> dict[int, lis
         return dict.fromkeys(visual, visual)
     found: dict[int, list[int]] = {}
     for segment, candidates in candidate_positions(case, report, 0, ids):
-        for index in segment.keep.tolist():
+        for index in (index for index, depth in enumerate(depths_of(segment, case.layers)) if depth):
             into = segment.into.tolist() if case.method in NAMED else [index] * segment.n
             assert into[index] == index
             found[candidates[index]] = [candidates[i] for i in range(segment.n) if into[i] == index and i != index]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tests.contracts.cases import (
     EXACT_METHODS,
+    IN_LAYERS,
     PRUNING_METHODS,
     TOLERANCE,
     Case,
@@ -20,7 +21,7 @@ from tests.contracts.cases import (
     choices,
     distance,
     handed_over,
-    kept_positions,
+    kept_tokens,
     unpruned,
 )
 from tests.models import PAD, Prompt
@@ -54,7 +55,7 @@ def check_rows(case: Case, prompts: tuple[Prompt, ...], **options: object) -> No
             assert choices(pruner.last, 0) == choices(report, row)
             assert len(choices(report, row)) == len(prompt.images) + len(prompt.clips)
             assert pruner.last.length_after == (report.length_after[row],)
-            assert_close(to_all[0][row, -report.length_after[row] :], to_one[0][0])
+            assert_close(to_all[0][row, -to_one[0].shape[1] :], to_one[0][0])
             assert_close(together.logits[row], alone.logits[0])
             assert torch.equal(together.tokens[row], alone.tokens[0])
 
@@ -75,7 +76,7 @@ def test_with_a_number_of_tokens_for_a_budget(case: Case) -> None:
     if case.keep == 1.0:
         check_rows(case, case.prompts, keep=1.0)
     else:
-        check_rows(case, case.prompts, keep=5)
+        check_rows(case, case.prompts, keep=case.few)
 
 
 @cells()
@@ -89,14 +90,14 @@ def test_ragged_counts_in_a_batch_without_padding(case: Case) -> None:
     prompts = _of_equal_length(case)
     batch = case.inputs(prompts)
     assert batch["attention_mask"].all()
-    with case.pruned(prompts, keep=5) as pruner:
+    with case.pruned(prompts, keep=case.few) as pruner:
         got = answer(case.model, batch)
         report = pruner.last
     assert report.length_before[0] == report.length_before[1]
     assert report.length_after[0] != report.length_after[1]
     for row, prompt in enumerate(prompts):
-        kept = kept_positions(case, report, row, case.inputs((prompt,))["input_ids"][0].tolist())
-        tokens, logits = by_hand(case, prompt, kept, compact=report.positions == "compact", keep=5)
+        kept = kept_tokens(case, report, row, case.inputs((prompt,))["input_ids"][0].tolist())
+        tokens, logits = by_hand(case, prompt, kept, compact=report.positions == "compact", keep=case.few)
         assert_close(got.logits[row], logits)
         assert got.tokens[row].tolist() == tokens
 
@@ -144,12 +145,12 @@ def _right_padded(batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[int
     return moved, padding
 
 
-@cells(methods=EXACT_METHODS)
+@cells(methods=(*EXACT_METHODS, *IN_LAYERS))
 def test_another_choice_would_show(case: Case) -> None:
     """The comparison of logits above is sensitive to one token more."""
-    with case.pruned(keep=5):
-        five = answer(case.model, case.batch, steps=1)
-    with case.pruned(keep=6):
-        six = answer(case.model, case.batch, steps=1)
-    assert distance(six.logits, five.logits) > 100 * TOLERANCE
-    assert distance(five.logits, unpruned(case.family, case.kind).logits[:, :1]) > 1000 * TOLERANCE
+    with case.pruned(keep=case.few):
+        few = answer(case.model, case.batch, steps=1)
+    with case.pruned(keep=case.few + 1):
+        more = answer(case.model, case.batch, steps=1)
+    assert distance(more.logits, few.logits) > 100 * TOLERANCE
+    assert distance(few.logits, unpruned(case).logits[:, :1]) > 1000 * TOLERANCE

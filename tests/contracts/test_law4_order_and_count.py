@@ -1,4 +1,7 @@
-"""Law 4: kept indices are ascending and unique, and exactly as many as the budget says, which rounds half up."""
+"""Law 4: kept indices are ascending and unique, and exactly as many as the budget says, which rounds half up.
+
+Where tokens leave between decoder layers too, the budget is what a layer sees on average, met to within half a token.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +9,34 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
-from itertools import groupby
+from itertools import accumulate, groupby, pairwise
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.contracts.cases import ADAPTIVE, EXACT_METHODS, IN_TOWER, PRUNING_METHODS, Case, cells
+from tests.contracts.cases import (
+    ADAPTIVE,
+    EXACT_METHODS,
+    IN_LAYERS,
+    IN_TOWER,
+    LEAVING,
+    PIPELINES,
+    PRUNING_METHODS,
+    Case,
+    cells,
+    depths_of,
+)
 from tests.models import QWEN, Prompt
+from vtprune.errors import InvalidOption
 from vtprune.report import PruneReport, SegmentReport
 from vtprune.types import Budget
 
 pytestmark = pytest.mark.law("4 order and count")
 
 BUDGETS = (0.1, 1 / 3, 0.5, 0.999, 3)
+BOUNDED = tuple(method for method in IN_LAYERS if not PIPELINES[method].picks)
+"""Methods that let the first decoder layers see all tokens: a single one is no average they reach."""
 SMALL = Prompt(images=((24, 24),), seed=51)
 MANY = {
     "image": (Prompt(images=((24, 40), (60, 64)), seed=53), Prompt(images=((30, 92),), seed=54)),
@@ -34,32 +51,44 @@ def counted(keep: float | int, n: int) -> int:
 
 
 @contextmanager
-def _length_in_the_model(model: nn.Module) -> Iterator[list[int]]:
-    """Lengths of the sequences that the first decoder layer sees."""
+def _lengths_in_the_model(model: nn.Module) -> Iterator[list[int]]:
+    """Lengths of the sequences that the decoder layers see, one after the other."""
     seen: list[int] = []
 
     def record(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         seen.append((args[0] if args else kwargs["hidden_states"]).shape[1])
 
-    handle = model.model.language_model.layers[0].register_forward_pre_hook(record, with_kwargs=True)
+    layers = model.model.language_model.layers
+    handles = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in layers]
     try:
         yield seen
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 @torch.no_grad()
 def _prefill(case: Case, prompts: tuple[Prompt, ...], **options: object) -> PruneReport:
-    """The report of one prefill, checked against what the language model was given."""
-    with case.pruned(prompts, **options) as pruner, _length_in_the_model(case.model) as lengths:
-        case.model(**case.inputs(prompts))
+    """The report of one prefill, checked against what every decoder layer was given and stored."""
+    with case.pruned(prompts, **options) as pruner, _lengths_in_the_model(case.model) as lengths:
+        cache = case.model(**case.inputs(prompts), use_cache=True).past_key_values
         report = pruner.last
-    assert lengths == [max(report.length_after)]
+    assert lengths == [max(_lengths(report, layer)) for layer in range(case.layers)]
+    assert [layer.keys.shape[2] for layer in cache.layers] == lengths
+    assert report.length_after == _lengths(report, case.layers - 1)
     for row, (before, after) in enumerate(zip(report.length_before, report.length_after, strict=True)):
         assert before - after == sum(s.n - s.k for s in report.segments if s.row == row)
     for segment in report.segments:
         _check_order(segment)
     return report
+
+
+def _lengths(report: PruneReport, layer: int) -> tuple[int, ...]:
+    """Real tokens of every row that decoder layer `layer` sees, as the report has it."""
+    return tuple(
+        before - sum(d <= layer for s in report.segments if s.row == row for d in depths_of(s, report.layers))
+        for row, before in enumerate(report.length_before)
+    )
 
 
 def _check_order(segment: SegmentReport) -> None:
@@ -98,7 +127,50 @@ def test_shares_and_numbers_round_per_unit(case: Case, per: str) -> None:
             assert k == counted(keep, n) == Budget(keep=keep, per=per).resolve(n)
 
 
-@cells(methods=[method for method in PRUNING_METHODS if method != "tome"], kinds=("image",))
+@cells(methods=[method for method in IN_LAYERS if method not in LEAVING], kinds=("image",))
+def test_the_average_over_layers_is_every_number_that_is_not_refused(case: Case) -> None:
+    n = _prefill(case, (SMALL,), keep=1.0).tokens
+    depths = {depth for keep in (0.6, 0.8) for depth in _depths(_prefill(case, (SMALL,), keep=keep), "image")[0]}
+    first = min(depths - {0})
+    assert 0 < first < case.layers == max(depths)
+    for k in [*range(2, n + 1), n + 3]:
+        if not PIPELINES[case.method].picks and k * case.layers == first * n:
+            continue  # the very edge of what floats can reach
+        if not PIPELINES[case.method].picks and k * case.layers < first * n:
+            with pytest.raises(InvalidOption, match=f"average over {case.layers} decoder layers"):
+                _prefill(case, (SMALL,), keep=k)
+            continue
+        report = _prefill(case, (SMALL,), keep=k)
+        (unit,) = _depths(report, "image")
+        _check_average(unit, min(k, n), case.layers)
+        assert report.average * case.layers == sum(unit)
+        assert report.kept == sum(depth == case.layers for depth in unit)
+
+
+@cells(methods=IN_LAYERS)
+@pytest.mark.parametrize("per", ["image", "part", "prompt"])
+def test_the_average_over_layers_is_the_budget_of_every_unit(case: Case, per: str) -> None:
+    everything = _depths(_prefill(case, MANY[case.kind], keep=1.0, per=per), per)
+    half_of_the_largest = max(map(len, everything)) // 2
+    for keep in (0.4, 0.5, 2 / 3, 0.999, half_of_the_largest):
+        report = _prefill(case, MANY[case.kind], keep=keep, per=per)
+        for unit in _depths(report, per):
+            n = len(unit)
+            wanted = min(keep, n) if isinstance(keep, int) else keep * n
+            _check_average(unit, wanted, case.layers, at_most=case.method in LEAVING)
+
+
+def _check_average(depths: list[int], wanted: float, layers: int, *, at_most: bool = False) -> None:
+    """Tokens a layer sees of a unit: the average is met, unless a single one stays where it should be fewer."""
+    seen = [sum(depth > layer for depth in depths) for layer in range(layers)]
+    assert seen == sorted(seen, reverse=True)
+    assert min(seen) >= 1 or at_most
+    off = sum(seen) / layers - wanted
+    assert off <= (0.5 + 1e-9 if min(seen) > 1 else 1)
+    assert off >= -0.5 - 1e-9 or (at_most and min(seen) == 0)
+
+
+@cells(methods=[method for method in PRUNING_METHODS if method not in ("tome", *BOUNDED, *LEAVING)], kinds=("image",))
 def test_one_token_is_the_least(case: Case) -> None:
     least = _prefill(case, MANY[case.kind], keep=0.001)
     with pytest.warns(UserWarning, match="1.0 keeps all"):
@@ -110,7 +182,7 @@ def test_one_token_is_the_least(case: Case) -> None:
 @cells(methods=ADAPTIVE)
 @pytest.mark.parametrize("per", ["image", "part", "prompt"])
 def test_an_adaptive_method_keeps_what_it_wants_but_at_most_the_budget(case: Case, per: str) -> None:
-    most = list(_units(_prefill(case, MANY[case.kind], keep=0.8, per=per), per))
+    most = _units(_prefill(case, MANY[case.kind], keep=0.8, per=per), per)
     for keep in (0.1, 1 / 3, 0.5, 3):
         report = _prefill(case, MANY[case.kind], keep=keep, per=per)
         for (n, k), (same, wanted) in zip(_units(report, per), most, strict=True):
@@ -137,19 +209,21 @@ def _least(case: Case, n: int) -> int:
     return n // 4 if case.method == "tome" else 1
 
 
-def _units(report: PruneReport, per: str) -> Iterator[tuple[int, int]]:
+def _units(report: PruneReport, per: str) -> list[tuple[int, int]]:
     """(tokens, kept) of everything that has a budget of its own."""
+    return [(len(depths), sum(depth == report.layers for depth in depths)) for depths in _depths(report, per)]
+
+
+def _depths(report: PruneReport, per: str) -> list[list[int]]:
+    """How many layers each of its tokens goes through, for everything that has a budget of its own."""
+    rows = [(segment, depths_of(segment, report.layers)) for segment in report.segments]
     if per == "prompt":
-        for _, segments in groupby(report.segments, key=lambda segment: segment.row):
-            row = list(segments)
-            yield sum(s.n for s in row), sum(s.k for s in row)
-        return
-    for segment in report.segments:
-        if per == "image":
-            yield segment.n, segment.k
-            continue
-        first = 0
-        for part in segment.parts:
-            last = first + part.grid[0] * part.grid[1]
-            yield last - first, sum(first <= index < last for index in segment.keep.tolist())
-            first = last
+        found = groupby(rows, key=lambda row: row[0].row)
+        return [[depth for _, depths in row for depth in depths] for _, row in found]
+    if per == "image":
+        return [depths for _, depths in rows]
+    return [
+        depths[first:last]
+        for segment, depths in rows
+        for first, last in pairwise(accumulate((part.tokens for part in segment.parts), initial=0))
+    ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ from transformers import LogitsProcessorList
 import vtprune
 from tests.contracts.cases import PRUNING_METHODS, Answer, Case, answer, cells, fresh_model
 from tests.contracts.state import restored, snapshot
+from vtprune.pipeline import LayerStage, Pick, Pipeline
 
 pytestmark = pytest.mark.law("5 undo")
 
@@ -28,7 +29,7 @@ def _same(got: Answer, expected: Answer) -> None:
 
 @cells()
 def test_unwrap_leaves_nothing_on_a_model_never_wrapped_before(case: Case) -> None:
-    model = fresh_model(case.family)
+    model = fresh_model(case.family, case.layers)
     expected = answer(model, case.batch)
     before = snapshot(model)
     assert case.wrap(model) is model
@@ -76,7 +77,7 @@ def test_an_exception_inside_the_model(case: Case) -> None:
     language_model = case.model.model.language_model
     with restored(case), case.pruned():
         first = answer(case.model, case.batch)
-        for module in (_encoder(case), language_model, language_model.layers[1]):
+        for module in (_encoder(case), language_model, language_model.layers[1], language_model.layers[-1]):
             handle = module.register_forward_hook(fail)
             try:
                 with pytest.raises(Boom):
@@ -107,21 +108,39 @@ def test_an_exception_in_the_report_callback(case: Case) -> None:
 
 
 @dataclass(frozen=True)
-class FailsOnce:
-    """The scorer it wraps, but its second call raises."""
+class Fails:
+    """The scorer it wraps, but it raises while there is anything in `lit`."""
 
     scorer: Any
-    calls: list[int] = field(default_factory=list)
+    lit: list[int]
 
     @property
     def needs(self) -> frozenset[str]:
         return self.scorer.needs
 
     def __call__(self, tokens: Any) -> Tensor:
-        self.calls.append(1)
-        if len(self.calls) == 2:
+        if self.lit:
             raise Boom
         return self.scorer(tokens)
+
+
+def _failing(pipeline: Pipeline, lit: list[int]) -> Pipeline:
+    """The pipeline, but its last scorer fails while `lit`, or those of every cut between layers."""
+    if pipeline.inside:
+        return replace(pipeline, inside=tuple(_failing_stage(stage, lit) for stage in pipeline.inside))
+    return replace(pipeline, picks=_failing_picks(pipeline.picks, lit))
+
+
+def _failing_stage(stage: LayerStage, lit: list[int]) -> LayerStage:
+    counter = stage.counter
+    if counter is not None:
+        counter = replace(counter, scorer=Fails(counter.scorer, lit))
+    return replace(stage, picks=_failing_picks(stage.picks, lit), counter=counter)
+
+
+def _failing_picks(picks: tuple[Pick, ...], lit: list[int]) -> tuple[Pick, ...]:
+    *earlier, last = picks
+    return (*earlier, replace(last, scorer=Fails(last.scorer, lit)))
 
 
 @cells(methods=PRUNING_METHODS)
@@ -130,10 +149,11 @@ def test_an_exception_in_a_stage(case: Case) -> None:
     with case.pruned(alone) as pruner:
         pipeline = pruner.pipeline
         first = answer(case.model, case.rows[0])
-    *earlier, last = pipeline.picks
-    picks = (*earlier, replace(last, scorer=FailsOnce(last.scorer)))
-    with restored(case), case.pruned(alone, method=replace(pipeline, picks=picks)):
+    lit: list[int] = []
+    with restored(case), case.pruned(alone, method=_failing(pipeline, lit)):
         _same(answer(case.model, case.rows[0]), first)
+        lit.append(1)
         with pytest.raises(Boom):
             answer(case.model, case.rows[0])
+        lit.clear()
         _same(answer(case.model, case.rows[0]), first)

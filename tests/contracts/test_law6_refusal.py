@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,9 @@ import vtprune
 from tests.contracts.cases import (
     FAMILIES,
     GIVEN,
+    IN_LAYERS,
     IN_TOWER,
+    PIPELINES,
     PRUNING_METHODS,
     Case,
     answer,
@@ -128,7 +131,7 @@ def test_chunked_prefill(case: Case, refuses: Refuses) -> None:
         answer(case.model, case.rows[0])
 
 
-@cells(methods=PRUNING_METHODS)
+@cells(methods=[method for method in PRUNING_METHODS if method not in IN_LAYERS])
 def test_evidence_that_does_not_fit(case: Case, refuses: Refuses) -> None:
     with restored(case), case.pruned(case.prompts[:1], keep=4) as pruner:
         first = answer(case.model, case.rows[0])
@@ -146,6 +149,67 @@ def test_evidence_that_does_not_fit(case: Case, refuses: Refuses) -> None:
             answer(case.model, case.rows[0])
         again = answer(case.model, case.rows[0])
         assert torch.equal(again.logits, first.logits)
+
+
+@cells(methods=IN_LAYERS)
+def test_tokens_that_cannot_be_forced_between_layers(case: Case, refuses: Refuses) -> None:
+    with restored(case), case.pruned(case.prompts[:1]) as pruner:
+        first = answer(case.model, case.rows[0])
+        glances = {name: [torch.zeros(3)] for name in pruner.pipeline.glances}
+        for evidence in ({"mood": [torch.zeros(3)]}, *({name: scores} for name, scores in glances.items())):
+            with refuses(InvalidOption, "does not read"), pruner.using(**evidence):
+                pass
+        for evidence in ({"protect": [torch.tensor([1])]}, {"forbid": [torch.tensor([1])]}):
+            with refuses(UnsupportedCall, "no token can be forced"), pruner.using(**evidence):
+                answer(case.model, case.rows[0])
+        five = {name: [torch.tensor([1])] * 5 for name in pruner.pipeline.needs - glances.keys()}
+        if five:
+            with refuses(UnsupportedCall, "5 rows"), pruner.using(**five):
+                answer(case.model, case.rows[0])
+        again = answer(case.model, case.rows[0])
+        assert torch.equal(again.logits, first.logits)
+
+
+@cells(methods=IN_LAYERS, kinds=("image",))
+def test_an_average_out_of_reach(case: Case, refuses: Refuses) -> None:
+    """Layers in front of the first cut see all tokens, unless some are dropped before the language model."""
+    keep = 0.16
+    shallow = model_of(case.family)
+    with restored(case):
+        if PIPELINES[case.method].picks:
+            with case.pruned(keep=keep) as pruner:
+                answer(case.model, case.batch)
+                assert pruner.last.average < 0.25 * pruner.last.tokens
+            return
+        with refuses(InvalidOption, f"keep={keep} is the average over 6 decoder layers"):
+            case.wrap(case.model, keep=keep)
+        before = snapshot(shallow)
+        with refuses(InvalidOption, "this method reaches 0.5 .*to 1"):
+            case.wrap(shallow, keep=0.4)
+        assert snapshot(shallow) == before
+        with case.pruned(keep=1):
+            for _ in range(2):
+                with refuses(InvalidOption, "average over 6 decoder layers"):
+                    answer(case.model, case.batch)
+
+
+@cells(methods=IN_LAYERS, kinds=("image",))
+def test_a_question_before_the_picture(case: Case, refuses: Refuses) -> None:
+    """Methods that look at the text behind the last picture refuse prompts without, the others take them."""
+    looks = {glance.rows for glance in PIPELINES[case.method].glances.values()} & {"text", "raters"}
+    batch = case.inputs((replace(case.prompts[0], text_after=0),))
+    end = (batch["input_ids"][0] == IMAGE).nonzero()[-1, 0] + 1
+    batch = {
+        name: v[:, :end] if name in ("input_ids", "attention_mask", "mm_token_type_ids") else v
+        for name, v in batch.items()
+    }
+    with restored(case), case.pruned(case.prompts[:1]) as pruner:
+        if looks:
+            with refuses(UnsupportedCall, "ends with a picture"):
+                answer(case.model, batch)
+        else:
+            answer(case.model, batch)
+            assert pruner.last.average < pruner.last.tokens
 
 
 @cells(methods=GIVEN)

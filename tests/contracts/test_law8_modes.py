@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import StaticCache
 
 from tests.contracts import oracle
 from tests.contracts.cases import (
+    IN_LAYERS,
     STEPS,
     Answer,
     Case,
@@ -19,9 +21,10 @@ from tests.contracts.cases import (
     by_hand,
     cells,
     choices,
-    kept_positions,
+    kept_tokens,
     whole,
 )
+from vtprune.errors import UnsupportedCall
 
 pytestmark = pytest.mark.law("8 modes")
 
@@ -41,16 +44,17 @@ def wrapped(case: Case, positions: str, **mode: Any) -> tuple[Answer, Any]:
         return answer(case.model, case.batch, steps=4, **mode), pruner.last
 
 
-def shortened(case: Case, report: Any) -> list[oracle.Merged]:
-    """Both rows as the report says they were shortened."""
+def shortened(case: Case, report: Any) -> tuple[list[oracle.Merged], list[list[int]]]:
+    """Both rows as the report says they were shortened, and how many layers each of their tokens goes through."""
     repeats = len(report.length_after) // len(case.prompts)
-    shorts = []
+    shorts, depths = [], []
     for row, (prompt, inputs) in enumerate(zip(case.prompts, case.rows, strict=True)):
         assert all(choices(report, row * repeats + beam) == choices(report, row * repeats) for beam in range(repeats))
-        kept = kept_positions(case, report, row * repeats, inputs["input_ids"][0].tolist())
-        prompted = whole(case, prompt, kept)
-        shorts.append(oracle.shorten(prompted, kept, compact=report.positions == "compact"))
-    return shorts
+        kept = kept_tokens(case, report, row * repeats, inputs["input_ids"][0].tolist())
+        prompted = whole(case, prompt, kept.positions)
+        shorts.append(oracle.shorten(prompted, kept.positions, compact=report.positions == "compact"))
+        depths.append(kept.depths)
+    return shorts, depths
 
 
 @cells()
@@ -58,9 +62,9 @@ def shortened(case: Case, report: Any) -> list[oracle.Merged]:
 def test_equals_transformers_on_the_short_prompt(case: Case, mode: str) -> None:
     """With the positions whose continuation transformers can count: compact on one dimension, kept on (t, h, w)."""
     got, report = wrapped(case, "auto", **MODES[mode])
-    shorts = shortened(case, report)
+    shorts, depths = shortened(case, report)
     torch.manual_seed(7)
-    expected = oracle.generate(case.model, shorts, max_new_tokens=4, **MODES[mode])
+    expected = oracle.generate(case.model, shorts, depths, max_new_tokens=4, **MODES[mode])
     assert len(got.tokens) == len(case.prompts) * MODES[mode].get("num_return_sequences", 1)
     assert torch.equal(got.tokens, expected)
 
@@ -77,11 +81,17 @@ def test_without_a_cache(case: Case, mode: str, positions: str) -> None:
 
 @cells()
 @pytest.mark.parametrize("positions", ["keep", "compact"])
-def test_a_static_cache(case: Case, positions: str) -> None:
+def test_a_static_cache(case: Case, positions: str, refuses: Callable[..., Any]) -> None:
+    if case.method in IN_LAYERS:
+        expected, _ = wrapped(case, positions)
+        with refuses(UnsupportedCall, "static cache"):
+            wrapped(case, positions, cache_implementation="static")
+        assert torch.equal(wrapped(case, positions)[0].logits, expected.logits)
+        return
     static, report = wrapped(case, positions, cache_implementation="static")
     assert isinstance(static.cache, StaticCache)
     for row, (prompt, inputs) in enumerate(zip(case.prompts, case.rows, strict=True)):
-        kept = kept_positions(case, report, row, inputs["input_ids"][0].tolist())
+        kept = kept_tokens(case, report, row, inputs["input_ids"][0].tolist())
         tokens, logits = by_hand(case, prompt, kept, compact=positions == "compact", steps=4)
         assert_close(static.logits[row], logits)
         assert static.tokens[row].tolist() == tokens
@@ -103,7 +113,7 @@ def test_a_loop_written_by_hand_without_position_ids(case: Case, positions: str)
                 out = case.model(input_ids=word, past_key_values=out.past_key_values)
                 logits.append(out.logits[0, -1])
             report = pruner.last
-        kept = kept_positions(case, report, 0, inputs["input_ids"][0].tolist())
+        kept = kept_tokens(case, report, 0, inputs["input_ids"][0].tolist())
         _, expected = by_hand(case, prompt, kept, compact=positions == "compact")
         assert_close(torch.stack(logits), expected)
 

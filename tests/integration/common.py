@@ -13,6 +13,7 @@ from tests import models
 from tests.contracts import oracle
 from tests.models import IMAGE, PAD, VIDEO, VISION_END, VISION_START, Prompt
 from vtprune import Pick, Pipeline, PruneReport
+from vtprune.catalog import build
 from vtprune.stages.scorers import Constant
 from vtprune.stages.selectors import TopK
 from vtprune.types import VisualTokens
@@ -141,6 +142,20 @@ def failing(selector: Fails) -> Pipeline:
 
 
 FRAMES = Pipeline(name="by-frames", picks=(Pick(name="frames", scorer=Frames(), selector=TopK()),))
+
+
+IN_LAYERS = tuple(method for method in vtprune.list_methods() if build(method).inside)
+"""Methods that cut between decoder layers."""
+
+
+def room(method: str) -> dict[str, Any]:
+    """Options of a tiny model that the method can prune: cuts between layers need some in front and some behind."""
+    return {"layers": 6} if method in IN_LAYERS else {}
+
+
+def reachable(method: str) -> dict[str, Any]:
+    """A budget for `wrap` where six layers cannot have the default one on average."""
+    return {"keep": 0.6} if method in IN_LAYERS else {}
 
 
 def llava(**options: Any) -> nn.Module:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
@@ -28,6 +29,19 @@ def _clip() -> nn.Module:
 
 def _siglip() -> nn.Module:
     return SiglipVisionModel(SiglipVisionConfig(**_settings("siglip_vision_model")))
+
+
+def _vit(kind: str = "ViT") -> nn.Module:
+    sizes = {"hidden_size": 32, "num_attention_heads": HEADS, "num_hidden_layers": BLOCKS, "intermediate_size": 64}
+    config = getattr(transformers, f"{kind}Config")(**sizes, image_size=SIDE, patch_size=4)
+    return getattr(transformers, f"{kind}Model")(config)
+
+
+def _whole_clip() -> nn.Module:
+    text = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "intermediate_size": 64}
+    vision = _settings("clip_vision_model")
+    config = transformers.CLIPConfig(vision_config=vision, text_config={**text, "vocab_size": 40}, projection_dim=16)
+    return transformers.CLIPModel(config)
 
 
 def _settings(model_type: str) -> dict[str, Any]:
@@ -63,7 +77,11 @@ MAKERS = {
     "timm_without_cls": _timm_without_cls,
     "open_clip": _open_clip,
     "open_clip_visual": _open_clip_visual,
+    "vit": _vit,
+    "dinov2": functools.partial(_vit, "Dinov2"),
+    "whole_clip": _whole_clip,
 }
+NORMS = ("norm1", "ln_1", "layer_norm1", "layernorm_before")
 WITHOUT_CLS = ("siglip", "timm_without_cls")
 
 
@@ -84,7 +102,13 @@ def pixels(pictures: int = 2) -> Tensor:
 @torch.no_grad()
 def seen(model: nn.Module, given: Tensor) -> Tensor:
     """The embedding of every picture."""
-    encode = getattr(model, "encode_image", model)
+    return embedding(model, given)
+
+
+def embedding(model: nn.Module, given: Tensor) -> Tensor:
+    """The same, to be differentiated."""
+    names = ("encode_image", "get_image_features")
+    encode = next((getattr(model, name) for name in names if hasattr(model, name)), model)
     output = encode(given)
     return output if isinstance(output, Tensor) else output.pooler_output
 
@@ -93,7 +117,11 @@ def blocks_of(model: Any) -> nn.ModuleList:
     trunk = getattr(model, "visual", model)
     if hasattr(trunk, "transformer"):
         return trunk.transformer.resblocks
-    return trunk.blocks if hasattr(trunk, "blocks") else getattr(trunk, "vision_model", trunk).encoder.layers
+    if hasattr(trunk, "blocks"):
+        return trunk.blocks
+    root = getattr(trunk, "vision_model", trunk)
+    encoder = getattr(root, "encoder", root)
+    return encoder.layers if hasattr(encoder, "layers") else encoder.layer
 
 
 @torch.no_grad()
@@ -116,8 +144,8 @@ def hidden_of(model: nn.Module, given: Tensor) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def attended(block: Any, hidden: Tensor, first: int) -> tuple[Tensor, loops.Block]:
     """What comes out of a block for one picture (1, n, D), and queries, keys and values by its weights."""
-    normed = next(getattr(block, name) for name in ("norm1", "ln_1", "layer_norm1") if hasattr(block, name))(hidden)
-    attention = block.self_attn if hasattr(block, "self_attn") else block.attn
+    normed = next(getattr(block, name) for name in NORMS if hasattr(block, name))(hidden)
+    attention = next(getattr(block, name) for name in ("attn", "self_attn", "attention") if hasattr(block, name))
     if hasattr(attention, "qkv"):
         parts = attention.qkv(normed).chunk(3, dim=-1)
     elif hasattr(attention, "in_proj_weight"):
@@ -126,6 +154,7 @@ def attended(block: Any, hidden: Tensor, first: int) -> tuple[Tensor, loops.Bloc
         parts = tuple(getattr(attention, name)(normed) for name in ("q_proj", "k_proj", "v_proj"))
     heads = [part[0].unflatten(1, (HEADS, -1)).transpose(0, 1).double().numpy() for part in parts]
     out = block(hidden, None) if hasattr(block, "self_attn") else block(hidden)
+    out = out[0] if isinstance(out, tuple) else out
     patches, scale = out[0, first:].double().numpy(), heads[0].shape[-1] ** -0.5
     made = loops.Block(query=heads[0], key=heads[1], value=heads[2], scale=scale, first=first, patches=patches)
     return out, made
@@ -221,8 +250,7 @@ def test_a_batch_is_its_pictures_alone(name: str, method: str) -> None:
 def test_gradients_reach_the_pixels_of_what_was_merged_or_kept(name: str, method: str) -> None:
     model, given = shared(name), pixels(1).requires_grad_()
     with vtprune.pruning(model, method, keep=0.3):
-        output = getattr(model, "encode_image", model)(given)
-        (output if isinstance(output, Tensor) else output.pooler_output).sum().backward()
+        embedding(model, given).sum().backward()
     assert given.grad.abs().sum() > 0
 
 
@@ -253,10 +281,15 @@ def test_what_an_encoder_alone_refuses(name: str) -> None:
 @pytest.mark.parametrize("name", ["timm", "open_clip"])
 def test_maps_of_the_patches_between_blocks_are_refused(name: str) -> None:
     model = fresh(name)
+    visual = getattr(model, "visual", model)
+    mine = visual.__dict__["get_intermediate_layers"] = lambda given: "of the user"
     before = model.forward_intermediates(pixels())
-    with vtprune.pruning(model, "tome", keep=0.3), pytest.raises(UnsupportedCall, match="unwrap"):
-        model.forward_intermediates(pixels())
+    with vtprune.pruning(model, "tome", keep=0.3):
+        for part in (model, visual):
+            with pytest.raises(UnsupportedCall, match="unwrap"):
+                part.forward_intermediates(pixels())
     assert type(model.forward_intermediates(pixels())) is type(before)
+    assert visual.get_intermediate_layers is mine
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import vtprune
 from tests import models
-from tests.integration.common import FRAMES, kept_of, llava, logits
+from tests.integration.common import FRAMES, IN_LAYERS, kept_of, llava, logits, reachable, room
 from tests.models import Prompt
 from vtprune import Pick, Pipeline
 from vtprune.errors import InvalidOption, UnsupportedCall
@@ -159,7 +159,7 @@ every_method = pytest.mark.parametrize(
 
 def with_nan(method: str) -> tuple[nn.Module, dict[str, Tensor]]:
     """A wrapped model, and a picture of nothing but NaN."""
-    model = vtprune.wrap(llava(), method, keep=K)
+    model = vtprune.wrap(llava(**room(method)), method, **{"keep": K, **reachable(method)})
     inputs = models.inputs(model, ONE)
     return model, {**inputs, "pixel_values": torch.full_like(inputs["pixel_values"], NAN)}
 
@@ -167,7 +167,7 @@ def with_nan(method: str) -> tuple[nn.Module, dict[str, Tensor]]:
 @every_method
 def test_a_picture_of_nothing_but_nan_is_an_error(method: str) -> None:
     model, inputs = with_nan(method)
-    with pytest.raises(UnsupportedCall, match=r"hold NaN or infinity.*pixels"):
+    with pytest.raises(UnsupportedCall, match=r"hold NaN or infinity.*pixels|returned NaN"):
         logits(model, inputs)
     assert torch.isfinite(logits(model, models.inputs(model, ONE))).all()
 
@@ -177,14 +177,20 @@ def test_a_picture_of_nothing_but_nan_is_an_error(method: str) -> None:
 def test_where_nothing_may_wait_the_report_raises_instead(method: str) -> None:
     model, inputs = with_nan(method)
     with torch.no_grad():
-        stored = model(**inputs, use_cache=True).past_key_values.layers[0].keys.shape[-2]
-    report = model.vtprune.last
-    assert report.length_after == (stored,) == (inputs["input_ids"].shape[1] - N + K,)
+        stored = [layer.keys.shape[-2] for layer in model(**inputs, use_cache=True).past_key_values.layers]
+    report, text = model.vtprune.last, inputs["input_ids"].shape[1] - N
+    assert report.length_after == (stored[-1],)
+    if method in IN_LAYERS:
+        assert sum(stored) / len(stored) - text <= model.vtprune.budget.keep * N + 0.5
+        assert stored[-1] < stored[0]
+    else:
+        assert stored == [text + K] * len(stored)
     for look in (lambda: report.kept, report.summary, report.to_dict, report.check):
         with pytest.raises(UnsupportedCall, match="hold NaN or infinity"):
             look()
     logits(model, models.inputs(model, ONE))
-    assert model.vtprune.last.kept == K
+    kept = model.vtprune.last.kept
+    assert kept == K or (method in IN_LAYERS and kept < N)
 
 
 @pytest.fixture

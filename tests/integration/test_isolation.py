@@ -25,6 +25,8 @@ from tests.integration.common import (
     kept_of,
     llava,
     logits,
+    reachable,
+    room,
     write,
 )
 from tests.models import IMAGE_FAMILIES, Prompt
@@ -143,8 +145,8 @@ RUNNING = [
 
 @pytest.mark.parametrize(("name", "method"), RUNNING)
 def test_every_later_generate_on_one_wrap_is_as_good_as_the_first(name: str, method: str) -> None:
-    model = models.build(name)
-    options = {"keep": 1.0} if method == "identity" else {}
+    model = models.build(name, **room(method))
+    options = {"keep": 1.0} if method == "identity" else reachable(method)
     prompts = [models.inputs(model, ONE), models.inputs(model), models.inputs(model, TEXT), models.inputs(model, OTHER)]
     expected = [expect(model, inputs, method, **options) for inputs in prompts]
     vtprune.wrap(model, method, **options)

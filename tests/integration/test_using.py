@@ -12,6 +12,7 @@ import vtprune
 from tests import models
 from tests.integration.common import (
     FRAMES,
+    IN_LAYERS,
     ONE,
     TEXT,
     Fails,
@@ -48,13 +49,18 @@ def least_wanted(model: nn.Module, inputs: dict[str, Any]) -> list[int]:
     return sorted(set(range(16)) - set(kept_of(model.vtprune.last)[0]))
 
 
-BEHIND_THE_ENCODER = [
-    name for name in vtprune.list_methods() if name not in ("identity", "cdpruner") and build(name).encoder is None
+BETWEEN = [
+    name
+    for name in vtprune.list_methods()
+    if name not in ("identity", "cdpruner", *IN_LAYERS) and build(name).encoder is None
 ]
-"""Methods that prune behind the encoder and need no evidence but the model's."""
+"""Methods that prune between encoder and language model and need no evidence but the model's.
+
+Inside either of them no token can be forced: see law 6.
+"""
 
 
-@pytest.mark.parametrize("method", BEHIND_THE_ENCODER)
+@pytest.mark.parametrize("method", BETWEEN)
 def test_protected_tokens_are_kept_and_forbidden_ones_dropped(method: str) -> None:
     model = vtprune.wrap(llava(), method, keep=K)
     inputs = models.inputs(model, ONE)

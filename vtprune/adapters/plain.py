@@ -13,15 +13,20 @@ from vtprune.adapters.towers import vision_tower
 
 
 def plain_tower(model: Host) -> Tower | None:
-    """The tower that a model is, or a CLIP of open_clip sees with; None for any other model."""
+    """The tower that a model is, sees with or classifies by; None for any other model."""
     if hasattr(model, "blocks") and hasattr(model, "patch_embed") and hasattr(model, "num_prefix_tokens"):
         return _timm_tower(model)
     visual = getattr(model, "visual", model)
     if hasattr(getattr(visual, "transformer", None), "resblocks") and hasattr(visual, "conv1"):
         return _open_clip_tower(visual)
-    if not hasattr(model, "config") or hasattr(model, "language_model"):
-        return None
-    return vision_tower(model, -1) if hasattr(getattr(model, "vision_model", model), "encoder") else None
+    return None if hasattr(model, "language_model") else _transformers_tower(model)
+
+
+def _transformers_tower(model: Host) -> Tower | None:
+    """The tower that a model of transformers is, sees with (CLIP and SigLIP), or classifies by."""
+    inside = (model, getattr(model, "vision_model", None), getattr(model, "base_model", None))
+    towers = (vision_tower(part, -1) for part in inside if hasattr(part, "config"))
+    return next((tower for tower in towers if tower is not None), None)
 
 
 def _timm_tower(model: Host) -> Tower:

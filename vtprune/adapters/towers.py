@@ -14,6 +14,8 @@ _HAS_CLS = {
     "clip_vision_model": True,
     "siglip_vision_model": False,
     "internvl_vision": True,
+    "vit": True,
+    "dinov2": True,
 }
 
 
@@ -24,7 +26,7 @@ def vision_tower(
     *,
     refuses: str | None = None,
 ) -> Tower | None:
-    """A CLIP, SigLIP or InternViT tower, or None for any other.
+    """A CLIP, SigLIP, InternViT, ViT or DINOv2 tower, or None for any other.
 
     Args:
         tower: the vision tower.
@@ -36,7 +38,8 @@ def vision_tower(
     has_cls = _HAS_CLS.get(getattr(tower.config, "model_type", ""))
     if has_cls is None:
         return None
-    encoder: Host = (tower.vision_model if hasattr(tower, "vision_model") else tower).encoder
+    root: Host = tower.vision_model if hasattr(tower, "vision_model") else tower
+    encoder: Host = getattr(root, "encoder", root)
     layers = encoder.layers if hasattr(encoder, "layers") else encoder.layer
     index = feature_layer if isinstance(feature_layer, int) else feature_layer[-1]
     features = index + len(layers) if index < 0 else index - 1
@@ -54,8 +57,8 @@ def _layer_probe(layer: Host, has_cls: bool) -> Probe:
         attention=attention,
         block=layer,
         has_cls=has_cls,
-        heads=attention.num_heads,
-        scale=attention.scale,
+        heads=attention.num_heads if hasattr(attention, "num_heads") else attention.num_attention_heads,
+        scale=attention.scale if hasattr(attention, "scale") else attention.scaling,
         normalise=_joint_norm(attention) if hasattr(attention, "q_norm") else None,
     )
 

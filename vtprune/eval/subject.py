@@ -28,9 +28,9 @@ Inputs = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
-    """Of a batch: the judged `words`, how many tokens were `kept` of each picture, and which.
+    """Of a batch: the judged `words`, how many tokens were `kept` of each picture, on average over layers, and which.
 
-    `tokens` is None where they are not tokens of that picture as it was.
+    `tokens` is None where they are not tokens of that picture as it was, or not the same ones in all layers.
     """
 
     words: tuple[str, ...]
@@ -118,8 +118,8 @@ class Subject:
             raise UnsupportedCall("expected one picture for each prompt, all of them packed in the same way")
         answers = Answers(
             words=tuple(judged(text) for text in texts),
-            kept=tuple(segment.k for segment in report.segments),
-            tokens=None if report.merged else tuple(segment.keep for segment in report.segments),
+            kept=tuple(round(report.average_of(segment)) for segment in report.segments),
+            tokens=None if report.merged or pruner.pipeline.inside else tuple(one.keep for one in report.segments),
         )
         return answers, parts.pop()
 

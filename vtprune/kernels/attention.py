@@ -25,6 +25,26 @@ def cls_attention(query: Tensor, key: Tensor, *, scale: float) -> Tensor:
     return row.mean(dim=1)[:, 0, 1:]
 
 
+def rows_attention(query: Tensor, key: Tensor, allowed: Tensor, *, scale: float) -> Tensor:
+    """Attention of a few rows to all keys, over grouped heads.
+
+    Args:
+        query: (B, H, R, d), after norm and RoPE.
+        key: (B, G, n, d), H a multiple of G.
+        allowed: (B, R, n) bool, which keys a row may see.
+        scale: factor on the product of query and key.
+
+    Returns:
+        (B, H, R, n), fp32; rows that may see nothing are zeros.
+    """
+    B, H, R, d = query.shape
+    G = key.shape[1]
+    grouped = query.float().view(B, G, H // G * R, d)
+    logits = (grouped @ key.float().transpose(-1, -2) * scale).view(B, H, R, -1)
+    hidden = ~allowed[:, None]
+    return torch.softmax(logits.masked_fill(hidden, float("-inf")), dim=-1).masked_fill(hidden, 0)
+
+
 def attention_to(query: Tensor, key: Tensor, weights: Tensor, *, scale: float) -> Tensor:
     """Attention that each token gets from queries weighted with `weights` (B, H or 1, N): (B, H, N), fp32."""
     columns = torch.zeros(query.shape[:3], device=query.device)

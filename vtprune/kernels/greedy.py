@@ -26,8 +26,8 @@ def dpp_select(
     """Greedy MAP of a determinantal point process with kernel `relevance_i cos(i, j) relevance_j`, arXiv 1709.05135.
 
     Each step takes the token with the largest `relevance_i ** 2 * novelty_i`, where the novelty is what the chosen
-    tokens leave of a unit vector (its squared distance to their span). Where nothing novel is left, the most relevant
-    tokens follow.
+    tokens leave of a unit vector (its squared distance to their span). Where nothing is left that is novel and of any
+    relevance, the most relevant tokens follow.
 
     Args:
         units: (S, N, D) from `unit_rows`.
@@ -62,7 +62,7 @@ def dpp_select(
         condition_on(index, step)
     chosen = []
     for step in range(m, m + k):
-        worth = torch.where(novelty > NOVEL, relevance * novelty.clamp_min(0).sqrt(), relevance - 2)
+        worth = torch.where((novelty > NOVEL) & (relevance > 0), relevance * novelty.clamp_min(0).sqrt(), relevance - 2)
         chosen.append(worth.masked_fill(barred, float("-inf")).argmax(dim=1))
         condition_on(chosen[-1], step)
     return torch.stack(chosen, dim=1)

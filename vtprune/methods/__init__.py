@@ -4,26 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from vtprune.methods.adaptinfer import adaptinfer
+from vtprune.methods.atp import atp
 from vtprune.methods.cdpruner import cdpruner
 from vtprune.methods.dart import dart
 from vtprune.methods.divprune import divprune
 from vtprune.methods.fastervlm import fastervlm
+from vtprune.methods.fastv import fastv
 from vtprune.methods.flowcut import flowcut
 from vtprune.methods.fopru import fopru_rank, fopru_row
 from vtprune.methods.hiprune import hiprune
 from vtprune.methods.holov import holov
 from vtprune.methods.identity import identity
 from vtprune.methods.idpruner import idpruner
+from vtprune.methods.information_horizon import information_horizon
 from vtprune.methods.mustdrop_vision import mustdrop_vision
 from vtprune.methods.pool import pool
 from vtprune.methods.prumerge_plus import prumerge_plus
 from vtprune.methods.prunesid import prunesid
+from vtprune.methods.pyramiddrop import pyramiddrop
 from vtprune.methods.random import random
 from vtprune.methods.scope import scope
+from vtprune.methods.sparsevlm_plus import sparsevlm_plus
 from vtprune.methods.text_dominance import text_dominance
+from vtprune.methods.todre import todre
 from vtprune.methods.todre_select import todre_select
 from vtprune.methods.tome import tome
 from vtprune.methods.uniform import uniform
+from vtprune.methods.vflowopt import vflowopt
 from vtprune.methods.vflowopt_select import vflowopt_select
 from vtprune.methods.visionzip import visionzip
 from vtprune.methods.vispruner import vispruner
@@ -58,6 +66,14 @@ METHODS: dict[str, Callable[..., Pipeline]] = {
     "flowcut": flowcut,
     "mustdrop_vision": mustdrop_vision,
     "zero_tprune": zero_tprune,
+    "fastv": fastv,
+    "pyramiddrop": pyramiddrop,
+    "sparsevlm_plus": sparsevlm_plus,
+    "adaptinfer": adaptinfer,
+    "atp": atp,
+    "information_horizon": information_horizon,
+    "vflowopt": vflowopt,
+    "todre": todre,
     "pool": pool,
     "random": random,
     "uniform": uniform,

@@ -34,7 +34,8 @@ def idpruner(
     Source: arXiv 2602.13315
     Deviations: by default importance is attention of the encoder, so that nothing need be trained (the authors: a
         network for each model, shipped with a Python file that they run; here only weights are read, from safetensors).
-        Importance is scaled for each picture (the authors: over all pictures of a prompt).
+        Importance is scaled for each picture (the authors: over all pictures of a prompt). Tokens are taken one by one
+        (the authors can take several in a step).
 
     Published:
         qwen2_5_vl: keep=0.25 | 0.1

@@ -23,7 +23,7 @@ def vflowopt_select(*, threshold: float = 34.76, recycled: float = 0.016) -> Pip
         stages inside the language model are not part of it.
 
     Published:
-        llava_onevision: keep=0.1166, threshold=39.265, recycled=0.0284
+        llava_onevision: keep=0.2651
 
     Args:
         threshold: a sink gets more than so many times the mean attention; the default is that for a quarter kept.

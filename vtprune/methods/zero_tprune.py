@@ -15,7 +15,9 @@ def zero_tprune(*, steps: int = 5) -> Pipeline:
     Source: arXiv 2305.17328
     Deviations: one number of steps for all blocks (the authors: 30 to 50 early, 1 at the end). All heads count (the
         authors leave out those of extreme variance, by bounds whose scale is not given). Importance is that of the
-        whole graph, also after patches dropped for likeness are gone. Half of a block's budget goes for likeness.
+        whole graph, also after patches dropped for likeness are gone, and the ranking that splits patches for likeness
+        is the same (the authors': one round before). All tokens start with one weight (the authors' CLS token with
+        more). Half of a block's budget goes for likeness.
 
     Args:
         steps: rounds of page rank.

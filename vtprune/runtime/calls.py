@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from vtprune.cache import CacheState, physical_length, state_of
 from vtprune.errors import MissingEvidence, UnsupportedCall
+from vtprune.inside.walk import Walk
+from vtprune.masks import first_square
 from vtprune.protocols import EncoderStage
 from vtprune.report import Stopwatch
 from vtprune.runtime.encoded import Encoded, carried
 from vtprune.runtime.encoder import PIXELS
-from vtprune.runtime.masks import first_square
 from vtprune.runtime.reading import Prompt
 from vtprune.runtime.shorten import Shortened
 from vtprune.types import Budget, Modality
@@ -27,7 +28,7 @@ class Call:
 
     `expected` names the kinds whose pixels it brings, `prefill` says that nothing was cached before it, `past` how
     much, `state` how it was pruned. `prompt` is its visual side, once every expected kind is encoded, `short` the
-    shortened call of the language model.
+    shortened call of the language model, `publish` writes its report where that has to wait for what the layers cut.
     """
 
     ids: Tensor | None
@@ -41,6 +42,7 @@ class Call:
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     prompt: Prompt | None = None
     short: Shortened | None = None
+    publish: Callable[[Walk], None] | None = None
 
     @classmethod
     def begin(cls, given: Mapping[str, Any], owner: str) -> Call:

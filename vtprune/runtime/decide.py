@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,6 +24,30 @@ from vtprune.types import Budget, Layout, Merged, Selection, VisualTokens
 
 
 @dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What became of a stack: `stages` (S, N), `keep` (S, K), `into` (S, N) where the method merges.
+
+    `merged` is what came of it, None where all tokens stay or it happened inside the encoder; `sound` see `soundness`.
+    """
+
+    stages: Tensor
+    keep: Tensor
+    into: Tensor | None = None
+    merged: Merged | None = None
+    sound: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """The choice of one stack, made of the units of these numbers, which lie in these rows of the prompt."""
+
+    numbers: list[int]
+    prompt_rows: tuple[int, ...]
+    stack: Stack
+    choice: Choice
+
+
+@dataclass(frozen=True, kw_only=True)
 class Decision:
     """What stays: `kept` (B, L) bool, at most `size` a row; `stages` (n,) per segment, -2 where dropped.
 
@@ -41,6 +65,12 @@ class Decision:
     into: tuple[Tensor, ...] = ()
     held: tuple[Tensor, ...] = ()
     sound: Tensor | None = None
+    chosen: tuple[Chosen, ...] = ()
+    units: tuple[Unit, ...] = ()
+
+    def per_segment(self, of_units: Mapping[int, Tensor]) -> tuple[Tensor, ...]:
+        """Of one (N,) for each unit, one (n,) per segment."""
+        return _per_segment(self.units, of_units, len(self.stages))
 
 
 def decide(
@@ -50,23 +80,28 @@ def decide(
     pipeline: Pipeline,
     budget: Budget,
     given: Given | None,
+    resolve: Callable[[int], int] | None = None,
 ) -> Decision:
     """Run the pipeline on every stack of equal units; counts are known from shapes, nothing waits for the device.
 
     Args:
         embeds: (B, L, D), what the language model is about to get.
         given: evidence from the user.
+        resolve: how many of n tokens stay, where that is not what the budget says.
 
     Raises:
         UnsupportedCall: on the CPU where features or evidence hold NaN or infinity; elsewhere `Decision.sound` says so.
     """
     layout = prompt.layout
     units = make_units(layout, budget, prompt.seen)
+    if resolve is not None:
+        units = [replace(unit, k=resolve(len(unit.at))) for unit in units]
+    if not budget.keeps_all:
+        _check_evidence_fits(pipeline, given)
     forced = forced_tokens(units, given, layout)
     adaptive = pipeline.counter is not None and not budget.keeps_all
-    pruned = adaptive or any(unit.k < len(unit.at) for unit in units)
-    if pruned:
-        _check_encoder_decides(pipeline, given, forced)
+    deep = bool(pipeline.inside) and not budget.keeps_all
+    pruned = adaptive or deep or any(unit.k < len(unit.at) for unit in units)
     scores = _evidence(prompt, pipeline, given, embeds.device) if pruned else {}
     stacker = Stacker(embeds=embeds, scores=scores, survivors=pipeline.survivors)
     if adaptive:
@@ -77,11 +112,12 @@ def decide(
     chosen = []
     for numbers in stacks_of(units, forced):
         stack = stacker.stack([units[number] for number in numbers], [forced[number] for number in numbers])
-        chosen.append(_Chosen(numbers=numbers, stack=stack, choice=_choose(pipeline, stack)))
+        rows = tuple(units[number].row for number in numbers)
+        chosen.append(Chosen(numbers=numbers, prompt_rows=rows, stack=stack, choice=_choose(pipeline, stack)))
     return _collected(layout, units, chosen, embeds.device)
 
 
-def _collected(layout: Layout, units: list[Unit], chosen: list[_Chosen], device: torch.device) -> Decision:
+def _collected(layout: Layout, units: list[Unit], chosen: list[Chosen], device: torch.device) -> Decision:
     """What was chosen of every stack, brought back to rows and segments."""
     base = layout.valid.copy()
     for unit in units:
@@ -116,14 +152,17 @@ def _collected(layout: Layout, units: list[Unit], chosen: list[_Chosen], device:
         into=_per_segment(units, into, count) if into else (),
         held=_per_segment(units, held, count) if held else (),
         sound=torch.stack(sound).all() if sound else None,
+        chosen=tuple(chosen),
+        units=tuple(units),
     )
 
 
-def _check_encoder_decides(pipeline: Pipeline, given: Given | None, forced: list[Forced]) -> None:
-    """Raise `UnsupportedCall` where evidence would bring back patches that are gone from the encoder already."""
-    if pipeline.encoder is None or given is None:
-        return
-    if pipeline.survivors in given.values or any(force != Forced() for force in forced):
+def _check_evidence_fits(pipeline: Pipeline, given: Given | None) -> None:
+    """Raise `UnsupportedCall` where tokens are forced that nobody can: patches gone already, or cuts in layers."""
+    forced = given is not None and bool({"protect", "forbid"} & given.values.keys())
+    if pipeline.inside and forced:
+        raise UnsupportedCall(f"using(...): method {pipeline.name!r} cuts between layers, where no token can be forced")
+    if pipeline.encoder is not None and given is not None and (forced or pipeline.survivors in given.values):
         raise UnsupportedCall(
             f"using(...): method {pipeline.name!r} prunes inside the encoder, before a token can be forced in or out"
         )
@@ -161,7 +200,7 @@ def _shared(pipeline: Pipeline, units: list[Unit], stacker: Stacker) -> list[Uni
     return found
 
 
-def _per_segment(units: list[Unit], decided: Mapping[int, Tensor], count: int) -> tuple[Tensor, ...]:
+def _per_segment(units: Sequence[Unit], decided: Mapping[int, Tensor], count: int) -> tuple[Tensor, ...]:
     stages: dict[int, list[Tensor]] = defaultdict(list)
     for number, unit in enumerate(units):
         start = 0
@@ -172,36 +211,14 @@ def _per_segment(units: list[Unit], decided: Mapping[int, Tensor], count: int) -
     return tuple(kernels.joined(stages[segment]) for segment in range(count))
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Choice:
-    """What became of a stack: `stages` (S, N), `keep` (S, K), `into` (S, N) where the method merges.
-
-    `merged` is what came of it, None where all tokens stay or it happened inside the encoder; `sound` see `soundness`.
-    """
-
-    stages: Tensor
-    keep: Tensor
-    into: Tensor | None = None
-    merged: Merged | None = None
-    sound: tuple[Tensor, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Chosen:
-    """The choice of one stack, made of the units of these numbers."""
-
-    numbers: list[int]
-    stack: Stack
-    choice: _Choice
-
-
-def _choose(pipeline: Pipeline, stack: Stack) -> _Choice:
+def _choose(pipeline: Pipeline, stack: Stack) -> Choice:
     """Run the pipeline on one stack; only merged rows are differentiable."""
     stages = torch.full(stack.at.shape, DROPPED, device=stack.at.device)
     if stack.k == stack.at.shape[1]:
         own = torch.arange(stack.k, device=stack.at.device).expand(stack.at.shape)
         merges = pipeline.merger is not None or pipeline.encoder is not None
-        return _Choice(stages=stages.zero_(), keep=own, into=own if merges else None)
+        sound = soundness(stack.tokens) if pipeline.inside else ()
+        return Choice(stages=stages.zero_(), keep=own, into=own if merges else None, sound=sound)
     sound = soundness(stack.tokens)
     with kernels.exact(stack.at.device):
         with torch.no_grad():
@@ -209,7 +226,7 @@ def _choose(pipeline: Pipeline, stack: Stack) -> _Choice:
         merged = pipeline.merge(stack.tokens, selection) if stack.k else None
     stages = stages.scatter_(1, selection.keep, selection.taken)
     into = _into(pipeline, stack.tokens, stages, selection, merged)
-    return _Choice(stages=stages, keep=selection.keep, into=into, merged=merged, sound=sound)
+    return Choice(stages=stages, keep=selection.keep, into=into, merged=merged, sound=sound)
 
 
 def _into(
@@ -244,7 +261,7 @@ def _evidence(prompt: Prompt, pipeline: Pipeline, given: Given | None, device: t
     readings = readings_of(pipeline)
     if pipeline.encoder is not None:
         found[HOLDERS] = [rows[:, 0] for rows in prompt.read(HOLDERS, device)]
-    for name in pipeline.needs:
+    for name in pipeline.needs - pipeline.glances.keys():
         if given is not None and name in given.values:
             found[name] = given.scores(name, prompt.layout, device)
         elif name in readings:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.utils.generic import ModelOutput
@@ -54,7 +55,8 @@ class Encoded:
     """What one call of the encoder leaves for the cut. `sizes` and `readings` stay on their device.
 
     `readings` are by name, not yet mapped to tokens; `has_cls` is that of the encoder they were taken from. `cut` says
-    what pruned inside the encoder, and to which budget; None where nothing did.
+    what pruned inside the encoder, and to which budget; None where nothing did. `patches` are those left after each of
+    its blocks then. `asked` see `asked_length`.
     """
 
     kind: Modality
@@ -67,6 +69,20 @@ class Encoded:
     has_cls: bool
     stopwatch: Stopwatch
     cut: tuple[EncoderStage, Budget] | None = None
+    patches: tuple[int, ...] = ()
+    asked: list[np.ndarray] = field(default_factory=list, compare=False, repr=False)
+
+    def asked_length(self, ids: np.ndarray) -> int:
+        """How many of ids (B, L) are the prompt these pictures were first asked about with, where it begins like that.
+
+        Without a cache, `generate` runs the prompt with all it wrote so far in every step: what was written is no part
+        of the question.
+        """
+        before = self.asked[0] if self.asked else ids
+        if before.shape[0] != ids.shape[0] or not np.array_equal(before, ids[:, : before.shape[1]]):
+            before = ids
+        self.asked[:] = [before]
+        return before.shape[1]
 
     def read(self, name: str, encoding: Encoding) -> Tensor | None:
         """One reading (rows, N, C), summed over its blocks; None where it was not taken."""

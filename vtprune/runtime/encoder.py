@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -34,6 +35,12 @@ _SIZES: dict[Modality, tuple[str, ...]] = {
 }
 
 
+class _Patches(threading.local):
+    """Patches left after each block of the encoder, of the last picture this thread encoded."""
+
+    counts: tuple[int, ...] = ()
+
+
 class EncoderTap:
     """Wraps `get_image_features` and `get_video_features` of one model, and listens to what a method needs."""
 
@@ -48,6 +55,7 @@ class EncoderTap:
         self._has_cls: dict[Modality, bool] = {}
         self._listener = Listener()
         self._cutters: list[EncoderCutter] = []
+        self._patches = _Patches()
 
     def install(
         self,
@@ -74,6 +82,7 @@ class EncoderTap:
             for name in names:
                 self._listener.take(name, going.survivors())
             self._listener.take(HOLDERS, going.steps_to_holders())
+            self._patches.counts = going.counts
 
         towers = {id(tower.blocks[0].block): (kind, tower) for kind, tower in self._towers().items()}
         for kind, tower in towers.values():
@@ -157,6 +166,7 @@ class EncoderTap:
             has_cls=self._has_cls.get(kind, False),
             stopwatch=stopwatch,
             cut=self.cut,
+            patches=self._patches.counts,
         )
 
     @contextmanager

@@ -13,9 +13,11 @@ from torch.utils.hooks import RemovableHandle
 
 from vtprune.adapters.base import Tower
 from vtprune.errors import UnsupportedCall
+from vtprune.kernels import host
 from vtprune.kernels import reference as kernels
 from vtprune.protocols import EncoderStage
 from vtprune.readings import BlockAttention
+from vtprune.report import NOT_FINITE
 from vtprune.runtime.attending import AttentionTap, EagerForwards
 from vtprune.seam import refuse_copy
 from vtprune.types import EncoderCut
@@ -154,6 +156,8 @@ class EncoderCutter:
         going, seen = self._thread.going, self._thread.seen
         if going is None or seen is None:
             raise UnsupportedCall("a block of the encoder ran again by itself: no gradient checkpointing while pruned")
+        if number == len(self._blocks) - 1 and host.holds(hidden):
+            _check_finite(hidden)
         with torch.no_grad(), kernels.exact(hidden.device):
             cut = self._stage(seen, patches, going.counts[number], going.memory)
         patches = going.advance(patches, cut)
@@ -163,3 +167,9 @@ class EncoderCutter:
             self._on_done(going)
             patches = going.restored(patches) if self._restore else patches
         return torch.cat([front, patches], dim=1)
+
+
+def _check_finite(hidden: Tensor) -> None:
+    """Raise `UnsupportedCall` for NaN or infinity; for host memory, where looking waits for nothing."""
+    if not torch.stack(hidden.detach().aminmax()).isfinite().all():
+        raise UnsupportedCall(NOT_FINITE.format("patches"))

@@ -18,7 +18,7 @@ _WHOLE_MAPS = ("forward_intermediates", "get_intermediate_layers")
 """Methods of encoders that fold what comes out of blocks back into the grid of the picture."""
 
 
-def _refuse_maps(*args: Any, **kwargs: Any) -> NoReturn:
+def _refuse(*args: Any, **kwargs: Any) -> NoReturn:
     raise UnsupportedCall("maps of the patches between blocks: they are gone from a pruned encoder; unwrap it first")
 
 
@@ -55,6 +55,7 @@ class EncoderPruner:
         self._tower = tower
         self._model: nn.Module | None = None
         self._cutter: EncoderCutter | None = None
+        self._replaced: list[tuple[nn.Module, str, Any]] = []
 
     __deepcopy__ = refuse_copy
     __reduce_ex__ = refuse_copy  # type: ignore[assignment]
@@ -73,9 +74,7 @@ class EncoderPruner:
             )
             cutter.hook()
             self._cutter = cutter
-            for name in _WHOLE_MAPS:
-                if hasattr(model, name):
-                    setattr(model, name, _refuse_maps)
+            self._refuse_maps(model)
         model.__dict__[HANDLE] = self
         self._model = model
 
@@ -83,9 +82,21 @@ class EncoderPruner:
         """Take every hook and the handle off the model."""
         if self._cutter is not None:
             self._cutter.remove()
+        for module, name, before in self._replaced:
+            module.__dict__.pop(name)
+            module.__dict__.update({} if before is None else {name: before})
+        self._replaced.clear()
         if self._model is not None:
-            for name in (HANDLE, *_WHOLE_MAPS):
-                self._model.__dict__.pop(name, None)
+            self._model.__dict__.pop(HANDLE, None)
+
+    def _refuse_maps(self, model: nn.Module) -> None:
+        """Let every method that folds patches back into the grid of the picture raise."""
+        inside = getattr(model, "visual", None)
+        for module in (model, inside) if isinstance(inside, nn.Module) else (model,):
+            for name in _WHOLE_MAPS:
+                if hasattr(module, name):
+                    self._replaced.append((module, name, module.__dict__.get(name)))
+                    module.__dict__[name] = _refuse
 
     def _done(self, going: Going) -> None:
         at_end = going.home.clamp(min=0)

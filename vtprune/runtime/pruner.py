@@ -6,6 +6,7 @@ caller's length back) -> cache (remember what decoding must know). Nothing flows
 
 from __future__ import annotations
 
+import functools
 import inspect
 import threading
 import uuid
@@ -18,19 +19,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from vtprune.adapters.base import Family, language_model, placeholder_id, rope_axes, sliding_window
+from vtprune.adapters.base import Family, language_model, rope_axes, sliding_window
 from vtprune.cache import check_prunable, mark_pruned
+from vtprune.inside.walk import Walk
 from vtprune.pipeline import Pipeline
-from vtprune.report import PruneReport, kv_bytes_per_token
-from vtprune.runtime import masks
+from vtprune.report import PruneReport
 from vtprune.runtime.calls import Call, bind
 from vtprune.runtime.decide import Decision, decide
+from vtprune.runtime.deep import Deep
 from vtprune.runtime.encoded import Encoded
 from vtprune.runtime.encoder import EncoderTap
 from vtprune.runtime.evidence import Given, readings_of
-from vtprune.runtime.reading import Prompt, placeholders_in, read_prompt
-from vtprune.runtime.reporting import report_of
+from vtprune.runtime.placing import PromptReader
+from vtprune.runtime.reporting import Reports
 from vtprune.runtime.shorten import Scheme, resume, shorten
+from vtprune.schedule import Schedule
 from vtprune.seam import HANDLE, refuse_copy
 from vtprune.types import Budget
 
@@ -47,7 +50,6 @@ class Pruner:
 
     Attributes:
         method, pipeline, budget, family, positions, backend: what `wrap` was asked for, resolved.
-        history: the last reports, oldest first.
     """
 
     def __init__(
@@ -59,17 +61,17 @@ class Pruner:
         budget: Budget,
         compact: bool,
         backend: str,
+        schedule: Schedule | None = None,
         on_report: Callable[[PruneReport], None] | None = None,
         history: int = 1,
     ) -> None:
         self.family = family
+        self.method = pipeline.name
         self.pipeline = pipeline
         self.budget = budget
         self.positions = "compact" if compact else "keep"
         self.backend = backend
-        self.history: deque[PruneReport] = deque(maxlen=history)
         self._inner = inner
-        self._on_report = on_report
         self._owner = uuid.uuid4().hex
         self._always_cut = False
         self._thread = _Thread()
@@ -78,16 +80,25 @@ class Pruner:
         self._lm = language_model(inner)
         assert self._lm is not None
         self._tap = EncoderTap(inner, family)
-        self._tokens = {kind: placeholder_id(inner.config, kind) for kind in self._tap.kinds}
+        self._reader = PromptReader(inner, family, self._tap.kinds)
         self._tap.on_encoded = self._encoded_now
-        self._kv_bytes_per_element = kv_bytes_per_token(inner.config.get_text_config(), 1)  # type: ignore[union-attr, operator]
+        self._deep = None if schedule is None else Deep(pipeline, budget, schedule, inner, self._lm)
+        self._reports = Reports(
+            pipeline,
+            inner.config.get_text_config(),  # type: ignore[union-attr, operator]
+            family=family.name,
+            backend=backend,
+            positions=self.positions,
+            history=history,
+            on_report=on_report,
+        )
         self._inner_signature = inspect.signature(type(inner).forward)
         self._lm_signature = inspect.signature(type(self._lm).forward)
 
     @property
-    def method(self) -> str:
-        """Name of the method."""
-        return self.pipeline.name
+    def history(self) -> deque[PruneReport]:
+        """The last reports, oldest first."""
+        return self._reports.history
 
     @property
     def last(self) -> PruneReport | None:
@@ -110,7 +121,8 @@ class Pruner:
             UnsupportedCall: in the call, where entries do not fit its prompts and pictures.
         """
         before = self._thread.given
-        self._thread.given = Given.check(evidence, self.pipeline.needs, outer=before)
+        reads = self.pipeline.needs - self.pipeline.glances.keys()
+        self._thread.given = Given.check(evidence, reads, outer=before)
         try:
             yield self
         finally:
@@ -148,6 +160,8 @@ class Pruner:
             lm.register_forward_pre_hook(self._before_language_model, with_kwargs=True),
             lm.register_forward_hook(self._after_language_model, with_kwargs=True, always_call=True),
         ]
+        if self._deep is not None:
+            self._deep.cutter.hook()
         if isinstance(rotary, nn.Module):
             self._handles.append(rotary.register_forward_pre_hook(self._before_rotary, with_kwargs=True))
 
@@ -161,6 +175,8 @@ class Pruner:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        if self._deep is not None:
+            self._deep.cutter.remove()
         self._tap.remove()
 
     def __repr__(self) -> str:
@@ -174,13 +190,13 @@ class Pruner:
     def _before_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._thread.call = Call.begin(bind(self._inner_signature, module, args, kwargs), self._owner)
         self._thread.call.check_cut(self._tap.cut)
-        self._read(self._thread.call)
+        self._reader.read(self._thread.call)
 
     @torch.compiler.disable
     def _encoded_now(self, encoded: Encoded) -> None:
         if self._thread.call is not None:
             self._thread.call.encoded[encoded.kind] = encoded
-            self._read(self._thread.call)
+            self._reader.read(self._thread.call)
 
     def _after_base(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self._thread.call = None
@@ -201,8 +217,10 @@ class Pruner:
         else:
             call.check_no_hidden_pictures()
             if call.prefill:
-                self._publish(call, None, None, embeds)
+                self._reports.publish(embeds, call.stopwatch)
             changed = None if call.state is None else resume(given, call.state)
+            if self._deep is not None:
+                self._deep.resume(changed, call.state)
         call.enter_language_model(embeds)
         return None if changed is None else ((), changed)
 
@@ -212,10 +230,19 @@ class Pruner:
         prompt = call.prompt
         assert prompt is not None
         with call.stopwatch.measure("select", like=embeds):
-            decision = decide(prompt, embeds, pipeline=self.pipeline, budget=self.budget, given=self._thread.given)
-        self._publish(call, prompt, decision, embeds)
+            decision = decide(
+                prompt,
+                embeds,
+                pipeline=self.pipeline,
+                budget=self.budget,
+                given=self._thread.given,
+                resolve=None if self._deep is None else self._deep.before,
+            )
+        if self._deep is None:
+            self._publish(call, embeds, decision)
         pictures = torch.from_numpy(prompt.pictures).to(embeds.device, non_blocking=True)
-        if decision.row_lengths == prompt.layout.row_lengths and not self._always_cut:
+        whole = decision.row_lengths == prompt.layout.row_lengths
+        if whole and self._deep is None and not self._always_cut:
             if call.state is None:
                 return None
             call.state.pictures = pictures
@@ -229,27 +256,10 @@ class Pruner:
                 pictures=pictures,
                 scheme=self._scheme,
             )
+        if self._deep is not None:
+            self._deep.prefill(prompt, decision, call.short, cache, call.state)
+            call.publish = functools.partial(self._publish, call, embeds, decision)
         return call.short.arguments
-
-    def _read(self, call: Call) -> None:
-        """Lay the pictures out as soon as all of them are encoded, before transformers merge them into the prompt."""
-        words = call.ids if call.ids is not None else call.embeds
-        if not call.complete or words is None:
-            return
-        with call.stopwatch.measure("layout", like=words):
-            call.prompt = read_prompt(
-                ids=call.ids if call.ids is not None else self._ids_of(words),
-                valid=masks.valid_tokens(call.mask, words.shape[0], words.shape[1], call.past),
-                seen=None if call.state is None else call.state.pictures,
-                encoded=call.encoded,
-                tokens=self._tokens,
-                family=self.family,
-                inner=self._inner,
-            )
-
-    def _ids_of(self, embeds: Tensor) -> Tensor:
-        lookup = self._inner.get_input_embeddings()  # type: ignore[operator]
-        return placeholders_in(embeds, lookup, [token for token in self._tokens.values() if token is not None])
 
     @torch.compiler.disable
     def _before_rotary(
@@ -269,27 +279,19 @@ class Pruner:
         if call is None:
             return None
         short = call.leave_language_model()
+        walk = None if self._deep is None else self._deep.finish(None if short is None else short.state)
         if output is None or short is None:
             return None
+        if walk is not None:
+            assert call.publish is not None
+            call.publish(walk)
+            output.last_hidden_state = walk.restore(output.last_hidden_state)
         if output.past_key_values is not None:
             check_prunable(output.past_key_values)
             mark_pruned(output.past_key_values, short.state)
         output.last_hidden_state = short.cut.restore(output.last_hidden_state)
         return output
 
-    def _publish(self, call: Call, prompt: Prompt | None, decision: Decision | None, embeds: Tensor) -> None:
-        report = report_of(
-            prompt,
-            decision,
-            embeds,
-            given=self._thread.given,
-            pipeline=self.pipeline,
-            family=self.family.name,
-            backend=self.backend,
-            positions=self.positions,
-            kv_bytes_per_element=self._kv_bytes_per_element,
-            stopwatch=call.stopwatch,
-        )
-        self.history.append(report)
-        if self._on_report is not None:
-            self._on_report(report)
+    def _publish(self, call: Call, embeds: Tensor, decision: Decision, walk: Walk | None = None) -> None:
+        given = self._thread.given
+        self._reports.publish(embeds, call.stopwatch, prompt=call.prompt, decision=decision, given=given, walk=walk)

@@ -21,10 +21,11 @@ from vtprune.types import Layout, Modality, Segment
 class Prompt:
     """The visual side of a prefill: its layout, and what was encoded for it.
 
-    `seen` counts the pictures of earlier turns per row.
+    `seen` counts the pictures of earlier turns per row, `asked` is how much of the prompt was not written by the model.
     """
 
     layout: Layout
+    asked: int
     seen: tuple[int, ...]
     encodings: Mapping[Modality, Encoding]
     encoded: Mapping[Modality, Encoded]
@@ -87,7 +88,10 @@ def read_prompt(
     layout = build_layout(
         ids=host_ids, valid=host_valid, tokens=tokens, encodings=encodings, family=family, inner=inner
     )
-    return Prompt(layout=layout, seen=host_seen, encodings=encodings, encoded=encoded, family=family, inner=inner)
+    asked = max(entry.asked_length(host_ids) for entry in encoded.values())
+    return Prompt(
+        layout=layout, asked=asked, seen=host_seen, encodings=encodings, encoded=encoded, family=family, inner=inner
+    )
 
 
 def placeholders_in(embeds: Tensor, lookup: nn.Module, tokens: list[int]) -> Tensor:

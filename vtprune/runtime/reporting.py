@@ -2,68 +2,146 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor
 
+from vtprune.estimates import Shape, prefill_flops
+from vtprune.inside.walk import Walk
 from vtprune.pipeline import Pipeline
-from vtprune.report import PruneReport, SegmentReport, Stopwatch
+from vtprune.report import DROPPED, PruneReport, SegmentReport, Stopwatch, kv_bytes_per_token
 from vtprune.runtime.decide import Decision
 from vtprune.runtime.evidence import Given, readings_of
 from vtprune.runtime.reading import Prompt
 
 
-def report_of(
-    prompt: Prompt | None,
-    decision: Decision | None,
-    embeds: Tensor,
-    *,
-    given: Given | None,
-    pipeline: Pipeline,
-    family: str,
-    backend: str,
-    positions: str,
-    kv_bytes_per_element: int,
-    stopwatch: Stopwatch,
-) -> PruneReport:
-    """The report of a prefill; without a prompt and a decision that of one without pictures, padding counted in."""
-    B, L = embeds.shape[:2]
-    before = after = (L,) * B
-    stored = L
-    segments: tuple[SegmentReport, ...] = ()
-    sources: set[str] = set()
-    if prompt is not None and decision is not None:
-        before, after = prompt.layout.row_lengths, decision.row_lengths
-        stored = L if before == after else decision.size
-        nothing = (None,) * len(decision.stages)
-        segments = tuple(
-            SegmentReport(row=segment.row, kind=segment.kind, parts=segment.parts, stages=stages, into=into, held=held)
-            for segment, stages, into, held in zip(
-                prompt.layout.segments, decision.stages, decision.into or nothing, decision.held or nothing, strict=True
-            )
+class Reports:
+    """Writes the report of every prefill; `history` remembers the last ones."""
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        config: Any,
+        *,
+        family: str,
+        backend: str,
+        positions: str,
+        history: int,
+        on_report: Callable[[PruneReport], None] | None,
+    ) -> None:
+        self.history: deque[PruneReport] = deque(maxlen=history)
+        self._pipeline = pipeline
+        self._family = family
+        self._backend = backend
+        self._positions = positions
+        self._on_report = on_report
+        self._layers = int(config.num_hidden_layers)
+        self._kv_bytes = kv_bytes_per_token(config, 1)
+        self._shape = Shape.of(config) if hasattr(config, "intermediate_size") else None
+
+    def publish(
+        self,
+        embeds: Tensor,
+        stopwatch: Stopwatch,
+        *,
+        prompt: Prompt | None = None,
+        decision: Decision | None = None,
+        given: Given | None = None,
+        walk: Walk | None = None,
+    ) -> None:
+        """Write the report of a prefill; without a prompt and a decision that of one without pictures, padding counted
+        in. `walk` is what was cut between decoder layers."""
+        report = self._report(embeds, stopwatch, prompt, decision, given, walk)
+        self.history.append(report)
+        if self._on_report is not None:
+            self._on_report(report)
+
+    def _report(
+        self,
+        embeds: Tensor,
+        stopwatch: Stopwatch,
+        prompt: Prompt | None,
+        decision: Decision | None,
+        given: Given | None,
+        walk: Walk | None,
+    ) -> PruneReport:
+        B, L = embeds.shape[:2]
+        before = after = (L,) * B
+        stored: float = L
+        segments: tuple[SegmentReport, ...] = ()
+        if prompt is not None and decision is not None:
+            before, after = prompt.layout.row_lengths, decision.row_lengths
+            stored = L if before == after else decision.size
+            if walk is not None:
+                stored, after = walk.average_width, walk.lengths[-1]
+            segments = _segments(prompt, decision, walk)
+            for entry in prompt.encoded.values():
+                stopwatch.absorb(entry.stopwatch)
+        return PruneReport(
+            method=self._pipeline.name,
+            family=self._family,
+            backend=self._backend,
+            positions=self._positions,
+            importance=", ".join(sorted(_sources(prompt, self._pipeline, given))) or None,
+            picks=tuple(
+                pick.name
+                for pick in (*self._pipeline.picks, *(pick for stage in self._pipeline.inside for pick in stage.picks))
+            ),
+            segments=segments,
+            length_before=before,
+            length_after=after,
+            kv_bytes_saved=round(B * (L - stored) * self._kv_bytes * embeds.itemsize),
+            layers=self._layers,
+            flops_before=self._flops(before, None),
+            flops_after=self._flops(after, walk),
+            patches=_patches(prompt),
+            stopwatch=stopwatch,
+            adaptive=self._pipeline.adaptive,
+            sound=None if decision is None else decision.sound,
         )
-        readings = readings_of(pipeline)
-        if given is not None and readings.keys() & given.values.keys():
-            sources = {"given"}
-        else:
-            sources = {
-                reading.source(entry.has_cls)
-                for entry in prompt.encoded.values()
-                for name, reading in readings.items()
-                if name in entry.readings
-            }
-        for entry in prompt.encoded.values():
-            stopwatch.absorb(entry.stopwatch)
-    return PruneReport(
-        method=pipeline.name,
-        family=family,
-        backend=backend,
-        positions=positions,
-        importance=", ".join(sorted(sources)) or None,
-        picks=tuple(pick.name for pick in pipeline.picks),
-        segments=segments,
-        length_before=before,
-        length_after=after,
-        kv_bytes_saved=B * (L - stored) * kv_bytes_per_element * embeds.itemsize,
-        stopwatch=stopwatch,
-        adaptive=pipeline.counter is not None,
-        sound=None if decision is None else decision.sound,
+
+    def _flops(self, lengths: tuple[int, ...], walk: Walk | None) -> int:
+        """Estimate for rows of these lengths, or of those of a walk from layer to layer; 0 elsewhere."""
+        if self._shape is None:
+            return 0
+        of_layers = [lengths] * self._layers if walk is None else walk.lengths_of_layers
+        return sum(prefill_flops(self._shape, row) for row in zip(*of_layers, strict=True))
+
+
+def _segments(prompt: Prompt, decision: Decision, walk: Walk | None) -> tuple[SegmentReport, ...]:
+    nothing = (None,) * len(decision.stages)
+    depths = nothing if walk is None else decision.per_segment(walk.depths)
+    columns = (decision.stages, decision.into or nothing, decision.held or nothing, depths)
+    return tuple(
+        SegmentReport(
+            row=segment.row,
+            kind=segment.kind,
+            parts=segment.parts,
+            stages=stages if walk is None or depth is None else stages.masked_fill(depth < walk.depth, DROPPED),
+            into=into,
+            held=held,
+            depths=depth,
+        )
+        for segment, stages, into, held, depth in zip(prompt.layout.segments, *columns, strict=True)
     )
+
+
+def _sources(prompt: Prompt | None, pipeline: Pipeline, given: Given | None) -> set[str]:
+    """Where the evidence of the vision encoder came from."""
+    readings = readings_of(pipeline)
+    if given is not None and readings.keys() & given.values.keys():
+        return {"given"} if prompt is not None else set()
+    return {
+        reading.source(entry.has_cls)
+        for entry in (() if prompt is None else prompt.encoded.values())
+        for name, reading in readings.items()
+        if name in entry.readings
+    }
+
+
+def _patches(prompt: Prompt | None) -> tuple[int, ...]:
+    """Patches left after each block of the encoder; empty where nothing was cut there."""
+    entries = () if prompt is None else prompt.encoded.values()
+    return next((entry.patches for entry in entries if entry.cut is not None), ())

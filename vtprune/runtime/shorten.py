@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import StaticCache
 
+from vtprune import masks
 from vtprune import positions as position_ids
 from vtprune.cache import CacheState, physical_length
 from vtprune.errors import UnsupportedCall
 from vtprune.kernels import reference as kernels
-from vtprune.runtime import masks
 from vtprune.runtime.decide import Decision
 from vtprune.types import Layout
 

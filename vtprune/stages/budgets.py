@@ -9,8 +9,9 @@ from torch import Tensor
 
 from vtprune._checks import check_positive
 from vtprune.protocols import Scorer
-from vtprune.readings import Reading
+from vtprune.readings import Glance, Reading
 from vtprune.stages.allocation import largest_remainder
+from vtprune.stages.vectors import scores_of
 from vtprune.types import VisualTokens
 
 
@@ -29,12 +30,13 @@ class Proportional:
         check_positive("power", self.power)
 
     @property
-    def needs(self) -> frozenset[str | Reading]:
+    def needs(self) -> frozenset[str | Reading | Glance]:
         return self.scorer.needs
 
     def __call__(self, tokens: VisualTokens, k: int) -> Tensor:
         sizes = [part.tokens for part in tokens.parts]
-        means = [own.mean(dim=1) for own in self.scorer(tokens).float().split(sizes, dim=1)]
+        scores = scores_of(self.scorer, tokens, type(self).__name__).float()
+        means = [own.mean(dim=1) for own in scores.split(sizes, dim=1)]
         weights = torch.stack(means, dim=1).clamp(min=0) ** self.power
         cap = torch.tensor(sizes).to(weights.device, non_blocking=True).expand(weights.shape)
         weights = torch.where((weights > 0).any(dim=1, keepdim=True), weights, 1.0)

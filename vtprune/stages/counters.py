@@ -9,7 +9,8 @@ from torch import Tensor
 
 from vtprune._checks import check_share
 from vtprune.protocols import Scorer
-from vtprune.readings import Reading
+from vtprune.readings import Glance, Reading
+from vtprune.stages.vectors import scores_of
 from vtprune.types import VisualTokens
 
 
@@ -20,8 +21,12 @@ class _Scored:
     scorer: Scorer
 
     @property
-    def needs(self) -> frozenset[str | Reading]:
+    def needs(self) -> frozenset[str | Reading | Glance]:
         return self.scorer.needs
+
+    def scores(self, tokens: VisualTokens) -> Tensor:
+        """(S, N)."""
+        return scores_of(self.scorer, tokens, type(self).__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +39,7 @@ class Outliers(_Scored):
     factor: float = 1.0
 
     def __call__(self, tokens: VisualTokens, k: int) -> Tensor:
-        scores = self.scorer(tokens)
+        scores = self.scores(tokens)
         low, high = (scores.quantile(share, dim=1, keepdim=True) for share in (0.25, 0.75))
         found = (scores > high + 1.5 * (high - low)).sum(dim=1)
         return (self.factor * found + 0.5).floor().long()
@@ -57,7 +62,7 @@ class Mass(_Shared):
     share: float = 0.9
 
     def __call__(self, tokens: VisualTokens, k: int) -> Tensor:
-        scores = _from_zero(self.scorer(tokens)).sort(dim=1, descending=True).values
+        scores = _from_zero(self.scores(tokens)).sort(dim=1, descending=True).values
         held = scores.cumsum(dim=1) - scores
         return (held < self.share * scores.sum(dim=1, keepdim=True)).sum(dim=1)
 
@@ -69,8 +74,25 @@ class Above(_Shared):
     share: float = 0.5
 
     def __call__(self, tokens: VisualTokens, k: int) -> Tensor:
-        scores = _from_zero(self.scorer(tokens))
+        scores = _from_zero(self.scores(tokens))
         return (scores >= self.share * scores.amax(dim=1, keepdim=True)).sum(dim=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllOrNone(_Scored):
+    """All that may stay, or none where the scores of a picture add up to less than `below`.
+
+    With attention for scores it is a rule for the exit of a picture: ToDRE, arXiv 2505.18757.
+    """
+
+    below: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_share("below", self.below)
+
+    def __call__(self, tokens: VisualTokens, k: int) -> Tensor:
+        mass = self.scores(tokens).sum(dim=1)
+        return torch.where(mass < self.below, 0, k)
 
 
 def _from_zero(scores: Tensor) -> Tensor:

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from vtprune.kernels import reference as kernels
 from vtprune.protocols import Scorer
-from vtprune.readings import Reading
+from vtprune.readings import Glance, Reading
 from vtprune.stages.cells import cells_of
 from vtprune.stages.scorers import Constant
-from vtprune.stages.vectors import FEATURES, needed_for, vectors_of
+from vtprune.stages.vectors import FEATURES, needed_for, scores_of, vectors_of
 from vtprune.types import Selection, VisualTokens
 
 
@@ -88,7 +88,7 @@ class IntoCell:
     weights: Scorer = field(default_factory=Constant)
 
     @property
-    def needs(self) -> frozenset[str | Reading]:
+    def needs(self) -> frozenset[str | Reading | Glance]:
         return self.weights.needs
 
     def __call__(self, tokens: VisualTokens, selection: Selection) -> Tensor:
@@ -102,7 +102,8 @@ class IntoCell:
         at_home = own if self.pick is None else own.masked_fill(selection.taken != self.pick, K)
         head = own.new_full((len(own), count), K).scatter_reduce_(1, cell[selection.keep], at_home, "amin")
         into = head[:, cell]
-        return assigned(_allowed(tokens, into.masked_fill(into == K, -1)), selection.keep, self.weights(tokens))
+        weights = scores_of(self.weights, tokens, type(self).__name__)
+        return assigned(_allowed(tokens, into.masked_fill(into == K, -1)), selection.keep, weights)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +118,7 @@ class NeighbourSum:
     vectors: str = FEATURES
 
     @property
-    def needs(self) -> frozenset[str | Reading]:
+    def needs(self) -> frozenset[str | Reading | Glance]:
         return self.weights.needs | needed_for(self.vectors)
 
     def __call__(self, tokens: VisualTokens, selection: Selection) -> Tensor:
@@ -126,7 +127,7 @@ class NeighbourSum:
         similarity = kernels.cut_sequence(units, selection.keep) @ units.transpose(1, 2)
         similarity = similarity.scatter(2, selection.keep[..., None], float("-inf"))
         near = similarity.sort(dim=2, descending=True, stable=True).indices[..., : min(self.count, N - 1)]
-        worth = self.weights(tokens).clamp(min=0)
+        worth = scores_of(self.weights, tokens, type(self).__name__).clamp(min=0)
         if "forbid" in tokens.evidence:
             worth = worth.masked_fill(tokens.evidence["forbid"], 0)
         worth = worth / worth.sum(dim=1, keepdim=True).clamp_min(1e-12)

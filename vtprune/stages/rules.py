@@ -44,6 +44,22 @@ class ClsOrReceived(OfAttention):
 
 
 @dataclass(frozen=True)
+class VirtualCls(OfAttention):
+    """Attention of the mean query of all patches, averaged over heads: a CLS token for encoders that have none.
+
+    Source: FlowCut on encoders without a CLS token, arXiv 2505.19536.
+    """
+
+    name: ClassVar[str] = "virtual_cls_attention"
+
+    def __call__(self, seen: BlockAttention) -> Tensor:
+        first = int(seen.has_cls)
+        query = seen.query[:, :, first:].float().mean(dim=2, keepdim=True)
+        row = torch.softmax(query @ seen.key[:, :, first:].float().transpose(-1, -2) * seen.scale, dim=-1)
+        return row.mean(dim=1)[:, 0]
+
+
+@dataclass(frozen=True)
 class MoreVaried(OfAttention):
     """Attention among patches only: what each gets, or what each pays, whichever varies more over a picture.
 

@@ -8,8 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vtprune._checks import check_positive
-from vtprune.readings import Reading, Rule
+from vtprune._checks import check_positive, check_share
+from vtprune.errors import InvalidOption
+from vtprune.protocols import Scorer
+from vtprune.readings import Glance, Reading, RowRule, Rows, Rule
+from vtprune.stages.debiasers import MinMax
 from vtprune.stages.rules import ClsOrReceived
 from vtprune.stages.vectors import FEATURES, evidence_of, needed_for, vectors_of
 from vtprune.types import VisualTokens
@@ -26,6 +29,26 @@ class Constant:
     def __call__(self, tokens: VisualTokens) -> Tensor:
         S, N, _ = tokens.features.shape
         return torch.zeros(S, N, device=tokens.features.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Glanced:
+    """What a rule makes of the attention of a few rows of the language model at a drop point: see `Glance`."""
+
+    rule: RowRule
+    rows: Rows = "text"
+    at: Literal["before", "behind"] = "before"
+
+    @property
+    def glance(self) -> Glance:
+        return Glance(rule=self.rule, rows=self.rows, at=self.at)
+
+    @property
+    def needs(self) -> frozenset[str | Glance]:
+        return frozenset({self.glance})
+
+    def __call__(self, tokens: VisualTokens) -> Tensor:
+        return evidence_of(tokens, self.glance.name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +82,56 @@ class Importance:
 
     def __call__(self, tokens: VisualTokens) -> Tensor:
         return evidence_of(tokens, ClsOrReceived().name).float()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixed:
+    """Two scorers, each stretched to [0, 1] over a picture, with `weight` on the first and the rest on the second."""
+
+    first: Scorer
+    second: Scorer
+    weight: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_share("weight", self.weight)
+
+    @property
+    def needs(self) -> frozenset[str | Reading | Glance]:
+        return self.first.needs | self.second.needs
+
+    def __call__(self, tokens: VisualTokens) -> Tensor:
+        first, second, out = _stretched(tokens, self.first, self.second)
+        return (self.weight * first + (1 - self.weight) * second).masked_fill(out, float("-inf"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Product:
+    """Two scorers, each stretched to [0, 1] over a picture and raised to its power, multiplied."""
+
+    first: Scorer
+    second: Scorer
+    powers: tuple[float, float] = (1.0, 1.0)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.powers, tuple) or len(self.powers) != 2:
+            raise InvalidOption(f"powers={self.powers!r}: expected a tuple of two numbers")
+        for power in self.powers:
+            check_positive("powers", power)
+
+    @property
+    def needs(self) -> frozenset[str | Reading | Glance]:
+        return self.first.needs | self.second.needs
+
+    def __call__(self, tokens: VisualTokens) -> Tensor:
+        first, second, out = _stretched(tokens, self.first, self.second)
+        return (first ** self.powers[0] * second ** self.powers[1]).masked_fill(out, float("-inf"))
+
+
+def _stretched(tokens: VisualTokens, first: Scorer, second: Scorer) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores of both in [0, 1], 0 where either rules a token out, and where that is."""
+    scores = [MinMax()(tokens, scorer(tokens).float()) for scorer in (first, second)]
+    out = (scores[0] == float("-inf")) | (scores[1] == float("-inf"))
+    return scores[0].masked_fill(out, 0), scores[1].masked_fill(out, 0), out
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -71,3 +71,31 @@ def stored_valid(mask: Any, valid: Tensor, stored: int, new: int) -> Tensor:
     else:
         tail = valid.new_ones(valid.shape[0], later)
     return torch.cat([valid, tail.to(valid.device)], dim=1)
+
+
+def over_keys(valid: Tensor | None, *, queries: int, keys: int, like: Tensor, implementation: str) -> Tensor | None:
+    """The causal mask of the last `queries` of `keys` tokens, in the form an attention implementation takes.
+
+    Args:
+        valid: (B, keys) bool, False at padding; None where there is none.
+        queries: how many tokens are new.
+        keys: how many there are with them.
+        like: hidden states (B, queries, D).
+        implementation: `config._attn_implementation`.
+
+    Returns:
+        None where a causal mask without padding is what the implementation does by itself.
+    """
+    flash = implementation.startswith("flash")
+    if valid is None and (flash or queries in (1, keys)):
+        return None
+    if flash:
+        return valid
+    ramp = torch.arange(keys, device=like.device)
+    seen = ramp <= (ramp[keys - queries :, None])
+    seen = seen.expand(like.shape[0], 1, queries, keys)
+    if valid is not None:
+        seen = seen & valid[:, None, None]
+    if implementation != "eager":
+        return seen
+    return torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill(~seen, torch.finfo(like.dtype).min)

@@ -1,0 +1,49 @@
+"""Tokens that leave between decoder layers, in the reference: every layer gets all of them and a mask that hides some.
+
+Nothing of vtprune is imported. Nothing is shortened here: no token changes its place, and caches hold all of them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def hidden(model: nn.Module, depths: Sequence[Sequence[int]]) -> Iterator[None]:
+    """In calls inside the block a token is seen in as many decoder layers as `depths` says, in none of those behind.
+
+    Args:
+        depths: for every row (which repeats for beams) and every token of the first call; later ones are never hidden.
+    """
+    rows = torch.tensor(depths)
+    handles = []
+    for number, layer in enumerate(model.model.language_model.layers):
+        gone = rows <= number
+        if gone.any():
+            hide = functools.partial(_hide, number, gone)
+            handles.append(layer.register_forward_pre_hook(hide, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hide(number: int, gone: Tensor, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The call of layer `number` with the tokens that are `gone` (rows, tokens) hidden from all but themselves."""
+    states = args[0] if args else kwargs["hidden_states"]
+    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    queries = states.shape[1]
+    keys = queries + (0 if cache is None else cache.get_seq_length(number))
+    own, key = torch.arange(keys - queries, keys)[:, None], torch.arange(keys)
+    seen = key <= own if mask is None else mask
+    assert seen.dtype == torch.bool and seen.shape[-1] == keys, "the reference runs sdpa"
+    gone = gone.repeat_interleave(len(states) // len(gone), dim=0)
+    gone = nn.functional.pad(gone, (0, keys - gone.shape[1]))
+    return args, {**kwargs, "attention_mask": (seen & ~gone[:, None, None]) | (key == own)}

@@ -1,0 +1,98 @@
+"""The decoder layers of a language model: how queries and keys are made, where cuts may begin."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vtprune.adapters.base import Host, sliding_window
+from vtprune.errors import UnsupportedModel
+
+_IMPLEMENTATIONS = ("sdpa", "eager", "flash")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoder:
+    """The layers of a language model, first to last; the first cut may be in front of layer `first`.
+
+    A layer has `input_layernorm` and `self_attn` with `q_proj` and `k_proj`, perhaps norms of each head.
+    """
+
+    layers: tuple[nn.Module, ...]
+    first: int
+
+    def queries(self, number: int, projected: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Queries (B, H, R, d) of one layer from what `q_proj` gave, (B, R, H d)."""
+        return _rotated(projected, self.attention(number), "q_norm", cos, sin)
+
+    def keys(self, number: int, projected: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Keys (B, G, n, d) of one layer from what `k_proj` gave, (B, n, G d)."""
+        return _rotated(projected, self.attention(number), "k_norm", cos, sin)
+
+    def attention(self, number: int) -> Host:
+        """The attention of one layer."""
+        return self.layers[number].self_attn
+
+
+def decoder_of(inner: Host, lm: Host, *, glances: bool) -> Decoder:
+    """The decoder of a base model; `glances` says that attention of its layers is to be read.
+
+    Raises:
+        UnsupportedModel: where layers are of another kind or see a window only, or rotate in a way not known here.
+    """
+    name = type(lm).__name__
+    layers = getattr(lm, "layers", None)
+    if not isinstance(layers, nn.ModuleList) or not all(map(_is_plain, layers)):
+        raise UnsupportedModel(f"the layers of {name} are not of the form this library can cut between")
+    if sliding_window(inner.config) is not None:
+        raise UnsupportedModel(f"layers of {name} see a sliding window, and cuts between layers would move it")
+    if glances and not all(_rotates_halves(layer.self_attn) for layer in layers):
+        raise UnsupportedModel(
+            f"it is not known how layers of {name} turn queries and keys, so they cannot be looked at"
+        )
+    implementation = lm.config._attn_implementation or "eager"
+    if not implementation.startswith(_IMPLEMENTATIONS):
+        raise UnsupportedModel(f"attn_implementation={implementation!r}: cuts between layers take sdpa, flash or eager")
+    deep = getattr(getattr(inner.config, "vision_config", None), "deepstack_visual_indexes", None) or ()
+    return Decoder(layers=tuple(layers), first=max(1, len(deep)))
+
+
+def _is_plain(layer: Host) -> bool:
+    attention = getattr(layer, "self_attn", None)
+    names = ("q_proj", "k_proj", "head_dim", "scaling")
+    return hasattr(layer, "input_layernorm") and all(hasattr(attention, name) for name in names)
+
+
+def _rotates_halves(attention: Host) -> bool:
+    """Whether queries and keys are normalised and rotated as `_rotated` has it: the model's own function is tried."""
+    norms = {name for name, _ in attention.named_children() if "norm" in name}
+    turn = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+    if not norms <= {"q_norm", "k_norm"} or turn is None:
+        return False
+    heads, cos, sin = (
+        torch.linspace(-1, 2, 8).view(1, 1, 2, 4),
+        torch.linspace(-1, 1, 8).view(1, 2, 4),
+        torch.linspace(2, 0, 8).view(1, 2, 4),
+    )
+    try:
+        own = turn(heads, heads, cos, sin)[0]
+    except (TypeError, RuntimeError, ValueError, IndexError):
+        return False
+    return bool(torch.is_tensor(own) and own.shape == heads.shape and torch.allclose(own, _turned(heads, cos, sin)))
+
+
+def _turned(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = heads.chunk(2, dim=-1)
+    return heads * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
+
+
+def _rotated(projected: Tensor, attention: Host, norm: str, cos: Tensor, sin: Tensor) -> Tensor:
+    heads = projected.unflatten(-1, (-1, attention.head_dim))
+    if hasattr(attention, norm):
+        heads = getattr(attention, norm)(heads)
+    heads = heads.transpose(1, 2)
+    turned, rest = heads[..., : cos.shape[-1]], heads[..., cos.shape[-1] :]
+    return torch.cat([_turned(turned, cos, sin), rest], dim=-1)

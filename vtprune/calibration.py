@@ -1,0 +1,136 @@
+"""What was measured of one model on a small set, in a JSON file that `wrap(..., calibration=...)` reads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vtprune.errors import InvalidOption
+from vtprune.pipeline import LayerStage, Pick, Pipeline
+from vtprune.readings import Glance
+from vtprune.schedule import Schedule
+from vtprune.stages.recency import WithoutRecency
+
+FORMAT = 1
+_SAMPLED = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trend:
+    """Attention that `rows` pay to pictures in one `layer`, over the place u in [0, 1]: the constants of its trends."""
+
+    rows: str
+    layer: int
+    exponential: tuple[float, ...]
+    cubic: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """One model, named by `model` and told by `fingerprint`, measured on `data` of so many `pictures`.
+
+    `inflections` are layers in front of which attention to pictures shifts most, `horizon` is the first layer in front
+    of which all visual tokens can leave without changing answers; None where there is none.
+    """
+
+    model: str
+    fingerprint: str
+    data: str
+    pictures: int
+    versions: str
+    depth: int
+    trends: tuple[Trend, ...]
+    inflections: tuple[int, ...]
+    horizon: int | None
+
+    def write(self, path: str | Path) -> None:
+        """Write the JSON file."""
+        text = json.dumps({"format": FORMAT, **asdict(self)}, indent=1)
+        Path(path).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: str | Path) -> Calibration:
+        """Read a JSON file.
+
+        Raises:
+            InvalidOption: for one that cannot be read or is of another format.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            if data.pop("format") != FORMAT:
+                raise ValueError("another format")
+            trends = tuple(
+                Trend(**{**one, "exponential": tuple(one["exponential"]), "cubic": tuple(one["cubic"])})
+                for one in data.pop("trends")
+            )
+            return cls(**{**data, "inflections": tuple(data["inflections"])}, trends=trends)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InvalidOption(
+                f"calibration={str(path)!r} cannot be read ({error}): write one with `vtprune calibrate`"
+            ) from error
+
+    def check(self, inner: nn.Module) -> None:
+        """Raise `InvalidOption` for a model that is not the one measured."""
+        if fingerprint(inner) != self.fingerprint:
+            raise InvalidOption(f"the calibration is one of {self.model}, and this is another model: calibrate it")
+
+    def parameters(self, method: str) -> dict[str, Any]:
+        """Parameters of a method that follow from what was measured."""
+        if method == "information_horizon" and self.horizon is not None:
+            horizon = self.horizon / self.depth
+            return {"horizon": horizon, "deep": min(0.5, horizon / 2)}
+        if method == "adaptinfer" and len(self.inflections) == 3:
+            return {"points": tuple(layer / self.depth for layer in self.inflections)}
+        return {}
+
+    def applied(self, pipeline: Pipeline, schedule: Schedule | None) -> Pipeline:
+        """The pipeline with the measured constants in place of trends that each picture would give."""
+        if schedule is None:
+            return pipeline
+        layers = dict(zip(schedule.stages, schedule.layers, strict=True))
+        inside = tuple(
+            self._with_constants(stage, layers[number]) if number in layers else stage
+            for number, stage in enumerate(pipeline.inside)
+        )
+        return replace(pipeline, inside=inside)
+
+    def _with_constants(self, stage: LayerStage, layer: int) -> LayerStage:
+        return replace(stage, picks=tuple(self._known(pick, layer) for pick in stage.picks))
+
+    def _known(self, pick: Pick, layer: int) -> Pick:
+        """A pick whose debiasers of a trend know its constants, where it looks at a layer that was measured."""
+        looks = next((need for need in pick.scorer.needs if isinstance(need, Glance)), None)
+        trend = None if looks is None else self._trend(looks, layer)
+        if trend is None:
+            return pick
+        found = []
+        for debiaser in pick.debiasers:
+            if isinstance(debiaser, WithoutRecency) and debiaser.constants is None:
+                constants = trend.exponential if debiaser.form == "exponential" else trend.cubic
+                debiaser = replace(debiaser, constants=constants)
+            found.append(debiaser)
+        return replace(pick, debiasers=tuple(found))
+
+    def _trend(self, glance: Glance, layer: int) -> Trend | None:
+        rows = "last" if glance.rows == "last" else "text"
+        looked_at = layer - 1 if glance.at == "before" else layer
+        return next((one for one in self.trends if (one.rows, one.layer) == (rows, looked_at)), None)
+
+
+def fingerprint(inner: nn.Module) -> str:
+    """Tells base models apart: a hash of the config and of some of the numbers of the input embeddings."""
+    config: Any = inner.config
+    described: Mapping[str, Any] = config.to_dict()
+    kept = {name: value for name, value in described.items() if name not in ("_name_or_path", "transformers_version")}
+    digest = hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode())
+    weight = inner.get_input_embeddings().weight.detach().reshape(-1)  # type: ignore[operator]
+    sample = weight[:: max(1, weight.numel() // _SAMPLED)]
+    digest.update(sample.to(torch.float32).cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""Cuts between the decoder layers of a language model."""

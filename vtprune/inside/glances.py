@@ -1,0 +1,96 @@
+"""Reading the attention of a few rows of a decoder layer, next to whatever attention the model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtprune.adapters.decoder import Decoder
+from vtprune.inside.walk import Walk
+from vtprune.kernels import attention as attentions
+from vtprune.kernels import reference as kernels
+from vtprune.readings import Glance, RowAttention
+
+MOST_ROWS = 256
+"""Of longer texts the last rows are read: their attention takes heads x rows x keys numbers."""
+
+
+def raters_of(walk: Walk) -> Tensor:
+    """(B, R), which rows of text rate the pictures: SparseVLM, arXiv 2410.04417; none where nothing asked for them."""
+    return walk.entry.real if walk.entry.raters is None else walk.entry.raters
+
+
+@torch.no_grad()
+def find_raters(embeds: Tensor, rows: Tensor, real: Tensor, visual: Tensor) -> Tensor:
+    """(B, R), the rows of text that pictures are nearer to than to the average one.
+
+    Args:
+        embeds: (B, K, D), what enters the language model.
+        rows: (B, R), where the text is.
+        real: (B, R), False at what only fills up.
+        visual: (B, K), True at the tokens of pictures.
+    """
+    text = kernels.cut_sequence(embeds, rows).float()
+    nearness = (embeds.float() @ text.transpose(1, 2)).masked_fill(~real[:, None], float("-inf")).softmax(dim=2)
+    mean = (visual[:, None].float() @ nearness)[:, 0] / visual.sum(dim=1, keepdim=True).clamp_min(1)
+    above = real & (mean > mean.sum(dim=1, keepdim=True) / real.sum(dim=1, keepdim=True).clamp_min(1))
+    return torch.where(above.any(dim=1, keepdim=True), above, real)
+
+
+@torch.no_grad()
+def look(
+    glance: Glance,
+    walk: Walk,
+    *,
+    decoder: Decoder,
+    layer: int,
+    queries: Tensor,
+    keys: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    mask: Any,
+    past_valid: Tensor | None,
+) -> Tensor:
+    """What a glance sees of the K tokens of the sequence as it is now: (B, K).
+
+    Args:
+        queries: what `q_proj` gave at the rows of the walk, (B, R, H d).
+        keys: (B, G, past + K, d), rotated.
+        rotary: cosines and sines (B, K, d).
+        mask: what the layer was given; where it is 4-D it says what rows may see.
+        past_valid: (B, past) bool, None where nothing cached is padding.
+    """
+    count = 1 if glance.rows == "last" else MOST_ROWS
+    rows, real = walk.rows[:, -count:], walk.entry.real[:, -count:]
+    if glance.rows == "raters":
+        real = raters_of(walk)
+    B, K = walk.valid.shape
+    cos, sin = (kernels.cut_sequence(table.expand(B, -1, -1), rows) for table in rotary)
+    query = decoder.queries(layer, queries[:, -count:], cos, sin)
+    past = keys.shape[2] - K
+    allowed = _allowed(walk, rows, past, mask, past_valid)
+    with kernels.exact(query.device):
+        weights = attentions.rows_attention(query, keys, allowed, scale=decoder.attention(layer).scaling)
+        visual = torch.nn.functional.pad(walk.visual, (past, 0))
+        seen = RowAttention(weights=weights, real=real, own=rows + past, visual=visual)
+        return glance.rule(seen)[:, past:]
+
+
+def _allowed(walk: Walk, rows: Tensor, past: int, mask: Any, past_valid: Tensor | None) -> Tensor:
+    """(B, R, past + K) bool: which keys each row may see."""
+    B, K = walk.valid.shape
+    if torch.is_tensor(mask) and mask.ndim == 4:
+        own = mask.expand(B, *mask.shape[1:])[:, 0, :, : past + K]
+        own = own.gather(1, rows[..., None].expand(-1, -1, past + K))
+        return own if own.dtype == torch.bool else own >= 0
+    if past_valid is None:
+        past_valid = walk.valid.new_ones(B, past)
+    keys = torch.arange(past + K, device=rows.device)
+    return (keys <= rows[..., None] + past) & torch.cat([past_valid, walk.valid], dim=1)[:, None]
+
+
+def named(glances: Mapping[str, Glance], at: str) -> dict[str, Glance]:
+    """The glances at the layer `"before"` or `"behind"` drop points."""
+    return {name: glance for name, glance in glances.items() if glance.at == at}

@@ -1,0 +1,235 @@
+"""The hooks on decoder layers: cut in a prefill, mend masks in every call after it."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from vtprune import masks
+from vtprune.adapters.decoder import Decoder
+from vtprune.inside.glances import look, named
+from vtprune.inside.walk import Walk
+from vtprune.kernels import reference as kernels
+from vtprune.pipeline import Pipeline
+from vtprune.seam import refuse_copy
+
+
+@dataclass
+class Passage:
+    """One call of the language model.
+
+    `walk` cuts in a prefill and is None later. `cached` counts, for every drop point, the tokens cached behind it, and
+    in front of the first one `cached_first`. Where any of them is padding, `known` says per drop point which are real,
+    (B, cached), and `known_first` in front of the first; in a call that cuts nothing they cover its own tokens too.
+    """
+
+    walk: Walk | None
+    cached: tuple[int, ...]
+    known: tuple[Tensor, ...] | None = None
+    known_first: Tensor | None = None
+    rotary: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    masks: dict[tuple[int, bool], Any] = field(default_factory=dict)
+    seen: dict[str, Tensor] = field(default_factory=dict)
+
+    def real(self, behind: int) -> Tensor | None:
+        """(B, keys), which keys a layer behind drop point `behind` has are real; None where all are."""
+        own = None if self.known is None else self.known[behind]
+        walk = self.walk
+        if walk is None or (own is None and not walk.padded):
+            return own
+        past = walk.valid.new_ones(len(walk.valid), self.cached[behind]) if own is None else own
+        return torch.cat([past, walk.valid], dim=1)
+
+    def cut(self, value: Any) -> Any:
+        """An argument of a layer: of one number or row per token of the sequence at entry, what is left of it."""
+        walk = self.walk
+        assert walk is not None
+        if not torch.is_tensor(value) or value.shape[:2] != walk.entry.valid.shape or not walk.slots:
+            return value
+        rows = walk.index.view(*walk.index.shape, *(1,) * (value.ndim - 2)).expand(-1, -1, *value.shape[2:])
+        return value.gather(1, rows)
+
+    def tables(self, given: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (B, K, d) of the tokens that are left, from those `given` for all; gathered once a cut."""
+        walk = self.walk
+        assert walk is not None
+        if not walk.slots:
+            return given
+        if len(walk.slots) not in self.rotary:
+            cos, sin = (kernels.cut_sequence(table.expand(len(walk.index), -1, -1), walk.index) for table in given)
+            self.rotary[len(walk.slots)] = (cos, sin)
+        return self.rotary[len(walk.slots)]
+
+
+class _Thread(threading.local):
+    """The call of one thread that is under way, and what the projections before a drop point gave."""
+
+    passage: Passage | None = None
+    caches = False
+
+    def __init__(self) -> None:
+        self.projected: dict[str, Tensor] = {}
+
+
+class LayerCutter:
+    """Hooks of one pipeline on one decoder; `begin` and `end` enclose a call of the language model."""
+
+    def __init__(self, decoder: Decoder, pipeline: Pipeline, layers: tuple[int, ...], implementation: str) -> None:
+        self.layers = layers
+        self._decoder = decoder
+        self._before = named(pipeline.glances, "before")
+        self._behind = named(pipeline.glances, "behind")
+        self._implementation = implementation
+        self._handles: list[RemovableHandle] = []
+        self._thread = _Thread()
+
+    __deepcopy__ = refuse_copy
+    __reduce_ex__ = refuse_copy  # type: ignore[assignment]
+
+    def hook(self) -> None:
+        """Register the hooks."""
+        for number in range(self.layers[0], len(self._decoder.layers)):
+            enter = functools.partial(self._enter, number)
+            self._handles.append(self._decoder.layers[number].register_forward_pre_hook(enter, with_kwargs=True))
+        for number in {layer - 1 for layer in self.layers} if self._before else ():
+            attention = self._decoder.attention(number)
+            for name in ("q_proj", "k_proj"):
+                note = functools.partial(self._projected, name)
+                self._handles.append(getattr(attention, name).register_forward_hook(note))
+            self._handles.append(attention.register_forward_pre_hook(self._attending, with_kwargs=True))
+            attended = functools.partial(self._attended, number)
+            self._handles.append(attention.register_forward_hook(attended, with_kwargs=True))
+
+    def remove(self) -> None:
+        """Undo `hook`."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def begin(self, passage: Passage) -> None:
+        """Cut, or mend masks, in the call that comes now."""
+        self._thread.passage = passage
+
+    def end(self) -> Passage | None:
+        """Leave the call alone that comes next; returns what there was."""
+        passage, self._thread.passage = self._thread.passage, None
+        self._thread.projected.clear()
+        return passage
+
+    def _walk(self) -> Walk | None:
+        return None if self._thread.passage is None else self._thread.passage.walk
+
+    @torch.compiler.disable
+    def _attending(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self._thread.caches = kwargs.get("past_key_values") is not None
+
+    @torch.compiler.disable
+    def _projected(self, name: str, module: nn.Module, args: Any, output: Tensor) -> None:
+        """Hold queries of the rows that are looked at, and keys where no cache does."""
+        walk = self._walk()
+        if walk is not None and name == "q_proj":
+            self._thread.projected[name] = kernels.cut_sequence(output.detach(), walk.rows)
+        elif walk is not None and not self._thread.caches:
+            self._thread.projected[name] = output.detach()
+
+    @torch.compiler.disable
+    def _attended(self, number: int, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        """Glances at the layer before a drop point: its own queries, and keys as the cache has them now."""
+        passage = self._thread.passage
+        if passage is None or passage.walk is None or not passage.walk.due(number + 1):
+            return
+        rotary, cache = kwargs["position_embeddings"], kwargs.get("past_key_values")
+        projected = self._thread.projected
+        keys = self._decoder.keys(number, projected["k_proj"], *rotary) if cache is None else cache.layers[number].keys
+        for name, glance in self._before.items():
+            passage.seen[name] = look(
+                glance,
+                passage.walk,
+                decoder=self._decoder,
+                layer=number,
+                queries=projected["q_proj"],
+                keys=keys,
+                rotary=rotary,
+                mask=kwargs.get("attention_mask"),
+                past_valid=passage.known_first if passage.walk.cuts == 0 else _of(passage, passage.walk.cuts - 1),
+            )
+        projected.clear()
+
+    @torch.compiler.disable
+    def _enter(
+        self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        passage = self._thread.passage
+        if passage is None:
+            return None
+        hidden, rest = (args[0], args[1:]) if args else (kwargs["hidden_states"], ())
+        if passage.walk is not None:
+            hidden = self._pass(number, passage, passage.walk, hidden, kwargs)
+        changed = {**kwargs, "position_ids": None, "attention_mask": self._mask(number, passage, hidden, kwargs)}
+        if passage.walk is not None:
+            changed = {name: passage.cut(value) for name, value in changed.items()}
+            changed["position_embeddings"] = passage.tables(kwargs["position_embeddings"])
+        if args:
+            return (hidden, *rest), changed
+        return (), {**changed, "hidden_states": hidden}
+
+    def _pass(self, number: int, passage: Passage, walk: Walk, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """Hidden states as layer `number` gets them, cut where a drop point lies in front of it."""
+        if not walk.due(number):
+            return hidden
+        for name, glance in self._behind.items():
+            passage.seen[name] = self._ahead(number, passage, walk, hidden, kwargs, glance)
+        shorter = walk.cut(hidden, passage.seen)
+        passage.seen.clear()
+        return shorter
+
+    @torch.no_grad()
+    def _ahead(self, number: int, passage: Passage, walk: Walk, hidden: Tensor, kwargs: Any, glance: Any) -> Tensor:
+        """A glance with queries and keys of layer `number` on what it would get if nothing were cut."""
+        layer, attention = self._decoder.layers[number], self._decoder.attention(number)
+        normed: Tensor = layer.input_layernorm(hidden)  # type: ignore[operator]
+        rotary = passage.tables(kwargs["position_embeddings"])
+        keys = self._decoder.keys(number, attention.k_proj(normed), *rotary)
+        cache = kwargs.get("past_key_values")
+        return look(
+            glance,
+            walk,
+            decoder=self._decoder,
+            layer=number,
+            queries=attention.q_proj(kernels.cut_sequence(normed, walk.rows)),
+            keys=torch.cat([cache.layers[number].keys, keys], dim=2) if passage.cached[walk.cuts] else keys,
+            rotary=rotary,
+            mask=None,
+            past_valid=_of(passage, walk.cuts),
+        )
+
+    def _mask(self, number: int, passage: Passage, hidden: Tensor, kwargs: dict[str, Any]) -> Any:
+        """The mask of a layer behind a drop point, made once for all layers up to the next one."""
+        given = kwargs.get("attention_mask")
+        behind = sum(layer <= number for layer in self.layers) - 1
+        place = (behind, torch.is_tensor(given))
+        if place not in passage.masks:
+            passage.masks[place] = self._made(behind, passage, hidden, given)
+        return passage.masks[place]
+
+    def _made(self, behind: int, passage: Passage, hidden: Tensor, given: Any) -> Any:
+        walk, queries, cached = passage.walk, hidden.shape[1], passage.cached[behind]
+        if walk is not None and cached == 0 and torch.is_tensor(given) and given.ndim == 4:
+            return masks.cut_square(given, walk.index, walk.valid, 0, walk.entry.valid.shape[1])
+        return masks.over_keys(
+            passage.real(behind),
+            queries=queries,
+            keys=cached + queries,
+            like=hidden,
+            implementation=self._implementation,
+        )
+
+
+def _of(passage: Passage, behind: int) -> Tensor | None:
+    return None if passage.known is None else passage.known[behind]

@@ -1,0 +1,238 @@
+"""The visual tokens of one prefill on their way through the decoder layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from vtprune.kernels import host
+from vtprune.kernels import reference as kernels
+from vtprune.pipeline import LayerStage
+from vtprune.types import Merged, Ordinal, Part, VisualTokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """The sequence that enters the language model: B rows of K tokens, of which `past` more are cached.
+
+    `lengths` are its real tokens per row. `rows` (B, R) are the places of the text behind the last picture, the last
+    token last, `real` (B, R) is False where there is less. `raters` (B, R) are those of them that rate the pictures,
+    None where the method does not ask.
+    """
+
+    valid: Tensor
+    lengths: tuple[int, ...]
+    left_padded: bool
+    rows: Tensor
+    real: Tensor
+    raters: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerStack:
+    """Equal pictures: `at` (S, n) are the places of their tokens, counted through all B * K of the sequence.
+
+    `origin` (S, n) says which of the N tokens at first they are, `counts` how many stay behind each drop point.
+    `depths` (S, N) is how many layers each token has gone through, as far as that is decided; `numbers` are those of
+    the pictures.
+    """
+
+    at: Tensor
+    origin: Tensor
+    prompt_rows: tuple[int, ...]
+    parts: tuple[Part, ...]
+    ordinals: tuple[Ordinal, ...]
+    evidence: Mapping[str, Tensor]
+    counts: tuple[int, ...]
+    depths: Tensor
+    numbers: tuple[int, ...]
+
+    def stays(self, number: int) -> int:
+        """How many tokens stay behind a drop point."""
+        return min(self.at.shape[1], self.counts[number])
+
+    def tokens(self, hidden: Tensor, glances: Mapping[str, Tensor]) -> VisualTokens:
+        """What stages see of hidden states (B, K, D), with evidence (B, K) of the drop point and that of before."""
+        seen = {name: values.reshape(-1)[self.at] for name, values in glances.items()}
+        early = {name: _at_origin(values, self.origin) for name, values in self.evidence.items()}
+        return VisualTokens(
+            features=kernels.take_rows(hidden, self.at),
+            parts=self.parts,
+            ordinals=self.ordinals,
+            evidence={**early, **seen, "origin": self.origin},
+        )
+
+    def part(self, rows: list[int], number: int, count: int) -> LayerStack:
+        """Some of the pictures, with `count` tokens each behind a drop point and no more behind later ones."""
+        chosen = torch.tensor(rows).to(self.at.device, non_blocking=True)
+        return replace(
+            self,
+            at=self.at[chosen],
+            origin=self.origin[chosen],
+            prompt_rows=tuple(self.prompt_rows[row] for row in rows),
+            ordinals=tuple(self.ordinals[row] for row in rows),
+            evidence={name: values[chosen] for name, values in self.evidence.items()},
+            counts=(*self.counts[:number], count, *self.counts[number + 1 :]),
+            depths=self.depths[chosen],
+            numbers=tuple(self.numbers[row] for row in rows),
+        )
+
+
+@dataclass
+class Walk:
+    """Where everything is: `index` (B, K) are places in the sequence at entry, `slots` those of every cut for the way
+    back, `stored` (cut, B) tells what behind each drop point is real, `lengths` how many tokens that are."""
+
+    stages: tuple[LayerStage, ...]
+    layers: tuple[int, ...]
+    depth: int
+    entry: Entry
+    stacks: list[LayerStack]
+    index: Tensor = field(init=False)
+    valid: Tensor = field(init=False)
+    rows: Tensor = field(init=False)
+    slots: list[Tensor] = field(default_factory=list)
+    stored: list[Tensor] = field(default_factory=list)
+    lengths: list[tuple[int, ...]] = field(default_factory=list)
+    widths: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        B, K = self.entry.valid.shape
+        self.index = torch.arange(K, device=self.entry.valid.device).expand(B, K)
+        self.valid = self.entry.valid
+        self.rows = self.entry.rows
+
+    @property
+    def cuts(self) -> int:
+        """How many drop points are behind."""
+        return len(self.stored)
+
+    @property
+    def depths(self) -> dict[int, Tensor]:
+        """Of every picture, by its number, how many layers each of its tokens at first has gone through, (N,)."""
+        return {
+            number: row
+            for stack in self.stacks
+            for number, row in zip(stack.numbers, stack.depths.unbind(), strict=True)
+        }
+
+    @property
+    def visual(self) -> Tensor:
+        """(B, K), True at the tokens of pictures that are left."""
+        found = torch.zeros_like(self.valid)
+        for stack in self.stacks:
+            found.view(-1)[stack.at] = True
+        return found
+
+    @property
+    def average_width(self) -> float:
+        """Length of the sequence, averaged over layers, those of later drop points as short as the last."""
+        widths = (self.entry.valid.shape[1], *self.widths)
+        bounds = (0, *self.layers[: len(self.widths)], self.depth)
+        return (
+            sum(width * (stop - start) for width, (start, stop) in zip(widths, pairwise(bounds), strict=True))
+            / self.depth
+        )
+
+    @property
+    def lengths_of_layers(self) -> list[tuple[int, ...]]:
+        """Real tokens per row, for every layer."""
+        bounds = (0, *self.layers[: len(self.lengths)], self.depth)
+        steps = zip((self.entry.lengths, *self.lengths), pairwise(bounds), strict=True)
+        return [lengths for lengths, (start, stop) in steps for _ in range(start, stop)]
+
+    @property
+    def padded(self) -> bool:
+        """Whether any row of the sequence as it is now is shorter than the others."""
+        lengths = self.lengths[-1] if self.lengths else self.entry.lengths
+        return any(length != self.valid.shape[1] for length in lengths)
+
+    def due(self, layer: int) -> bool:
+        """Whether a cut comes in front of `layer`."""
+        return self.cuts < len(self.layers) and self.layers[self.cuts] == layer
+
+    def cut(self, hidden: Tensor, glances: Mapping[str, Tensor]) -> Tensor:
+        """Hidden states (B, K', D) that go on behind the next drop point; `glances` are (B, K) each."""
+        number = self.cuts
+        if self.stages[number].counter is not None:
+            self.stacks = [part for stack in self.stacks for part in self._counted(stack, number, hidden, glances)]
+        before = self.lengths[-1] if self.lengths else self.entry.lengths
+        gone = [0] * len(before)
+        for stack in self.stacks:
+            for row in stack.prompt_rows:
+                gone[row] += stack.at.shape[1] - stack.stays(number)
+        lengths = tuple(length - less for length, less in zip(before, gone, strict=True))
+        self.lengths.append(lengths)
+        self.widths.append(max(lengths))
+        if not any(gone):
+            self.widths[-1] = self.valid.shape[1]
+            self.stored.append(self.valid)
+            return hidden
+        kept = self.valid.clone()
+        chosen = [self._choose(stack, number, hidden, glances) for stack in self.stacks]
+        flat = hidden.reshape(-1, hidden.shape[2])
+        for stack, (keep, merged) in zip(self.stacks, chosen, strict=True):
+            kept.view(-1)[stack.at] = False
+            kept.view(-1)[stack.at.gather(1, keep)] = True
+            if merged is not None:
+                flat = flat.index_copy(0, stack.at.gather(1, keep).flatten(), merged.rows.flatten(0, 1))
+        hidden = flat.view(hidden.shape)
+        places, self.valid, slots = kernels.kept_indices(kept, max(lengths), left_padded=self.entry.left_padded)
+        pairs = zip(self.stacks, chosen, strict=True)
+        self.stacks = [self._moved(stack, keep, slots, number) for stack, (keep, _) in pairs]
+        self.index, self.rows = self.index.gather(1, places), slots.gather(1, self.rows)
+        self.slots.append(slots)
+        self.stored.append(self.valid)
+        return kernels.cut_sequence(hidden, places)
+
+    def restore(self, hidden: Tensor) -> Tensor:
+        """Hidden states (B, K', D) at the length at entry; each dropped token repeats the kept one before."""
+        for slots in reversed(self.slots):
+            hidden = kernels.cut_sequence(hidden, slots)
+        return hidden
+
+    @torch.no_grad()
+    def _choose(
+        self, stack: LayerStack, number: int, hidden: Tensor, glances: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Merged | None]:
+        """Ascending indices (S, k) of the tokens of a stack that go on, and what becomes of them."""
+        S, n = stack.at.shape
+        k = stack.stays(number)
+        if k == n:
+            return torch.arange(n, device=stack.at.device).expand(S, n), None
+        tokens = stack.tokens(hidden, glances)
+        choice = self.stages[number].choice
+        with kernels.exact(hidden.device):
+            selection = choice.run(tokens, k)
+            return selection.keep, choice.merge(tokens, selection) if k else None
+
+    @torch.no_grad()
+    def _counted(
+        self, stack: LayerStack, number: int, hidden: Tensor, glances: Mapping[str, Tensor]
+    ) -> list[LayerStack]:
+        """The pictures of a stack by how many of their tokens an adaptive stage lets stay: it waits for the device."""
+        counter, most = self.stages[number].counter, stack.stays(number)
+        assert counter is not None
+        with kernels.exact(hidden.device):
+            wanted = counter(stack.tokens(hidden, glances), most).clamp(0, most)
+        rows: dict[int, list[int]] = {}
+        for row, count in enumerate(host.read_counts(wanted)):
+            rows.setdefault(count, []).append(row)
+        return [stack.part(own, number, count) for count, own in rows.items()]
+
+    def _moved(self, stack: LayerStack, keep: Tensor, slots: Tensor, number: int) -> LayerStack:
+        """The stack behind a cut: its places in the shorter sequence, and how far each token went."""
+        K, width = self.valid.shape[1], slots.shape[1]
+        at, origin = stack.at.gather(1, keep), stack.origin.gather(1, keep)
+        depths = stack.depths.scatter(1, stack.origin, self.layers[number]).scatter(1, origin, self.depth)
+        at = at // width * K + slots.reshape(-1)[at]
+        return replace(stack, at=at, origin=origin, depths=depths)
+
+
+def _at_origin(values: Tensor, origin: Tensor) -> Tensor:
+    rows = origin if values.ndim == 2 else origin[..., None].expand(-1, -1, values.shape[2])
+    return values.gather(1, rows)

@@ -1,0 +1,62 @@
+"""What a few rows of a decoder layer say of every token: one number per key of their attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vtprune._checks import check_whole
+from vtprune.readings import RowAttention
+
+
+def _over_rows(values: Tensor, real: Tensor) -> Tensor:
+    """Mean (B, n) of (B, R, n) over real rows."""
+    weights = real / real.sum(dim=1, keepdim=True).clamp_min(1)
+    return (weights[:, None] @ values)[:, 0]
+
+
+@dataclass(frozen=True)
+class MeanAttention:
+    """Attention averaged over heads and rows: FastV, arXiv 2403.06764; PyramidDrop, arXiv 2410.17247."""
+
+    name: ClassVar[str] = "attention"
+
+    def __call__(self, seen: RowAttention) -> Tensor:
+        return _over_rows(seen.weights.mean(dim=1), seen.real)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MassiveHeads:
+    """Attention of the `heads` heads that pay most to the picture, averaged: SparseVLM+, arXiv 2410.04417."""
+
+    name: ClassVar[str] = "massive_attention"
+    heads: int = 14
+
+    def __post_init__(self) -> None:
+        check_whole("heads", self.heads, least=1)
+
+    def __call__(self, seen: RowAttention) -> Tensor:
+        _, H, R, n = seen.weights.shape
+        mass = (seen.weights * seen.real[:, None, :, None] * seen.visual[:, None, None]).sum(dim=(2, 3))
+        best = mass.sort(dim=1, descending=True, stable=True).indices[:, : min(self.heads, H)]
+        chosen = seen.weights.gather(1, best[:, :, None, None].expand(-1, -1, R, n))
+        return _over_rows(chosen.mean(dim=1), seen.real)
+
+
+@dataclass(frozen=True)
+class SymmetricText:
+    """Rows weighted, in every head, by the attention among them in both directions: AdaptInfer, arXiv 2508.06084."""
+
+    name: ClassVar[str] = "weighted_attention"
+
+    def __call__(self, seen: RowAttention) -> Tensor:
+        B, H, R, _ = seen.weights.shape
+        among = seen.weights.gather(3, seen.own[:, None, None].expand(B, H, R, R))
+        pairs = (seen.real[:, :, None] & seen.real[:, None])[:, None]
+        among = among * pairs
+        both = among + among.transpose(2, 3) - torch.diag_embed(among.diagonal(dim1=2, dim2=3))
+        weight = both.sum(dim=2)
+        return (weight[:, :, None] @ seen.weights)[:, :, 0].sum(dim=1)
