@@ -31,11 +31,24 @@ import vtprune
 from tests import models
 from tests.contracts import oracle
 from tests.models import CLIPS, IMAGE_FAMILIES, ONE_AND_TWO, QWEN, VIDEO_FAMILIES, Prompt
+from vtprune import Pick, Pipeline
 from vtprune.catalog import build
+from vtprune.debiasing import debiased
+from vtprune.stages.budgets import Proportional
+from vtprune.stages.debiasers import WithoutHighNorms
+from vtprune.stages.scorers import Norm
+from vtprune.stages.selectors import TopK
 
 Kind = Literal["image", "video"]
 Selection = Literal["default", "matrix", "product"]
-METHODS = (*vtprune.list_methods(), "prumerge_plus-adaptive")
+FRAMES = Pipeline(
+    name="frames",
+    picks=(Pick(name="long", scorer=Norm(), debiasers=(WithoutHighNorms(),), selector=TopK()),),
+    frames=Proportional(scorer=Norm(), power=2.0),
+)
+EXTRAS = {"frames": FRAMES, "pyramiddrop+recency": debiased(build("pyramiddrop"), True)}
+"""Kinds of stages that no method of the list has: budgets shared among parts, and debiasers asked for with `debias`."""
+METHODS = (*vtprune.list_methods(), "prumerge_plus-adaptive", *EXTRAS)
 """Methods by name; what follows a dash tells apart those that differ in their `SETTINGS`."""
 SETTINGS: dict[str, dict[str, Any]] = {
     "prumerge_plus-adaptive": {"adaptive": True},
@@ -43,7 +56,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "vflowopt": {"recycled": 0.4},
 }
 """Parameters that are not the default ones: tiny pictures have too few tokens for the share that vflowopt recycles."""
-PIPELINES = {method: build(method.partition("-")[0], SETTINGS.get(method)) for method in METHODS}
+PIPELINES = {method: EXTRAS.get(method) or build(method.partition("-")[0], SETTINGS.get(method)) for method in METHODS}
 FAMILIES = IMAGE_FAMILIES
 CORE_FAMILIES = ("llava", "llava_onevision", "qwen2_5_vl")
 CORE_METHODS = (
@@ -89,8 +102,13 @@ class Case:
 
     @property
     def name(self) -> str:
-        """What `wrap` calls the method."""
+        """What reports call the method."""
         return PIPELINES[self.method].name
+
+    @property
+    def asked(self) -> str | Pipeline:
+        """What `wrap` is given for the method."""
+        return EXTRAS.get(self.method, self.name)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -169,7 +187,7 @@ class Case:
         return vtprune.wrap(model, **self._options(options))
 
     def _options(self, options: dict[str, Any]) -> dict[str, Any]:
-        method = {} if "method" in options else {"method": self.name, **self.settings}
+        method = {} if "method" in options else {"method": self.asked, **self.settings}
         return {"keep": self.keep, **method, **options}
 
     @contextmanager
@@ -385,7 +403,7 @@ def _merged_rows(case: Case, prompt: Prompt, keep: float | int) -> tuple[list[in
     """Positions and embeddings (1, K, D) of what is kept of a prompt that is alone, as vtprune hands them over."""
     model, inputs = case.spare, case.inputs((prompt,))
     options = {"keep": keep, **case.settings}
-    with torch.no_grad(), vtprune.pruning(model, case.name, **options) as pruner, handed_over(model) as seen:
+    with torch.no_grad(), vtprune.pruning(model, case.asked, **options) as pruner, handed_over(model) as seen:
         model(**inputs)
     return kept_positions(case, pruner.last, 0, inputs["input_ids"][0].tolist()), seen[0]
 
