@@ -29,6 +29,9 @@ class Part:
 
     `start`, `stop` and `separators` count from the beginning of the segment. Tokens that are not separators form the
     grid `(h, w)` in raster order. Separators (newline, CLS and the like) are always kept and counted apart.
+
+    Where crops were stitched into the grid, `crops` are the rows and the columns that they begin and end at: of two
+    beside each other ((0, 24), (0, 24, 48)).
     """
 
     start: int
@@ -36,6 +39,7 @@ class Part:
     kind: PartKind
     grid: tuple[int, int]
     separators: tuple[int, ...] = ()
+    crops: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
 
     def __post_init__(self) -> None:
         tokens = self.stop - self.start - len(self.separators)

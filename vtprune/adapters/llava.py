@@ -13,6 +13,7 @@ from vtprune.adapters.base import Encoding, Family, Host, Tower
 from vtprune.adapters.packing import (
     Parts,
     checked,
+    crop_ends,
     frame_parts,
     patch_part,
     patch_rows,
@@ -61,12 +62,15 @@ def _crop_counts(inner: Host, encoding: Encoding) -> list[tuple[int, int]]:
     ]
 
 
-def _stitched(inner: Host, crops: tuple[int, int], size: tuple[int, ...], limit: int | None) -> tuple[int, int]:
-    """Grid of the crops after unpadding, scaled down where it holds more than `limit` crops' worth of tokens."""
+def _stitched(inner: Host, crops: tuple[int, int], size: tuple[int, ...], limit: int | None, start: int) -> Part:
+    """The crops after unpadding, scaled down where they hold more than `limit` crops' worth of tokens."""
     side, _ = vision_grid(inner.config)
-    h, w = unpadded((crops[0] * side, crops[1] * side), size)
+    h, w = left = unpadded((crops[0] * side, crops[1] * side), size)
     scale = math.sqrt(h * w / (limit * side**2)) if limit else 0.0
-    return (int(h // scale), int(w // scale)) if scale > 1.1 else (h, w)
+    if scale > 1.1:
+        h, w = int(h // scale), int(w // scale)
+    rows, columns = (crop_ends(side, *along) for along in zip(crops, left, (h, w), strict=True))
+    return rows_part(start, (h, w), (rows, columns))
 
 
 def _anyres_parts(inner: Host, encoding: Encoding, limit: int | None = None) -> list[Parts]:
@@ -82,7 +86,7 @@ def _anyres_parts(inner: Host, encoding: Encoding, limit: int | None = None) -> 
             entries.append((Part(start=0, stop=n + 1, kind="image", grid=grid, separators=(n,)),))
         else:
             thumbnail = Part(start=0, stop=n, kind="thumbnail", grid=grid)
-            entries.append((thumbnail, rows_part(n, _stitched(inner, crops, size, limit))))
+            entries.append((thumbnail, _stitched(inner, crops, size, limit, n)))
     return checked(entries, encoding)
 
 

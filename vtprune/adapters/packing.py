@@ -59,11 +59,21 @@ def patch_rows(raw: Tensor, n: int) -> Tensor:
     return raw[:, 1:] if n == raw.shape[1] - 1 else raw
 
 
-def rows_part(start: int, grid: tuple[int, int]) -> Part:
-    """The stitched crops: `h` rows of `w` tokens, each row ended by a newline."""
+def rows_part(start: int, grid: tuple[int, int], crops: tuple[tuple[int, ...], tuple[int, ...]]) -> Part:
+    """The stitched crops: `h` rows of `w` tokens, each row ended by a newline; `crops` are where they end."""
     h, w = grid
     newlines = tuple(start + w + row * (w + 1) for row in range(h))
-    return Part(start=start, stop=start + h * (w + 1), kind="crop", grid=grid, separators=newlines)
+    return Part(start=start, stop=start + h * (w + 1), kind="crop", grid=grid, separators=newlines, crops=crops)
+
+
+def crop_ends(side: int, count: int, unpadded: int, length: int) -> tuple[int, ...]:
+    """Where `count` crops of `side` tokens end along one axis, once padding is off both ends and all is scaled.
+
+    `unpadded` of their tokens were left, which became `length`; crops of nothing but padding are gone.
+    """
+    padding = (count * side - unpadded) // 2
+    ends = (min(max(number * side - padding, 0), unpadded) for number in range(count + 1))
+    return tuple(sorted({round(end * length / unpadded) for end in ends}))
 
 
 def frame_parts(frames: int, grid: tuple[int, int], *, newline: bool = False) -> Parts:

@@ -21,13 +21,13 @@ def cdpruner(
     Source: arXiv 2506.10967
     Deviations: relevance is handed in, `using(relevance=...)` with the cosine of patches and question in the space of
         CLIP, whose sign is turned as the authors do; it is scaled for each picture (the authors: over the batch). One
-        set a picture over all its crops; a share with `per="part"` comes near the authors' one for each crop. Where the
+        set a picture over all its crops; `per="part"` gives the authors' one for each crop. Where the
         budget exceeds the rank of the features, the most relevant tokens follow (the authors' code takes roots of
         negative numbers).
 
     Published:
         llava: keep=192 | 128 | 64 | 32
-        llava_next: keep=0.2222 | 0.1111 | 0.0556, per="part"
+        llava_next: keep=128 | 64 | 32, per="part"
         qwen2_5_vl: keep=512 | 256 | 128
 
     Args:

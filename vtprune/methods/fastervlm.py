@@ -12,13 +12,13 @@ def fastervlm() -> Pipeline:
 
     Title: [CLS] Attention is All You Need for Training-Free Visual Token Pruning: Make VLM Inference Faster
     Source: arXiv 2412.01818
-    Deviations: the budget is per picture over all its crops (the authors: per crop; a share with `per="part"` comes
-        near). Newline tokens are kept and not counted (the authors drop them). Encoders without a CLS token are ranked
-        by received attention (the authors do not support them). Only the CLS row is computed, never the whole map.
+    Deviations: the budget is per picture over all its crops (the authors: per crop; `per="part"` gives that). Newline
+        tokens are kept and not counted (the authors drop them). Encoders without a CLS token are ranked by received
+        attention (the authors do not support them). Only the CLS row is computed, never the whole map.
 
     Published:
         llava: keep=144 | 58 | 29
-        llava_next: keep=0.25 | 0.1007 | 0.0503, per="part"
+        llava_next: keep=144 | 58 | 29, per="part"
         video_llava: keep=192 | 128 | 64 | 26 | 13, per="part"
     """
     return Pipeline(name="fastervlm", picks=(Pick(name="cls", scorer=Importance(), selector=TopK()),))

@@ -16,12 +16,12 @@ def prunesid() -> Pipeline:
         budgets goes by largest remainder; a bound that is too low gives way at once (the authors': one by one). The
         order is that of the picture (the authors: group after group). The CLS token does not go to the language model.
         The threshold grows with the share kept, not with the number. The budget is per picture over all its crops (the
-        authors: per crop; a share with `per="part"` comes near). Encoders without a CLS token: received attention (the
+        authors: per crop; `per="part"` gives that). Encoders without a CLS token: received attention (the
         authors: the weight in the component).
 
     Published:
         llava: keep=64
-        llava_next: keep=0.0556, per="part"
+        llava_next: keep=32, per="part"
     """
     selector = GroupSuppress(vectors="encoder_features")
     return Pipeline(name="prunesid", picks=(Pick(name="groups", scorer=Importance(), selector=selector),))

@@ -19,11 +19,11 @@ def visionzip(*, contextual: float = 0.15625) -> Pipeline:
         contextual token stays at its target (the authors: behind the dominant ones). The CLS token does not go to the
         language model (the authors count it as a dominant token). Targets are spaced over all that is left (the
         authors round the step down, so that the end has none). The budget is per picture over all its crops (the
-        authors: per crop; a share with `per="part"` comes near). Encoders without a CLS token: received attention.
+        authors: per crop; `per="part"` gives that). Encoders without a CLS token: received attention.
 
     Published:
         llava: keep=192 | 128 | 64
-        llava_next: keep=0.2222 | 0.1111 | 0.0556, per="part"
+        llava_next: keep=128 | 64 | 32, per="part"
 
     Args:
         contextual: share of the budget that takes in the rest, in [0, 1); the authors' 10 of 64.

@@ -15,13 +15,12 @@ def vispruner(*, important: float = 0.5) -> Pipeline:
     Title: Beyond Text-Visual Attention: Exploiting Visual Cues for Effective Token Pruning in VLMs
     Source: arXiv 2412.01818
     Deviations: residual lists of odd length work (the authors' code raises). The important share rounds half up (the
-        authors: down). The budget is per picture over all its crops (the authors: per crop; a share with `per="part"`
-        comes near). Encoders without a CLS token: received attention of the layer the features come from (the authors:
-        the last).
+        authors: down). The budget is per picture over all its crops (the authors: per crop; `per="part"` gives that).
+        Encoders without a CLS token: received attention of the layer the features come from (the authors: the last).
 
     Published:
         llava: keep=192 | 128 | 64 | 32
-        llava_next: keep=0.2222 | 0.1111 | 0.0556, per="part"
+        llava_next: keep=128 | 64 | 32, per="part"
 
     Args:
         important: share of the budget for important tokens, in (0, 1].

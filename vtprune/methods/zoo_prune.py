@@ -22,7 +22,7 @@ def zoo_prune(*, probes: int = 64, step: float = 0.01, seed: int = 0, closed_for
 
     Published:
         llava: keep=192 | 128 | 64
-        llava_next: keep=0.2222 | 0.1111 | 0.0556, per="part"
+        llava_next: keep=128 | 64 | 32, per="part"
         qwen2_5_vl: keep=0.2 | 0.1
 
     Args:

@@ -135,8 +135,9 @@ def _collected(layout: Layout, units: list[Unit], chosen: list[Chosen], device: 
         kept.view(-1).scatter_(0, at.view(-1), (choice.stages > DROPPED).view(-1))
         stages.update(zip(one.numbers, choice.stages.unbind(), strict=True))
         if choice.into is not None:
-            starts = torch.tensor([units[number].pieces[0].start for number in one.numbers])[:, None]
-            counted = choice.into + starts.to(device, non_blocking=True) * (choice.into >= 0)
+            numbers = torch.from_numpy(np.array([units[number].numbers for number in one.numbers]))
+            holders = numbers.to(device, non_blocking=True).gather(1, choice.into.clamp(min=0))
+            counted = holders.masked_fill(choice.into < 0, -1)
             into.update(zip(one.numbers, counted.unbind(), strict=True))
             held.update(zip(one.numbers, _tally(choice.into).unbind(), strict=True))
         if choice.merged is not None:
@@ -201,14 +202,24 @@ def _shared(pipeline: Pipeline, units: list[Unit], stacker: Stacker) -> list[Uni
 
 
 def _per_segment(units: Sequence[Unit], decided: Mapping[int, Tensor], count: int) -> tuple[Tensor, ...]:
-    stages: dict[int, list[Tensor]] = defaultdict(list)
+    """Of one (N,) for each unit, one (n,) per segment, tokens in their order."""
+    values: dict[int, list[Tensor]] = defaultdict(list)
+    places: dict[int, list[np.ndarray]] = defaultdict(list)
     for number, unit in enumerate(units):
         start = 0
         for piece in unit.pieces:
-            stop = start + piece.stop - piece.start
-            stages[piece.segment].append(decided[number][start:stop])
+            stop = start + len(piece.at)
+            values[piece.segment].append(decided[number][start:stop])
+            places[piece.segment].append(piece.at)
             start = stop
-    return tuple(kernels.joined(stages[segment]) for segment in range(count))
+    return tuple(_ordered(kernels.joined(values[one]), np.concatenate(places[one])) for one in range(count))
+
+
+def _ordered(values: Tensor, numbers: np.ndarray) -> Tensor:
+    """Values (n,) of the tokens of these numbers, by number."""
+    if (numbers[1:] > numbers[:-1]).all():
+        return values
+    return values[torch.from_numpy(np.argsort(numbers)).to(values.device, non_blocking=True)]
 
 
 def _choose(pipeline: Pipeline, stack: Stack) -> Choice:

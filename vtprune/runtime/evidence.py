@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -144,11 +145,12 @@ def forced_tokens(units: list[Unit], given: Given | None, layout: Layout) -> lis
 
 
 def _in_unit(unit: Unit, per_segment: list[tuple[int, ...]]) -> tuple[int, ...]:
-    found, offset = [], 0
+    found: list[int] = []
+    offset = 0
     for piece in unit.pieces:
-        inside = (i for i in per_segment[piece.segment] if piece.start <= i < piece.stop)
-        found += [i - piece.start + offset for i in inside]
-        offset += piece.stop - piece.start
+        own = np.isin(piece.at, per_segment[piece.segment])
+        found += (own.nonzero()[0] + offset).tolist()
+        offset += len(piece.at)
     return tuple(found)
 
 

@@ -91,5 +91,5 @@ def _features(embeds: Tensor, where: np.ndarray, at: Tensor) -> Tensor:
 
 def _of_units(units: list[Unit], per_segment: list[Tensor]) -> Tensor:
     """Evidence (S, N) or (S, N, C) of stacked units, from that per segment."""
-    pieces = [per_segment[piece.segment][piece.start : piece.stop] for unit in units for piece in unit.pieces]
+    pieces = [piece.of(per_segment[piece.segment]) for unit in units for piece in unit.pieces]
     return kernels.joined(pieces).unflatten(0, (len(units), -1))

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from vtprune.types import Budget, Layout, Ordinal, Part
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Piece:
-    """A range of the tokens of one segment (separators left out of the count)."""
+    """Some tokens of one segment: `at` are their numbers, ascending (separators left out of the count)."""
 
     segment: int
-    start: int
-    stop: int
+    at: np.ndarray
+
+    def of(self, values: Tensor) -> Tensor:
+        """The entries (n, ...) of the segment that are its own; those that lie one after the other need no copy."""
+        first, last = int(self.at[0]), int(self.at[-1])
+        if last - first + 1 == len(self.at):
+            return values[first : last + 1]
+        return values[torch.from_numpy(self.at).to(values.device, non_blocking=True)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +45,11 @@ class Unit:
         """Units of equal shape can be stacked."""
         return (len(self.at), self.k, tuple((part.kind, part.grid) for part in self.parts))
 
+    @property
+    def numbers(self) -> np.ndarray:
+        """The numbers (N,) of its tokens in their segment; of tokens of several pictures, through all of them."""
+        return self.pieces[0].at if len(self.pieces) == 1 else np.arange(len(self.at))
+
 
 def make_units(layout: Layout, budget: Budget, seen: tuple[int, ...]) -> list[Unit]:
     """One unit for each picture, part or prompt; `seen` counts the pictures of earlier turns per row."""
@@ -47,27 +61,42 @@ def make_units(layout: Layout, budget: Budget, seen: tuple[int, ...]) -> list[Un
         ordinal = seen[segment.row] + number[segment.row]
         number[segment.row] += 1
         if budget.per == "image":
-            pieces = (Piece(segment=index, start=0, stop=segment.tokens),)
+            pieces = (Piece(segment=index, at=np.arange(segment.tokens)),)
             units.append(_unit(layout, budget, pieces, segment.parts, Ordinal(segment=ordinal)))
             continue
-        start = 0
-        for part_number, part in enumerate(segment.parts):
-            piece = Piece(segment=index, start=start, stop=start + part.tokens)
+        for part_number, (part, at) in enumerate(_crops(segment.parts)):
+            piece = Piece(segment=index, at=at)
             units.append(_unit(layout, budget, (piece,), (part,), Ordinal(segment=ordinal, part=part_number)))
-            start += part.tokens
     return units
+
+
+def _crops(parts: Sequence[Part]) -> list[tuple[Part, np.ndarray]]:
+    """Every part by itself, and every crop of those that were stitched, with the numbers of its tokens."""
+    found, start = [], 0
+    for part in parts:
+        numbers = np.arange(start, start + part.tokens).reshape(part.grid)
+        rows, columns = part.crops
+        if len(rows) < 2:
+            found.append((part, numbers.ravel()))
+        for top, bottom in itertools.pairwise(rows):
+            for left, right in itertools.pairwise(columns):
+                grid = (bottom - top, right - left)
+                crop = Part(start=0, stop=grid[0] * grid[1], kind=part.kind, grid=grid)
+                found.append((crop, numbers[top:bottom, left:right].ravel()))
+        start += part.tokens
+    return found
 
 
 def split_unit(unit: Unit, counts: Sequence[int]) -> list[Unit]:
     """One unit for each part of `unit`, of which so many tokens stay."""
     found, offset = [], 0
-    places = [(piece, start) for piece in unit.pieces for start in range(piece.start, piece.stop)]
+    places = [(piece.segment, number) for piece in unit.pieces for number in piece.at]
     for number, (part, k) in enumerate(zip(unit.parts, counts, strict=True)):
-        piece, start = places[offset]
-        own = Piece(segment=piece.segment, start=start, stop=start + part.tokens)
+        own = places[offset : offset + part.tokens]
+        piece = Piece(segment=own[0][0], at=np.array([token for _, token in own]))
         ordinal = replace(unit.ordinal, part=unit.ordinal.part + number)
         at = unit.at[offset : offset + part.tokens]
-        found.append(Unit(row=unit.row, at=at, parts=(part,), pieces=(own,), ordinal=ordinal, k=k))
+        found.append(Unit(row=unit.row, at=at, parts=(part,), pieces=(piece,), ordinal=ordinal, k=k))
         offset += part.tokens
     return found
 
@@ -78,7 +107,7 @@ def _prompt_units(layout: Layout, budget: Budget, seen: tuple[int, ...]) -> list
         rows[segment.row].append(index)
     units = []
     for row, indices in rows.items():
-        pieces = tuple(Piece(segment=index, start=0, stop=layout.segments[index].tokens) for index in indices)
+        pieces = tuple(Piece(segment=index, at=np.arange(layout.segments[index].tokens)) for index in indices)
         parts = tuple(part for index in indices for part in layout.segments[index].parts)
         units.append(_unit(layout, budget, pieces, parts, Ordinal(segment=seen[row])))
     return units
@@ -87,7 +116,7 @@ def _prompt_units(layout: Layout, budget: Budget, seen: tuple[int, ...]) -> list
 def _unit(layout: Layout, budget: Budget, pieces: tuple[Piece, ...], parts: tuple[Part, ...], ordinal: Ordinal) -> Unit:
     segments = [layout.segments[piece.segment] for piece in pieces]
     row = segments[0].row
-    found = [segment.candidates[piece.start : piece.stop] for segment, piece in zip(segments, pieces, strict=True)]
+    found = [segment.candidates[piece.at] for segment, piece in zip(segments, pieces, strict=True)]
     positions = np.concatenate(found)
     return Unit(
         row=row,
