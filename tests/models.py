@@ -6,6 +6,7 @@ Pictures are seeded by their prompt, so a prompt has the same pixels and words a
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -315,3 +316,17 @@ def _qwen_config(name: str, layers: int) -> dict[str, Any]:
         "vision_start_token_id": VISION_START,
         "vision_end_token_id": VISION_END,
     }
+
+
+def units_of_parts(parts: Any) -> list[list[int]]:
+    """Tokens, separators left out, of every part, and of every crop of those that were stitched: a plain loop."""
+    found: list[list[int]] = []
+    first = 0
+    for part in parts:
+        height, width = part.grid
+        rows, columns = part.crops if len(part.crops[0]) > 1 else ((0, height), (0, width))
+        for top, bottom in itertools.pairwise(rows):
+            for left, right in itertools.pairwise(columns):
+                found.append([first + r * width + c for r in range(top, bottom) for c in range(left, right)])
+        first += height * width
+    return found

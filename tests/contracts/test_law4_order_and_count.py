@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
-from itertools import accumulate, groupby, pairwise
+from itertools import groupby
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ from tests.contracts.cases import (
     cells,
     depths_of,
 )
-from tests.models import QWEN, Prompt
+from tests.models import QWEN, Prompt, units_of_parts
 from vtprune.errors import InvalidOption
 from vtprune.report import PruneReport, SegmentReport
 from vtprune.types import Budget
@@ -222,8 +222,4 @@ def _depths(report: PruneReport, per: str) -> list[list[int]]:
         return [[depth for _, depths in row for depth in depths] for _, row in found]
     if per == "image":
         return [depths for _, depths in rows]
-    return [
-        depths[first:last]
-        for segment, depths in rows
-        for first, last in pairwise(accumulate((part.tokens for part in segment.parts), initial=0))
-    ]
+    return [[depths[token] for token in unit] for segment, depths in rows for unit in units_of_parts(segment.parts)]

@@ -162,7 +162,7 @@ def test_budgets_of_parts_and_of_whole_prompts(method, family, per):
     assert_same(got.answer, uncached.answer)
     for row in (0, 1):
         own = [segment for segment in got.report.segments if segment.row == row]
-        units = sum(len(segment.parts) for segment in own) if per == "part" else 1
+        units = sum(len(models.units_of_parts(segment.parts)) for segment in own) if per == "part" else 1
         wanted = BUDGETS[method] * sum(segment.n for segment in own)
         assert abs(sum(int(segment.depths.sum()) for segment in own) / LAYERS - wanted) <= 0.5 * units
     if method in DEEP:

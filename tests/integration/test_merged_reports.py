@@ -81,10 +81,13 @@ def together(report: PruneReport, per: str) -> list[tuple[list[int], list[int], 
 
 def owners(report: PruneReport, per: str) -> list[list[int]]:
     """Which unit of the budget each token of `together` belongs to."""
-    parts = [[part.tokens for part in segment.parts] for segment in report.segments]
     if per == "part":
-        return [[number for number, size in enumerate(own) for _ in range(size)] for own in parts]
-    lengths = [sum(own) for own in parts]
+        units = [models.units_of_parts(segment.parts) for segment in report.segments]
+        return [
+            [next(n for n, unit in enumerate(own) if token in unit) for token in range(sum(map(len, own)))]
+            for own in units
+        ]
+    lengths = [segment.n for segment in report.segments]
     return [[0] * length for length in (lengths if per == "image" else [sum(lengths)])]
 
 
