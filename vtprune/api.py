@@ -76,7 +76,7 @@ def wrap(
     pipeline = _pipeline(method, parameters, debias, measured)
     tower = plain_tower(model) if isinstance(model, nn.Module) else None
     if tower is not None:
-        if (per, positions, backend, on_report, history) != ("image", "auto", "auto", None, 1):
+        if (per, positions, backend, measured, on_report, history) != ("image", "auto", "auto", None, None, 1):
             raise InvalidOption("a vision encoder by itself takes a method, its parameters and `keep`, nothing else")
         return _wrap_encoder(model, tower, pipeline, budget)
     inner = find_base(model)
@@ -97,8 +97,19 @@ def _pruner(
     schedule = _schedule(pipeline, budget, inner)
     if measured is not None:
         measured.check(inner)
-        pipeline = measured.applied(pipeline, schedule)
+        pipeline = _calibrated(pipeline, measured, schedule)
     return Pruner(inner, family=family, pipeline=pipeline, budget=budget, schedule=schedule, **options)
+
+
+def _calibrated(pipeline: Pipeline, measured: Calibration, schedule: Schedule | None) -> Pipeline:
+    """The pipeline with what was measured; raises `InvalidOption` where it can use none of it."""
+    found = measured.applied(pipeline, schedule)
+    if schedule is None or (found == pipeline and not measured.parameters(pipeline.name.partition("+")[0])):
+        raise InvalidOption(
+            f"calibration: method {pipeline.name!r} uses nothing of it. Methods that cut between layers take trends "
+            "with debias=True, adaptinfer and information_horizon take layers"
+        )
+    return found
 
 
 def _pipeline(

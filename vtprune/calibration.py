@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -70,11 +69,23 @@ class Calibration:
                 Trend(**{**one, "exponential": tuple(one["exponential"]), "cubic": tuple(one["cubic"])})
                 for one in data.pop("trends")
             )
-            return cls(**{**data, "inflections": tuple(data["inflections"])}, trends=trends)
+            found = cls(**{**data, "inflections": tuple(data["inflections"])}, trends=trends)
+            found.check_values()
+            return found
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InvalidOption(
                 f"calibration={str(path)!r} cannot be read ({error}): write one with `vtprune calibrate`"
             ) from error
+
+    def check_values(self) -> None:
+        """Raise `ValueError` for numbers that are none, or not those of layers."""
+        layers = (*self.inflections, *(trend.layer for trend in self.trends))
+        layers += () if self.horizon is None else (self.horizon,)
+        if not all(type(layer) is int and 0 <= layer < self.depth for layer in layers) or self.horizon == 0:
+            raise ValueError(f"layers {layers} of {self.depth}")
+        for trend in self.trends:
+            WithoutRecency(constants=trend.exponential)
+            WithoutRecency(form="cubic", constants=trend.cubic)
 
     def check(self, inner: nn.Module) -> None:
         """Raise `InvalidOption` for a model that is not the one measured."""
@@ -125,12 +136,10 @@ class Calibration:
 
 
 def fingerprint(inner: nn.Module) -> str:
-    """Tells base models apart: a hash of the config and of some of the numbers of the input embeddings."""
-    config: Any = inner.config
-    described: Mapping[str, Any] = config.to_dict()
-    kept = {name: value for name, value in described.items() if name not in ("_name_or_path", "transformers_version")}
-    digest = hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode())
-    weight = inner.get_input_embeddings().weight.detach().reshape(-1)  # type: ignore[operator]
-    sample = weight[:: max(1, weight.numel() // _SAMPLED)]
-    digest.update(sample.to(torch.float32).cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    """Tells base models apart, whatever their dtype: a hash of sizes and of some numbers of the input embeddings."""
+    text: Any = inner.config.get_text_config()  # type: ignore[union-attr, operator]
+    sizes = [getattr(text, name, None) for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")]
+    weight = inner.get_input_embeddings().weight.detach()  # type: ignore[operator]
+    sample = weight.reshape(-1)[:: max(1, weight.numel() // _SAMPLED)].to(torch.bfloat16).float().cpu()
+    described = [inner.config.model_type, *sizes, *weight.shape, *sample.tolist()]  # type: ignore[union-attr]
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]

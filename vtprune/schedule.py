@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -105,9 +106,22 @@ class Schedule:
 
         Each is rounded by itself, so that the average is met to within half a token where the floor asks for no more.
         """
-        keep = budget.keep if isinstance(budget.keep, float) else budget.keep / max(n, 1)
-        shares = self.solve(min(1.0, keep))
-        return tuple(Budget(keep=share, floor=budget.floor).resolve(n) if share else 0 for share in shares)
+        return tuple(
+            Budget(keep=share, floor=budget.floor).resolve(n) if share else 0 for share in self._shares(n, budget)
+        )
+
+    def _shares(self, n: int, budget: Budget) -> tuple[float, ...]:
+        if isinstance(budget.keep, float):
+            return self.solve(budget.keep)
+        lowest, highest = self.reach
+        if budget.keep < (lowest - _ROUNDING) * n:
+            points = ", ".join(map(str, self.layers))
+            raise InvalidOption(
+                f"keep={budget.keep} of {n} tokens is the average over {self.depth} decoder layers; with cuts in front "
+                f"of layers {points} this method reaches {lowest:.4g} to {highest:.4g} of them, that is "
+                f"{math.ceil((lowest - _ROUNDING) * n)} at least"
+            )
+        return self.solve(min(highest, budget.keep / max(n, 1)))
 
     def _powered(self, power: float) -> tuple[float, ...]:
         return tuple(max(share**power, _SLIGHT) if share else 0.0 for share in (self.before, *self.shares))

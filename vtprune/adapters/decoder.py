@@ -47,6 +47,8 @@ def decoder_of(inner: Host, lm: Host, *, glances: bool) -> Decoder:
     layers = getattr(lm, "layers", None)
     if not isinstance(layers, nn.ModuleList) or not all(map(_is_plain, layers)):
         raise UnsupportedModel(f"the layers of {name} are not of the form this library can cut between")
+    if len({parameter.device for parameter in lm.parameters()}) > 1:
+        raise UnsupportedModel(f"{name} lies on several devices, and cuts between layers work on one: load it on one")
     if sliding_window(inner.config) is not None:
         raise UnsupportedModel(f"layers of {name} see a sliding window, and cuts between layers would move it")
     if glances and not all(_rotates_halves(layer.self_attn) for layer in layers):

@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from vtprune.adapters.base import placeholder_id
+from vtprune.adapters.base import language_model, placeholder_id
+from vtprune.adapters.decoder import decoder_of
 from vtprune.api import pruning
 from vtprune.calibration import Calibration, Trend, fingerprint
 from vtprune.errors import InvalidOption
@@ -75,11 +76,12 @@ def calibrate(
         raise InvalidOption("nothing to calibrate on: expected at least one picture")
     inner = find_base(model)
     depth = int(inner.config.get_text_config().num_hidden_layers)  # type: ignore[union-attr, operator]
-    curves = {rows: _curves(model, inner, batches, rows, depth, on_step) for rows in ("last", "text")}
+    first = decoder_of(inner, language_model(inner), glances=True).first
+    curves = {rows: _curves(model, inner, batches, rows, range(first, depth), on_step) for rows in ("last", "text")}
     trends = [
         Trend(rows=rows, layer=layer, exponential=exponential_of(curve), cubic=cubic_of(curve))
         for rows, own in curves.items()
-        for layer, curve in enumerate(own)
+        for layer, curve in enumerate(own, start=first - 1)
     ]
     return Calibration(
         model=name,
@@ -89,8 +91,8 @@ def calibrate(
         versions=versions,
         depth=depth,
         trends=tuple(trends),
-        inflections=inflections_of(curves["text"], depth),
-        horizon=_horizon(model, batches, depth, max_new_tokens, decode, on_step),
+        inflections=inflections_of(curves["text"], depth, first=first),
+        horizon=_horizon(model, batches, range(first, depth), max_new_tokens, decode, on_step),
     )
 
 
@@ -104,15 +106,18 @@ def _curves(
     inner: nn.Module,
     batches: Sequence[Callable[[], dict[str, Any]]],
     rows: Rows,
-    depth: int,
+    points: range,
     on_step: Callable[[], None],
 ) -> Curves:
-    """Attention to a picture over the place in it, (layers - 1, bins), each picture scaled to sum 1; their mean."""
-    total = np.zeros((depth - 1, _BINS))
+    """Attention to a picture over the place in it, in the layer before each point, (points, bins).
+
+    It is the mean of all pictures, each scaled to sum 1.
+    """
+    total = np.zeros((len(points), _BINS))
     for make in batches:
         record = _Record()
         pick = Pick(name="recorded", scorer=Glanced(rule=record, rows=rows), selector=TopK())
-        stages = tuple(LayerStage(at=layer, keep=_NEARLY_ALL, picks=(pick,)) for layer in range(1, depth))
+        stages = tuple(LayerStage(at=layer, keep=_NEARLY_ALL, picks=(pick,)) for layer in points)
         inputs = make()
         with torch.no_grad(), pruning(model, Pipeline(name="recording", picks=(), inside=stages), keep=_NEARLY_ALL):
             model(**inputs)
@@ -148,12 +153,15 @@ def cubic_of(curve: NDArray[np.float64]) -> tuple[float, float, float]:
     return (float(a / first), float(b / first), float(c / first))
 
 
-def inflections_of(curves: Curves, depth: int) -> tuple[int, ...]:
+def inflections_of(curves: Curves, depth: int, *, first: int = 1) -> tuple[int, ...]:
     """The layers, at most three and five of 32 apart, in front of which attention shifts most from one to the next.
 
-    The shift is the Jensen-Shannon divergence of neighbouring curves (AdaptInfer, arXiv 2508.06084).
+    `curves` are those of the layers from the one before `first` on. The shift is the Jensen-Shannon divergence of
+    neighbouring curves (AdaptInfer, arXiv 2508.06084).
     """
-    shifts = [(_divergence(early, late), layer + 2) for layer, (early, late) in enumerate(itertools.pairwise(curves))]
+    shifts = [
+        (_divergence(early, late), layer + first + 1) for layer, (early, late) in enumerate(itertools.pairwise(curves))
+    ]
     chosen: list[int] = []
     for _, layer in sorted(shifts, reverse=True):
         if len(chosen) < _STAGES and layer < depth and all(abs(layer - other) >= _APART * depth for other in chosen):
@@ -170,7 +178,7 @@ def _divergence(first: NDArray[np.float64], second: NDArray[np.float64]) -> floa
 def _horizon(
     model: nn.Module,
     batches: Sequence[Callable[[], dict[str, Any]]],
-    depth: int,
+    points: range,
     max_new_tokens: int,
     decode: Callable[[Tensor], list[str]],
     on_step: Callable[[], None],
@@ -186,9 +194,9 @@ def _horizon(
     whole = [answers(make) for make in batches]
     pick = Pick(name="none", scorer=Constant(), selector=TopK())
     found = None
-    for layer in range(depth - 1, 0, -1):
+    for layer in reversed(points):
         stage = LayerStage(at=layer, keep=0.0, picks=(pick,))
-        with pruning(model, Pipeline(name="leaving", picks=(), inside=(stage,)), keep=layer / depth):
+        with pruning(model, Pipeline(name="leaving", picks=(), inside=(stage,)), keep=layer / points.stop):
             pruned = [answers(make) for make in batches]
         pairs = zip(itertools.chain(*whole), itertools.chain(*pruned), strict=True)
         same = [one == other for one, other in pairs]

@@ -27,15 +27,22 @@ class Passage:
     `walk` cuts in a prefill and is None later. `cached` counts, for every drop point, the tokens cached behind it, and
     in front of the first one `cached_first`. Where any of them is padding, `known` says per drop point which are real,
     (B, cached), and `known_first` in front of the first; in a call that cuts nothing they cover its own tokens too.
+    `padded` says that an earlier cut left padding behind a drop point.
     """
 
     walk: Walk | None
     cached: tuple[int, ...]
     known: tuple[Tensor, ...] | None = None
     known_first: Tensor | None = None
+    padded: bool = False
     rotary: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     masks: dict[tuple[int, bool], Any] = field(default_factory=dict)
     seen: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def nothing_to_mend(self) -> bool:
+        """Whether this call cuts nothing and nothing cached is padding."""
+        return self.walk is None and self.known is None
 
     def real(self, behind: int) -> Tensor | None:
         """(B, keys), which keys a layer behind drop point `behind` has are real; None where all are."""
@@ -169,12 +176,15 @@ class LayerCutter:
         if passage is None:
             return None
         hidden, rest = (args[0], args[1:]) if args else (kwargs["hidden_states"], ())
+        if passage.nothing_to_mend and kwargs.get("attention_mask") is None and hidden.shape[1] == 1:
+            return None
         if passage.walk is not None:
             hidden = self._pass(number, passage, passage.walk, hidden, kwargs)
-        changed = {**kwargs, "position_ids": None, "attention_mask": self._mask(number, passage, hidden, kwargs)}
+        changed = dict(kwargs)
         if passage.walk is not None:
             changed = {name: passage.cut(value) for name, value in changed.items()}
             changed["position_embeddings"] = passage.tables(kwargs["position_embeddings"])
+        changed |= {"position_ids": None, "attention_mask": self._mask(number, passage, hidden, kwargs)}
         if args:
             return (hidden, *rest), changed
         return (), {**changed, "hidden_states": hidden}

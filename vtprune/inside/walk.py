@@ -17,7 +17,7 @@ from vtprune.types import Merged, Ordinal, Part, VisualTokens
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """The sequence that enters the language model: B rows of K tokens, of which `past` more are cached.
+    """The sequence that enters the language model: B rows of K tokens.
 
     `lengths` are its real tokens per row. `rows` (B, R) are the places of the text behind the last picture, the last
     token last, `real` (B, R) is False where there is less. `raters` (B, R) are those of them that rate the pictures,
@@ -85,7 +85,7 @@ class LayerStack:
 @dataclass
 class Walk:
     """Where everything is: `index` (B, K) are places in the sequence at entry, `slots` those of every cut for the way
-    back, `stored` (cut, B) tells what behind each drop point is real, `lengths` how many tokens that are."""
+    back, `stored` (B, K) tells for each what behind it is real, `lengths` how many tokens that are in each row."""
 
     stages: tuple[LayerStage, ...]
     layers: tuple[int, ...]
@@ -195,7 +195,6 @@ class Walk:
             hidden = kernels.cut_sequence(hidden, slots)
         return hidden
 
-    @torch.no_grad()
     def _choose(
         self, stack: LayerStack, number: int, hidden: Tensor, glances: Mapping[str, Tensor]
     ) -> tuple[Tensor, Merged | None]:
@@ -207,7 +206,8 @@ class Walk:
         tokens = stack.tokens(hidden, glances)
         choice = self.stages[number].choice
         with kernels.exact(hidden.device):
-            selection = choice.run(tokens, k)
+            with torch.no_grad():
+                selection = choice.run(tokens, k)
             return selection.keep, choice.merge(tokens, selection) if k else None
 
     @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from vtprune.cache import CacheState, physical_length, state_of
 from vtprune.errors import MissingEvidence, UnsupportedCall
-from vtprune.inside.walk import Walk
 from vtprune.masks import first_square
 from vtprune.protocols import EncoderStage
 from vtprune.report import Stopwatch
@@ -28,7 +27,7 @@ class Call:
 
     `expected` names the kinds whose pixels it brings, `prefill` says that nothing was cached before it, `past` how
     much, `state` how it was pruned. `prompt` is its visual side, once every expected kind is encoded, `short` the
-    shortened call of the language model, `publish` writes its report where that has to wait for what the layers cut.
+    shortened call of the language model, `pending` what its report needs where that has to wait for what layers cut.
     """
 
     ids: Tensor | None
@@ -42,7 +41,7 @@ class Call:
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     prompt: Prompt | None = None
     short: Shortened | None = None
-    publish: Callable[[Walk], None] | None = None
+    pending: tuple[Tensor, Any] | None = None
 
     @classmethod
     def begin(cls, given: Mapping[str, Any], owner: str) -> Call:

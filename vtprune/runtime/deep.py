@@ -86,7 +86,8 @@ class Deep:
             tail = after[:, state.valid.shape[1] : past]
             known = tuple(torch.cat([valid, tail], dim=1) for valid in state.deep.valid)
         cached = (0,) * points if known is None else tuple(valid.shape[1] for valid in known)
-        self.cutter.begin(Passage(walk=walk, cached=cached, known=known, known_first=first))
+        padded = state is not None and state.deep is not None and state.deep.padded
+        self.cutter.begin(Passage(walk=walk, cached=cached, known=known, known_first=first, padded=padded))
 
     def before(self, n: int) -> int:
         """Of `n` tokens of a picture, how many enter the language model."""
@@ -119,7 +120,7 @@ class Deep:
             known = passage.known or (blank,) * walk.cuts
             valid = tuple(torch.cat(pair, dim=1) for pair in zip(known, walk.stored, strict=True))
             ragged = any(len(set(lengths)) > 1 for lengths in walk.lengths)
-            state.deep = DeepState(valid=valid, padded=ragged or state.padded)
+            state.deep = DeepState(valid=valid, padded=ragged or state.padded or passage.padded)
         return walk
 
     def _stack(self, one: Any, short: Shortened) -> LayerStack:

@@ -75,14 +75,15 @@ class Encoded:
     def asked_length(self, ids: np.ndarray) -> int:
         """How many of ids (B, L) are the prompt these pictures were first asked about with, where it begins like that.
 
-        Without a cache, `generate` runs the prompt with all it wrote so far in every step: what was written is no part
-        of the question.
+        Without a cache, `generate` runs the prompt with all it wrote so far in every step, a token longer each time:
+        what was written is no part of the question.
         """
-        before = self.asked[0] if self.asked else ids
-        if before.shape[0] != ids.shape[0] or not np.array_equal(before, ids[:, : before.shape[1]]):
-            before = ids
-        self.asked[:] = [before]
-        return before.shape[1]
+        first, last = self.asked or (ids, ids)
+        grown = ids.shape[1] - last.shape[1]
+        goes_on = ids.shape[0] == last.shape[0] and grown in (0, 1) and np.array_equal(last, ids[:, : last.shape[1]])
+        first = first if goes_on else ids
+        self.asked[:] = [first, ids]
+        return first.shape[1]
 
     def read(self, name: str, encoding: Encoding) -> Tensor | None:
         """One reading (rows, N, C), summed over its blocks; None where it was not taken."""

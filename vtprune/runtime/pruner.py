@@ -6,7 +6,6 @@ caller's length back) -> cache (remember what decoding must know). Nothing flows
 
 from __future__ import annotations
 
-import functools
 import inspect
 import threading
 import uuid
@@ -258,7 +257,7 @@ class Pruner:
             )
         if self._deep is not None:
             self._deep.prefill(prompt, decision, call.short, cache, call.state)
-            call.publish = functools.partial(self._publish, call, embeds, decision)
+            call.pending = (embeds, decision)
         return call.short.arguments
 
     @torch.compiler.disable
@@ -283,8 +282,8 @@ class Pruner:
         if output is None or short is None:
             return None
         if walk is not None:
-            assert call.publish is not None
-            call.publish(walk)
+            assert call.pending is not None
+            self._publish(call, *call.pending, walk)
             output.last_hidden_state = walk.restore(output.last_hidden_state)
         if output.past_key_values is not None:
             check_prunable(output.past_key_values)

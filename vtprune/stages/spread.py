@@ -34,7 +34,7 @@ class SpatialSpread:
             scores.float(),
             k,
             reduce="min",
-            worths=torch.cdist(own, own),
+            worths=torch.cdist(own, own, compute_mode="donot_use_mm_for_euclid_dist"),
             taken=taken,
             available=scores != float("-inf"),
         )
