@@ -139,9 +139,9 @@ def test_evidence_that_does_not_fit(case: Case, refuses: Refuses) -> None:
         with refuses(InvalidOption, "does not read"), pruner.using(mood=[torch.zeros(3)]):
             pass
         for evidence, message in (
-            ({"protect": [torch.arange(5)]}, "5 tokens protected|forced in or out"),
-            ({"protect": [torch.tensor([10_000])]}, "indices must lie|forced in or out"),
-            ({"forbid": [torch.arange(pruner.last.segments[0].n)]}, "forbidden|forced in or out"),
+            ({"protect": [torch.arange(5)]}, "5 tokens protected"),
+            ({"protect": [torch.tensor([10_000])]}, "indices must lie"),
+            ({"forbid": [torch.arange(pruner.last.segments[0].n)]}, "forbidden"),
         ):
             with refuses(UnsupportedCall, message), pruner.using(**evidence):
                 answer(case.model, case.rows[0])

@@ -96,9 +96,11 @@ def decide(
     units = make_units(layout, budget, prompt.seen)
     if resolve is not None:
         units = [replace(unit, k=resolve(len(unit.at))) for unit in units]
-    if not budget.keeps_all:
+    if pipeline.inside and not budget.keeps_all:
         _check_evidence_fits(pipeline, given)
     forced = forced_tokens(units, given, layout)
+    if pipeline.encoder is not None and not budget.keeps_all:
+        _check_evidence_fits(pipeline, given)
     adaptive = pipeline.counter is not None and not budget.keeps_all
     deep = bool(pipeline.inside) and not budget.keeps_all
     pruned = adaptive or deep or any(unit.k < len(unit.at) for unit in units)
