@@ -14,6 +14,8 @@ from tests.inside.common import model_of
 from tests.models import Prompt
 from vtprune.adapters import family_of
 from vtprune.errors import InvalidOption
+from vtprune.inside.layers import Passage
+from vtprune.inside.walk import Entry, Walk
 from vtprune.runtime.encoder import encode_once
 from vtprune.schedule import Schedule
 from vtprune.seam import find_base
@@ -129,3 +131,25 @@ def test_a_calibration_that_nothing_uses_is_refused(tmp_path):
             pass
     finally:
         model.float()
+
+
+def test_a_mask_for_flash_attention_is_not_cut_again():
+    """Behind a cut that leaves the longest row as it was, the mask says which keys are real, as it was made."""
+    real = torch.tensor([[True] * 6, [False, False, True, True, True, True]])
+    whole = torch.ones(2, 6, dtype=torch.bool)
+    rows, none = torch.tensor([[5], [5]]), torch.zeros(2, 6, dtype=torch.long)
+    entry = Entry(valid=whole, lengths=(6, 6), left_padded=True, rows=rows, real=rows > 0)
+    walk = Walk(stages=(), layers=(1,), depth=6, entry=entry, stacks=[])
+    walk.index = torch.tensor([[0, 1, 2, 3, 4, 5], [0, 0, 0, 1, 4, 5]])
+    walk.valid, walk.lengths, walk.slots, walk.stored, walk.widths = real, [(6, 4)], [none], [real], [6]
+    model = model_of("llava")
+    with vtprune.pruning(model, "fastv", keep=0.6) as pruner:
+        cutter = pruner._deep.cutter
+        cutter._implementation = "flash_attention_2"
+        cutter.begin(Passage(walk=walk, cached=(0,)))
+        tables = torch.zeros(1, 6, 8), torch.zeros(1, 6, 8)
+        given = {"attention_mask": whole.long(), "position_embeddings": tables, "other": torch.arange(12).view(2, 6)}
+        _, changed = cutter._enter(2, model.model.language_model.layers[2], (torch.zeros(2, 6, 4),), given)
+        cutter.end()
+    assert torch.equal(changed["attention_mask"].bool(), real)
+    assert changed["other"].tolist() == [[0, 1, 2, 3, 4, 5], [6, 6, 6, 7, 10, 11]]
