@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from rich.console import Console
 
+_FEW = 32
 _EXAMPLES = """Methods that cut between decoder layers go by attention, and that favours late tokens, shifts at some
 layers, and fades. This measures a model once: the trend of attention over a picture in every layer (for debias=True),
 the layers where it shifts most (for adaptinfer), and the layer from which on answers need no picture any more (for
@@ -85,6 +86,8 @@ def _calibrate(options: argparse.Namespace, console: Console) -> None:
         )
         progress.update(task, completed=steps_of(depth, len(batches)))
     found.write(out)
+    if found.pictures < _FEW:
+        console.print(f"{found.pictures} pictures are few: trends, layers and horizon are rough", soft_wrap=True)
     last = [f"{trend.exponential[0]:.2f}" for trend in found.trends if trend.rows == "last"]
     console.print(f"trend of the last token, layer by layer, exp(k u) with k = {', '.join(last)}", soft_wrap=True)
     shifts = ", ".join(map(str, found.inflections)) or "none"

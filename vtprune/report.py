@@ -276,7 +276,9 @@ class PruneReport:
         separators = f" (+{self.separators} separators)" if self.separators else ""
         saved = f"{self.kv_bytes_saved / 2**20:.2f} MiB of KV cache saved"
         merged = f", {self.merged} of the others merged into them" if self.merged else ""
-        kept = f"kept {self.kept} of {self.tokens} tokens{separators} of {pictures}{merged}"
+        deep = any(segment.depths is not None for segment in self.segments)
+        average = f" in the last layer, {self.average:.0f} on average over layers" if deep else ""
+        kept = f"kept {self.kept} of {self.tokens} tokens{separators} of {pictures}{merged}{average}"
         method = f"{self.method} (adaptive)" if self.adaptive else self.method
         return f"{method} on {self.family}: {kept}, {saved}"
 

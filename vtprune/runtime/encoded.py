@@ -79,9 +79,9 @@ class Encoded:
         what was written is no part of the question.
         """
         first, last = self.asked or (ids, ids)
-        grown = ids.shape[1] - last.shape[1]
-        goes_on = ids.shape[0] == last.shape[0] and grown in (0, 1) and np.array_equal(last, ids[:, : last.shape[1]])
-        first = first if goes_on else ids
+        starts_alike = first.shape[0] == ids.shape[0] and np.array_equal(first, ids[:, : first.shape[1]])
+        if not starts_alike or ids.shape[1] - last.shape[1] not in (0, 1):
+            first = ids
         self.asked[:] = [first, ids]
         return first.shape[1]
 
