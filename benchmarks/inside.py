@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import platform
 import random
 import statistics
 from collections.abc import Callable
@@ -39,9 +38,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from prefill import TEXT_AFTER, build_inputs, build_model, clock_ms, interval, keep_freed_memory
-from recording import append_rows, commit
+from recording import append_rows, machine
 from rich.progress import track
 from torch import nn
 from weighing import Bytes
@@ -281,13 +279,9 @@ def main() -> None:
             "visual": VISUAL,
             "text": runs.ids.shape[1] - VISUAL,
             "layer_bytes": layer_bytes(runs),
-            "clock": "cuda events" if device == "cuda" else "process CPU time",
             "dtype": str(dtype).removeprefix("torch."),
             "allocator": allocator,
-            "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU {platform.machine()}",
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "commit": commit(),
+            **machine(device),
         }
         rows = [row_of(runs, arm, pairs, common) for arm, pairs in times.items()]
     show(rows)

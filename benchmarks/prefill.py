@@ -26,8 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from recording import append_rows, commit
+from recording import append_rows, machine
 from rich.progress import track
 from torch import Tensor, nn
 
@@ -273,17 +272,13 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = build_model(options.hidden, options.layers, device)
     common = {
-        "clock": "cuda events" if device == "cuda" else "process CPU time",
         "allocator": allocator,
         "rounds": options.rounds,
         "threads": options.threads,
         "hidden": options.hidden,
         "layers": options.layers,
         "visual": 576,
-        "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU {platform.machine()}",
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "commit": commit(),
+        **machine(device),
     }
     calls = Calls(model, build_inputs(576, device))
     calls.encode("vtprune")

@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import platform
 import random
 import statistics
 from collections.abc import Callable
@@ -38,7 +37,7 @@ from typing import Any
 import torch
 import transformers
 from prefill import clock_ms, keep_freed_memory
-from recording import append_rows, commit
+from recording import append_rows, machine
 from rich.progress import track
 from torch import Tensor, nn
 
@@ -245,13 +244,9 @@ def main() -> None:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     asked = ("batch", "visual", "keep", "text", "width", "layers", "layers_measured", "rounds", "threads")
     common = {name: getattr(options, name) for name in asked} | {
-        "clock": "cuda events" if device == "cuda" else "process CPU time",
         "dtype": str(dtype).removeprefix("torch."),
         "allocator": allocator,
-        "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU {platform.machine()}",
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "commit": commit(),
+        **machine(device),
     }
     with torch.no_grad():
         builders = [pick_arms, prefill_arms] if options.bounded_only else [pick_arms, reported_arms, prefill_arms]

@@ -10,7 +10,7 @@ import pytest
 
 import vtprune
 from tests import models
-from vtprune.calibration import Calibration, Trend, fingerprint
+from vtprune.calibration import Calibration, Trend, quick_fingerprint
 from vtprune.cli import main
 from vtprune.errors import InvalidOption
 from vtprune.eval.calibrating import cubic_of, exponential_of, inflections_of, resampled
@@ -27,7 +27,7 @@ def made(model, **changes):
     ]
     measured = Calibration(
         model="mine",
-        fingerprint=fingerprint(model.model),
+        fingerprint=quick_fingerprint(model.model),
         data="some",
         pictures=3,
         versions="none",

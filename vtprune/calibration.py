@@ -89,7 +89,7 @@ class Calibration:
 
     def check(self, inner: nn.Module) -> None:
         """Raise `InvalidOption` for a model that is not the one measured."""
-        if fingerprint(inner) != self.fingerprint:
+        if quick_fingerprint(inner) != self.fingerprint:
             raise InvalidOption(f"the calibration is one of {self.model}, and this is another model: calibrate it")
 
     def parameters(self, method: str) -> dict[str, Any]:
@@ -135,7 +135,7 @@ class Calibration:
         return next((one for one in self.trends if (one.rows, one.layer) == (rows, looked_at)), None)
 
 
-def fingerprint(inner: nn.Module) -> str:
+def quick_fingerprint(inner: nn.Module) -> str:
     """Tells base models apart, whatever their dtype: a hash of sizes and of some numbers of the input embeddings."""
     text: Any = inner.config.get_text_config()  # type: ignore[union-attr, operator]
     sizes = [getattr(text, name, None) for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")]

@@ -126,9 +126,7 @@ def describe(name: str) -> MethodCard:
         parameters=defaults,
         meanings=sections["Args"],
         needs=tuple(sorted(pipeline.needs - {pipeline.survivors})),
-        picks=tuple(
-            pick.name for pick in (*pipeline.picks, *(pick for stage in pipeline.inside for pick in stage.picks))
-        ),
+        picks=tuple(pick.name for pick in pipeline.all_picks),
         published=sections["Published"],
         deviations=sections[""]["Deviations"],
         adaptive=pipeline.adaptive,

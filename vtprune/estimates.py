@@ -32,8 +32,8 @@ class Shape:
             layers=config.num_hidden_layers,
             d=config.hidden_size,
             heads=config.num_attention_heads,
-            key_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            key_heads=_key_heads(config),
+            head_dim=_head_dim(config),
             inner=config.intermediate_size,
             vocabulary=config.vocab_size,
         )
@@ -78,6 +78,18 @@ def kv_bytes(shape: Shape, cached: Sequence[int], itemsize: int) -> int:
     return 2 * shape.key_heads * shape.head_dim * itemsize * sum(cached)
 
 
+def kv_bytes_per_token(config: Any, itemsize: int) -> int:
+    """Bytes of KV cache that one token takes over all attention layers.
+
+    Args:
+        config: the text config; layers of linear attention store no keys and count nothing.
+        itemsize: bytes of one element.
+    """
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    layers = sum("linear" not in kind for kind in kinds)
+    return 2 * _key_heads(config) * _head_dim(config) * layers * itemsize
+
+
 def modality_dominance(text_mass: float, other_mass: float, text: int, others: int) -> float:
     """MDI: attention that a text token of the prompt gets, over that of another token; above 1 text dominates.
 
@@ -101,6 +113,14 @@ def attention_efficiency(text_mass: float, other_mass: float, text: int, others:
     _check_masses(text_mass, other_mass, text, others)
     whole, count = text_mass + other_mass, text + others
     return (text_mass / whole) / (text / count), (other_mass / whole) / (others / count)
+
+
+def _key_heads(config: Any) -> int:
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+
+
+def _head_dim(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def _check_lengths(shape: Shape, lengths: Sequence[int]) -> None:

@@ -86,8 +86,8 @@ def over_keys(valid: Tensor | None, *, queries: int, keys: int, like: Tensor, im
     Returns:
         None where a causal mask without padding is what the implementation does by itself.
     """
-    flash = implementation.startswith("flash")
-    if valid is None and (flash or queries in (1, keys)):
+    flash, eager = implementation.startswith("flash"), implementation == "eager"
+    if valid is None and (flash or queries == 1 or (queries == keys and not eager)):
         return None
     if flash:
         return valid
@@ -96,6 +96,6 @@ def over_keys(valid: Tensor | None, *, queries: int, keys: int, like: Tensor, im
     seen = seen.expand(like.shape[0], 1, queries, keys)
     if valid is not None:
         seen = seen & valid[:, None, None]
-    if implementation != "eager":
+    if not eager:
         return seen
     return torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill(~seen, torch.finfo(like.dtype).min)

@@ -99,6 +99,11 @@ class Pipeline:
             raise InvalidOption(f"pipeline {self.name!r}: a counter and budgets of frames do not go together")
 
     @cached_property
+    def all_picks(self) -> tuple[Pick, ...]:
+        """Its picks, and those of the cuts between decoder layers."""
+        return (*self.picks, *(pick for stage in self.inside for pick in stage.picks))
+
+    @cached_property
     def adaptive(self) -> bool:
         """Whether what pictures hold decides how many tokens stay; the budget is the most then."""
         return self.counter is not None or any(stage.counter is not None for stage in self.inside)

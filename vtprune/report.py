@@ -281,17 +281,3 @@ class PruneReport:
         kept = f"kept {self.kept} of {self.tokens} tokens{separators} of {pictures}{merged}{average}"
         method = f"{self.method} (adaptive)" if self.adaptive else self.method
         return f"{method} on {self.family}: {kept}, {saved}"
-
-
-def kv_bytes_per_token(config: Any, itemsize: int) -> int:
-    """Bytes of KV cache that one token takes over all attention layers.
-
-    Args:
-        config: the text config; layers of linear attention store no keys and count nothing.
-        itemsize: bytes of one element.
-    """
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    layers = sum("linear" not in kind for kind in kinds)
-    return 2 * heads * head_dim * layers * itemsize

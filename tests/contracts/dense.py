@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def hidden(model: nn.Module, depths: Sequence[Sequence[int]]) -> Iterator[None]:
+def hidden(model: nn.Module, depths: Tensor | Sequence[Sequence[int]]) -> Iterator[None]:
     """In calls inside the block a token is seen in as many decoder layers as `depths` says, in none of those behind.
 
     Args:
         depths: for every row (which repeats for beams) and every token of the first call; later ones are never hidden.
     """
-    rows = torch.tensor(depths)
+    rows = torch.as_tensor(depths)
     handles = []
     for number, layer in enumerate(model.model.language_model.layers):
         gone = rows <= number
@@ -42,8 +42,12 @@ def _hide(number: int, gone: Tensor, module: nn.Module, args: tuple[Any, ...], k
     queries = states.shape[1]
     keys = queries + (0 if cache is None else cache.get_seq_length(number))
     own, key = torch.arange(keys - queries, keys)[:, None], torch.arange(keys)
-    seen = key <= own if mask is None else mask
-    assert seen.dtype == torch.bool and seen.shape[-1] == keys, "the reference runs sdpa"
+    eager = module.self_attn.config._attn_implementation == "eager"
+    seen = key <= own if mask is None else mask >= 0 if eager else mask
+    assert seen.dtype == torch.bool and seen.shape[-1] == keys, "the reference runs sdpa or eager"
     gone = gone.repeat_interleave(len(states) // len(gone), dim=0)
     gone = nn.functional.pad(gone, (0, keys - gone.shape[1]))
-    return args, {**kwargs, "attention_mask": (seen & ~gone[:, None, None]) | (key == own)}
+    seen = (seen & ~gone[:, None, None]) | (key == own)
+    if eager:
+        seen = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+    return args, {**kwargs, "attention_mask": seen}

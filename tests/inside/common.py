@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import vtprune
 from tests import models
 from tests.contracts.cases import Answer, answer
+from tests.contracts.dense import hidden
 from tests.models import IMAGE, VIDEO, Prompt
 from vtprune import Pipeline
 from vtprune.catalog import build
@@ -114,35 +115,10 @@ def reach(report: Any, ids: Tensor, earlier: Tensor | None = None) -> Tensor:
     return found
 
 
-@contextmanager
-def hidden_from(model: nn.Module, reached: Tensor, attended: Tensor | None = None) -> Iterator[None]:
-    """Layer i sees of the prompt what went further than i: `reached` (B, L), `attended` is the 2-D mask."""
-    handles = []
-    for number, layer in enumerate(model.model.language_model.layers):
-        hook = functools.partial(_hide, reached > number if attended is None else (reached > number) & attended.bool())
-        handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _hide(seen: Tensor, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-    hidden = args[0] if args else kwargs["hidden_states"]
-    B, L = hidden.shape[:2]
-    keys = torch.ones(B, L, dtype=torch.bool)
-    keys[:, : seen.shape[1]] = seen.repeat_interleave(B // len(seen), dim=0)
-    mask = torch.ones(L, L, dtype=torch.bool).tril() & keys[:, None, None] | torch.eye(L, dtype=torch.bool)
-    if layer.self_attn.config._attn_implementation == "eager":
-        mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
-    return args, {**kwargs, "attention_mask": mask}
-
-
 def dense(model: nn.Module, inputs: dict[str, Tensor], reached: Tensor, **mode: Any) -> Answer:
     """The answer of transformers alone, without a cache, its layers seeing only what reached them."""
     assert not hasattr(model, "vtprune"), "the reference needs the unwrapped model"
-    with hidden_from(model, reached, inputs["attention_mask"]):
+    with hidden(model, reached):
         return answer(model, inputs, use_cache=False, **{"steps": STEPS, **mode})
 
 

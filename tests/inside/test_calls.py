@@ -11,6 +11,7 @@ import torch
 import vtprune
 from tests import models
 from tests.contracts.cases import answer
+from tests.contracts.dense import hidden
 from tests.inside.common import (
     BUDGETS,
     DEEP,
@@ -23,7 +24,6 @@ from tests.inside.common import (
     assert_same,
     dense,
     fresh,
-    hidden_from,
     lengths,
     model_of,
     pruned,
@@ -145,7 +145,7 @@ def test_one_forward_returns_logits_at_the_length_of_the_caller(method):
         reached = reach(pruner.last, inputs["input_ids"])
     assert logits.shape[:2] == inputs["input_ids"].shape
     if method in DEEP:
-        with torch.no_grad(), hidden_from(model, reached, inputs["attention_mask"]):
+        with torch.no_grad(), hidden(model, reached):
             expected = model(**inputs).logits
         left = (reached == LAYERS) & inputs["attention_mask"].bool()
         assert (logits - expected)[left].abs().max() < TOLERANCE

@@ -7,6 +7,7 @@ import torch
 
 from tests import models
 from tests.contracts.cases import answer
+from tests.contracts.dense import hidden
 from tests.inside.common import (
     BUDGETS,
     DEEP,
@@ -18,7 +19,6 @@ from tests.inside.common import (
     assert_same,
     dense,
     fresh,
-    hidden_from,
     lengths,
     model_of,
     pruned,
@@ -63,7 +63,7 @@ def test_padding_on_the_right(method, family, attention):
         logits = model(**right).logits
         assert [segment.depths.tolist() for segment in pruner.last.segments] == expected
         reached = reach(pruner.last, right["input_ids"])
-    with hidden_from(model, reached, right["attention_mask"]):
+    with hidden(model, reached):
         dense_logits = model(**right).logits
     left_over = right["attention_mask"].bool() & (reached == LAYERS)
     assert (logits - dense_logits)[left_over].abs().max() < TOLERANCE
@@ -110,7 +110,7 @@ def test_gradients_are_those_of_the_dense_model(method, checkpointing):
         model.gradient_checkpointing_enable()
     with pruned(model, method) as pruner:
         loss, grads = step(model)
-    with hidden_from(reference, reach(pruner.last, ids), inputs["attention_mask"]):
+    with hidden(reference, reach(pruner.last, ids)):
         expected, dense_grads = step(reference)
     assert (loss - expected).abs() < TOLERANCE
     assert grads.keys() == dense_grads.keys()

@@ -13,7 +13,8 @@ import vtprune
 from tests import models
 from tests.contracts import oracle
 from tests.contracts.cases import answer
-from tests.inside.common import FAMILIES, LAYERS, ONE, WHOLE, hidden_from, model_of, reach
+from tests.contracts.dense import hidden
+from tests.inside.common import FAMILIES, LAYERS, ONE, WHOLE, model_of, reach
 from tests.models import IMAGE, ONE_AND_TWO, Prompt
 from vtprune import Pick, Pipeline
 from vtprune.inside.glances import MOST_ROWS, find_raters
@@ -63,7 +64,7 @@ def maps_of(family, told, reached, at, known=0):
         there = reached.clone()
         if at == "behind":
             there[:, known:][reached[:, known:] == layer] += 1
-        with hidden_from(model, there, told["attention_mask"]):
+        with hidden(model, there):
             attentions = model(**told, output_attentions=True).attentions
         found.append((attentions[layer], (there > layer) & told["attention_mask"].bool()))
     return found

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tests import models
 from tests.contracts.cases import Answer, answer, assert_close
+from tests.contracts.dense import hidden
 from tests.inside.common import (
     BUDGETS,
     DEEP,
@@ -21,7 +22,6 @@ from tests.inside.common import (
     WHOLE,
     assert_same,
     dense,
-    hidden_from,
     lengths,
     model_of,
     pruned,
@@ -191,7 +191,7 @@ def test_a_loop_written_by_hand_needs_no_mask(method, family):
     told = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if "mm_token_type_ids" in inputs:
         told["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, 5))
-    with hidden_from(model, reached):
+    with hidden(model, reached):
         expected = model(**told).logits[:, -6:]
     assert (torch.cat(steps, dim=1) - expected).abs().max() < TOLERANCE
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vtprune.adapters.base import language_model, placeholder_id
 from vtprune.adapters.decoder import decoder_of
 from vtprune.api import pruning
-from vtprune.calibration import Calibration, Trend, fingerprint
+from vtprune.calibration import Calibration, Trend, quick_fingerprint
 from vtprune.errors import InvalidOption
 from vtprune.eval.questions import judged
 from vtprune.pipeline import LayerStage, Pick, Pipeline
@@ -85,7 +85,7 @@ def calibrate(
     ]
     return Calibration(
         model=name,
-        fingerprint=fingerprint(inner),
+        fingerprint=quick_fingerprint(inner),
         data=data,
         pictures=sum(len(make()["input_ids"]) for make in batches),
         versions=versions,

@@ -18,14 +18,9 @@ MOST_ROWS = 256
 """Of longer texts the last rows are read: their attention takes heads x rows x keys numbers."""
 
 
-def raters_of(walk: Walk) -> Tensor:
-    """(B, R), which rows of text rate the pictures: SparseVLM, arXiv 2410.04417; none where nothing asked for them."""
-    return walk.entry.real if walk.entry.raters is None else walk.entry.raters
-
-
 @torch.no_grad()
 def find_raters(embeds: Tensor, rows: Tensor, real: Tensor, visual: Tensor) -> Tensor:
-    """(B, R), the rows of text that pictures are nearer to than to the average one.
+    """(B, R), the rows of text that pictures are nearer to than to the average one: SparseVLM, arXiv 2410.04417.
 
     Args:
         embeds: (B, K, D), what enters the language model.
@@ -65,7 +60,8 @@ def look(
     count = 1 if glance.rows == "last" else MOST_ROWS
     rows, real = walk.rows[:, -count:], walk.entry.real[:, -count:]
     if glance.rows == "raters":
-        real = raters_of(walk)
+        assert walk.entry.raters is not None
+        real = walk.entry.raters
     B, K = walk.valid.shape
     cos, sin = (kernels.cut_sequence(table.expand(B, -1, -1), rows) for table in rotary)
     query = decoder.queries(layer, queries[:, -count:], cos, sin)

@@ -24,9 +24,9 @@ from vtprune.seam import refuse_copy
 class Passage:
     """One call of the language model.
 
-    `walk` cuts in a prefill and is None later. `cached` counts, for every drop point, the tokens cached behind it, and
-    in front of the first one `cached_first`. Where any of them is padding, `known` says per drop point which are real,
-    (B, cached), and `known_first` in front of the first; in a call that cuts nothing they cover its own tokens too.
+    `walk` cuts in a prefill and is None later. `cached` counts, for every drop point, the tokens cached behind it.
+    Where any of them is padding, `known` says per drop point which are real, (B, cached), and `known_first` in front
+    of the first; in a call that cuts nothing `known` covers its own tokens too.
     `padded` says that an earlier cut left padding behind a drop point.
     """
 
@@ -59,8 +59,7 @@ class Passage:
         assert walk is not None
         if not torch.is_tensor(value) or value.shape[:2] != walk.entry.valid.shape or not walk.slots:
             return value
-        rows = walk.index.view(*walk.index.shape, *(1,) * (value.ndim - 2)).expand(-1, -1, *value.shape[2:])
-        return value.gather(1, rows)
+        return kernels.cut_sequence(value, walk.index)
 
     def tables(self, given: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Cosines and sines (B, K, d) of the tokens that are left, from those `given` for all; gathered once a cut."""

@@ -139,14 +139,14 @@ def vacated_below(ids: Tensor, was: Tensor, stays: Tensor) -> tuple[Tensor, Tens
 
 
 def cut_sequence(rows: Tensor, indices: Tensor) -> Tensor:
-    """Rows (B, K, D) of `rows` (B, L, D) at `indices` (B, K)."""
-    B, L, _ = rows.shape
+    """Rows (B, K, ...) of `rows` (B, L, ...) at `indices` (B, K)."""
+    B, L = rows.shape[:2]
     return take_rows(rows, indices if B == 1 else indices + torch.arange(0, B * L, L, device=indices.device)[:, None])
 
 
 def take_rows(rows: Tensor, at: Tensor) -> Tensor:
-    """Rows (S, K, D) of `rows` (B, L, D) at `at` (S, K), which counts through all B * L of them."""
-    return rows.reshape(-1, rows.shape[-1]).index_select(0, at.reshape(-1)).view(*at.shape, rows.shape[-1])
+    """Rows (S, K, ...) of `rows` (B, L, ...) at `at` (S, K), which counts through all B * L of them."""
+    return rows.flatten(0, 1).index_select(0, at.reshape(-1)).view(*at.shape, *rows.shape[2:])
 
 
 def exact(device: torch.device) -> AbstractContextManager[Any]:

@@ -68,8 +68,6 @@ class Deep:
             )
         stacks = [self._stack(one, short) for one in decision.chosen]
         entry = _entry(prompt, decision, short, needs_text=bool(self._rows & {"text", "raters"}))
-        if "raters" in self._rows:
-            entry = replace(entry, raters=_raters(entry, stacks, short.arguments["inputs_embeds"]))
         walk = Walk(
             stages=tuple(self._pipeline.inside[number] for number in self.schedule.stages),
             layers=self.schedule.layers,
@@ -77,6 +75,9 @@ class Deep:
             entry=entry,
             stacks=stacks,
         )
+        if "raters" in self._rows:
+            raters = find_raters(short.arguments["inputs_embeds"], entry.rows, entry.real, walk.visual)
+            walk.entry = replace(entry, raters=raters)
         after = short.state.valid
         past = after.shape[1] - walk.valid.shape[1]
         points = len(self.schedule.layers)
@@ -171,10 +172,3 @@ def _entry(prompt: Prompt, decision: Decision, short: Shortened, *, needs_text: 
         rows=short.cut.slots.gather(1, places),
         real=torch.from_numpy(filled).to(device, non_blocking=True),
     )
-
-
-def _raters(entry: Entry, stacks: list[LayerStack], embeds: Tensor) -> Tensor:
-    visual = torch.zeros_like(entry.valid)
-    for stack in stacks:
-        visual.view(-1)[stack.at] = True
-    return find_raters(embeds, entry.rows, entry.real, visual)

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from vtprune.estimates import Shape, prefill_flops
+from vtprune.estimates import Shape, kv_bytes_per_token, prefill_flops
 from vtprune.inside.walk import Walk
 from vtprune.pipeline import Pipeline
-from vtprune.report import DROPPED, PruneReport, SegmentReport, Stopwatch, kv_bytes_per_token
+from vtprune.report import DROPPED, PruneReport, SegmentReport, Stopwatch
 from vtprune.runtime.decide import Decision
 from vtprune.runtime.evidence import Given, readings_of
 from vtprune.runtime.reading import Prompt
@@ -85,10 +85,7 @@ class Reports:
             backend=self._backend,
             positions=self._positions,
             importance=", ".join(sorted(_sources(prompt, self._pipeline, given))) or None,
-            picks=tuple(
-                pick.name
-                for pick in (*self._pipeline.picks, *(pick for stage in self._pipeline.inside for pick in stage.picks))
-            ),
+            picks=tuple(pick.name for pick in self._pipeline.all_picks),
             segments=segments,
             length_before=before,
             length_after=after,

@@ -238,8 +238,7 @@ def _cut_extra(value: Any, cut: Cut) -> Any:
     """Any further input (B, L, ...) of the language model, cut along with the embeddings; all else as it is."""
     if not torch.is_tensor(value) or value.shape[:2] != cut.kept.shape:
         return value
-    rows = cut.indices.view(*cut.indices.shape, *(1,) * (value.ndim - 2)).expand(-1, -1, *value.shape[2:])
-    return value.gather(1, rows.to(value.device))
+    return kernels.cut_sequence(value, cut.indices.to(value.device))
 
 
 def _cut_deepstack(

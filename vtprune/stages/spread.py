@@ -25,7 +25,7 @@ class SpatialSpread:
 
     def __call__(self, tokens: VisualTokens, scores: Tensor, k: int, taken: Tensor | None) -> Tensor:
         device = scores.device
-        places = torch.from_numpy(places_of(tokens.parts)).to(device, non_blocking=True)
+        places = torch.from_numpy(coordinates_of(tokens.parts)).to(device, non_blocking=True)
         origin = tokens.evidence.get("origin")
         own = places.expand(len(scores), -1, -1) if origin is None else places[origin]
         return kernels.greedy_select(
@@ -40,7 +40,7 @@ class SpatialSpread:
         )
 
 
-def places_of(parts: Sequence[Part]) -> np.ndarray:
+def coordinates_of(parts: Sequence[Part]) -> np.ndarray:
     """Row, column and part (N, 3) of every token."""
     found = []
     for number, part in enumerate(parts):
