@@ -21,9 +21,9 @@ from vtprune.types import Merged, Selection, VisualTokens
 
 FORMAT = 1
 _INF = float("inf")
-_WHOLE = ("merger", "counter", "frames", "encoder")
+_WHOLE = ("merger", "counter", "frames", "encoder", "cache")
 """Stages of a pipeline that belong to none of its picks."""
-_DEEP = ("inside", "before")
+_DEEP = ("inside", "before", "trims")
 """What a pipeline has where it cuts between decoder layers."""
 
 
@@ -57,7 +57,9 @@ class Pipeline:
     `frames` shares the budget of a clip, or of a picture of several parts, among them, and each is pruned by itself,
     after one more wait too. `encoder` prunes inside the vision encoder already; the picks then take what it left.
     `inside` are cuts between decoder layers; with them the budget is the average over all layers, `before` is the share
-    published for what the picks leave, and picks may be missing.
+    published for what the picks leave, and picks may be missing. With `trims`, layers between these cuts lose from
+    their caches what later ones dropped, once the prefill is over. `cache` leaves all tokens to all layers, and stores
+    fewer of them.
     A pipeline compares, prints and stores as a value: see `to_dict` and `from_dict`.
     """
 
@@ -69,21 +71,24 @@ class Pipeline:
     encoder: EncoderStage | None = None
     inside: tuple[LayerStage, ...] = ()
     before: float = 1.0
+    trims: bool = False
+    cache: CacheStage | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.picks, tuple) or not all(isinstance(pick, Pick) for pick in self.picks):
             raise InvalidOption(f"picks of pipeline {self.name!r}: expected a tuple of Pick, got {self.picks!r}")
-        if not self.picks and not self.inside:
+        if self.cache is not None and (self.picks or self.inside or any(getattr(self, name) for name in _WHOLE[:-1])):
+            raise InvalidOption(f"pipeline {self.name!r} cuts the cache, and no other stage goes with that")
+        if not self.picks and not self.inside and self.cache is None:
             raise InvalidOption(f"pipeline {self.name!r} has no picks: it would keep nothing")
         if not isinstance(self.inside, tuple) or not all(isinstance(stage, LayerStage) for stage in self.inside):
             raise InvalidOption(
                 f"inside of pipeline {self.name!r}: expected a tuple of LayerStage, got {self.inside!r}"
             )
         check_share("before", self.before, above=0)
-        if self.inside and (self.counter is not None or self.frames is not None or self.encoder is not None):
+        if self.inside and (self.counter is not None or self.frames is not None):
             raise InvalidOption(
-                f"pipeline {self.name!r} cuts between decoder layers: counters, budgets of frames and cuts inside the "
-                "encoder do not go with that"
+                f"pipeline {self.name!r} cuts between decoder layers: no counter and no budget of frames goes with that"
             )
         if (self.before < 1) != bool(self.picks and self.inside):
             raise InvalidOption(
@@ -100,13 +105,14 @@ class Pipeline:
 
     @cached_property
     def all_picks(self) -> tuple[Pick, ...]:
-        """Its picks, and those of the cuts between decoder layers."""
-        return (*self.picks, *(pick for stage in self.inside for pick in stage.picks))
+        """Its picks, those of the cuts between decoder layers and those of the cache."""
+        deep = (*self.inside, *(() if self.cache is None else (self.cache,)))
+        return (*self.picks, *(pick for stage in deep for pick in stage.picks))
 
     @cached_property
     def adaptive(self) -> bool:
         """Whether what pictures hold decides how many tokens stay; the budget is the most then."""
-        return self.counter is not None or any(stage.counter is not None for stage in self.inside)
+        return any(stage.counter is not None for stage in (self, *self.inside, self.cache) if stage is not None)
 
     @cached_property
     def needs(self) -> frozenset[str]:
@@ -134,7 +140,7 @@ class Pipeline:
         stages: list[Any] = [self.merger, self.counter, self.frames]
         for pick in self.picks:
             stages += [pick.scorer, *pick.debiasers, pick.selector]
-        deep = (stage.choice._wanted for stage in self.inside)
+        deep = (stage.choice._wanted for stage in (*self.inside, self.cache) if stage is not None)
         return frozenset().union(*(getattr(stage, "needs", ()) for stage in stages), *deep)
 
     def run(self, tokens: VisualTokens, k: int) -> Selection:
@@ -233,7 +239,7 @@ class Pipeline:
             raise InvalidOption(f"pipeline format {data.get('format')!r}: this version reads format {FORMAT}")
         if not {"name", "picks"} <= data.keys():
             raise InvalidOption(f"a stored pipeline needs 'name' and 'picks', this one has {', '.join(data)}")
-        known = {**stages, "Pick": Pick, "LayerStage": LayerStage}
+        known = {**stages, "Pick": Pick, "LayerStage": LayerStage, "CacheStage": CacheStage}
         found = {name: from_plain(data[name], known) for name in ("picks", *_WHOLE, *_DEEP) if name in data}
         return cls(name=data["name"], **found)
 
@@ -266,6 +272,38 @@ class LayerStage:
     def choice(self) -> Pipeline:
         """The stages as a pipeline of their own."""
         return Pipeline(name=f"in front of layer {self.at}", picks=self.picks, merger=self.merger, counter=self.counter)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheStage:
+    """What of the pictures stays in the KV cache of a prefill, chosen in every decoder layer by itself.
+
+    All tokens pass through all layers, and the budget is the share that stays in the caches. `picks`, `merger` and
+    `counter` are those of a `Pipeline`; they see the keys of a layer for features, and what it attends to for evidence.
+    Where `heads` choose by themselves a picture is shown once for each head of keys. Where attention is `sparse`, what
+    is not chosen takes no part in it in the prefill either: it is neither seen, nor given anything.
+    """
+
+    picks: tuple[Pick, ...]
+    merger: Merger | None = None
+    counter: Counter | None = None
+    heads: bool = False
+    sparse: bool = False
+
+    def __post_init__(self) -> None:
+        if self.heads and (self.sparse or self.counter is not None):
+            raise InvalidOption(
+                "a stage of the cache: heads that choose by themselves all keep as many, and all attend"
+            )
+        if self.merger is not None and not self.heads:
+            raise InvalidOption("a stage of the cache: keys are merged head by head, so heads have to choose as well")
+        if any(isinstance(need, Reading) for need in self.choice._wanted):
+            raise InvalidOption("a stage of the cache goes by what its layer attends to, not by the encoder")
+
+    @cached_property
+    def choice(self) -> Pipeline:
+        """The stages as a pipeline of their own."""
+        return Pipeline(name="cache", picks=self.picks, merger=self.merger, counter=self.counter)
 
 
 def _reads_the_cut(pick: Pick) -> bool:

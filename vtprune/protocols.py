@@ -7,7 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 from vtprune.readings import BlockAttention, Glance, Reading
-from vtprune.types import EncoderCut, Selection, VisualTokens
+from vtprune.types import EncoderCut, Per, Selection, VisualTokens
 
 
 class Scorer(Protocol):
@@ -54,6 +54,15 @@ class FrameBudget(Protocol):
     """How `k` tokens are shared among the T parts of a clip or picture: (S, T), each row of sum `k`."""
 
     def __call__(self, tokens: VisualTokens, k: int) -> Tensor: ...
+
+
+class Allowance(Protocol):
+    """How many of n patches an encoder may leave: a `Budget`, or what it comes to in front of the language model."""
+
+    @property
+    def per(self) -> Per: ...
+    def resolve(self, n: int) -> int: ...
+    def at_least(self, n: int) -> int: ...
 
 
 class EncoderStage(Protocol):

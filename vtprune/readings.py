@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, get_args
 
 from torch import Tensor, nn
 
@@ -65,8 +65,19 @@ class RowAttention:
     own: Tensor
     visual: Tensor
 
+    def of_groups(self, groups: int) -> RowAttention:
+        """The same of every group of heads by itself: B * `groups` prompts, each of H / `groups` heads."""
+        if groups == 1:
+            return self
+        return RowAttention(
+            weights=self.weights.unflatten(1, (groups, -1)).flatten(0, 1),
+            real=self.real.repeat_interleave(groups, dim=0),
+            own=self.own.repeat_interleave(groups, dim=0),
+            visual=self.visual.repeat_interleave(groups, dim=0),
+        )
 
-Rows = Literal["last", "text", "raters"]
+
+Rows = Literal["last", "text", "raters", "sampled", "all"]
 
 
 class RowRule(Protocol):
@@ -84,7 +95,8 @@ class Glance:
     `rows` are the `"last"` token of the prompt, all `"text"` behind its last picture, or the `"raters"` of that text:
     the words whose embeddings are nearer to the pictures than those of the average word. `at` is the layer `"before"`
     the drop point, whose own queries and keys are taken as it runs, or the one `"behind"` it, for which those of the
-    rows and all keys are computed once more.
+    rows and all keys are computed once more. What stays in a cache may also go by rows that are `"sampled"`, the last
+    ones of the prompt and as many evenly apart, or by `"all"`; it is always the attention of the layer itself.
     """
 
     rule: RowRule
@@ -92,8 +104,8 @@ class Glance:
     at: Literal["before", "behind"] = "before"
 
     def __post_init__(self) -> None:
-        if self.rows not in ("last", "text", "raters"):
-            raise InvalidOption(f"rows={self.rows!r} of a glance: expected 'last', 'text' or 'raters'")
+        if self.rows not in get_args(Rows):
+            raise InvalidOption(f"rows={self.rows!r} of a glance: expected one of {', '.join(get_args(Rows))}")
         if self.at not in ("before", "behind"):
             raise InvalidOption(f"at={self.at!r} of a glance: expected 'before' or 'behind'")
 

@@ -97,7 +97,8 @@ class SegmentReport:
     prompt share one budget, and parts none of their own, the tokens are counted through all of them. `held` (n,) then
     says how many tokens live in each, itself included, 0 where it was dropped.
 
-    `depths` (n,), where the method cuts between decoder layers, is how many of these each token went through.
+    `depths` (n,), where the method cuts between decoder layers, is how many of these each token went through. `cached`
+    (n,), where it cuts caches, is in how many layers each token is stored, heads that do not store it counted out.
     """
 
     row: int
@@ -107,6 +108,7 @@ class SegmentReport:
     into: Tensor | None = field(default=None, repr=False)
     held: Tensor | None = field(default=None, repr=False)
     depths: Tensor | None = field(default=None, repr=False)
+    cached: Tensor | None = field(default=None, repr=False)
 
     @property
     def n(self) -> int:
@@ -155,6 +157,7 @@ class SegmentReport:
             "keep": self.keep.tolist(),
             "taken": self.taken.tolist(),
             **({} if self.depths is None else {"depths": self.depths.tolist()}),
+            **({} if self.cached is None else {"cached": self.cached.tolist()}),
             **({} if self.into is None else {"into": self.into.tolist(), "sizes": self.sizes.tolist()}),
         }
 
@@ -195,12 +198,17 @@ class PruneReport:
 
     @property
     def average(self) -> float:
-        """Tokens that a decoder layer saw, on average over layers: `kept`, but for cuts between layers."""
+        """Tokens that a decoder layer saw, on average over layers: `kept`, but for cuts between layers.
+
+        Of methods that cut nothing but caches: tokens that a layer stored.
+        """
         return sum(map(self.average_of, self.segments))
 
     def average_of(self, segment: SegmentReport) -> float:
         """The same of one picture or clip."""
-        return segment.k if segment.depths is None else int(segment.depths.sum()) / self.layers
+        if segment.depths is not None:
+            return int(segment.depths.sum()) / self.layers
+        return segment.k if segment.cached is None else float(segment.cached.sum()) / self.layers
 
     def check(self) -> None:
         """Raise where features or evidence were not finite on a device that nothing waited for.
@@ -276,8 +284,11 @@ class PruneReport:
         separators = f" (+{self.separators} separators)" if self.separators else ""
         saved = f"{self.kv_bytes_saved / 2**20:.2f} MiB of KV cache saved"
         merged = f", {self.merged} of the others merged into them" if self.merged else ""
-        deep = any(segment.depths is not None for segment in self.segments)
-        average = f" in the last layer, {self.average:.0f} on average over layers" if deep else ""
+        average = ""
+        if any(segment.depths is not None for segment in self.segments):
+            average = f" in the last layer, {self.average:.0f} on average over layers"
+        elif any(segment.cached is not None for segment in self.segments):
+            average = f", {self.average:.0f} of them in the KV cache of a layer"
         kept = f"kept {self.kept} of {self.tokens} tokens{separators} of {pictures}{merged}{average}"
         method = f"{self.method} (adaptive)" if self.adaptive else self.method
         return f"{method} on {self.family}: {kept}, {saved}"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vtprune.errors import InvalidOption
-from vtprune.types import Budget
+from vtprune.types import Budget, Per
 
 _STEPS = 60
 _STEEPEST = 2.0**12
@@ -125,3 +125,26 @@ class Schedule:
 
     def _powered(self, power: float) -> tuple[float, ...]:
         return tuple(max(share**power, _SLIGHT) if share else 0.0 for share in (self.before, *self.shares))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Front:
+    """What a budget of the layers leaves in front of them: the side of `Budget` that an encoder asks."""
+
+    schedule: Schedule
+    budget: Budget
+
+    @property
+    def per(self) -> Per:
+        """What the budget applies to."""
+        return self.budget.per
+
+    def resolve(self, n: int) -> int:
+        """Number of `n` tokens that enter the language model."""
+        return self.schedule.counts(n, self.budget)[0]
+
+    def at_least(self, n: int) -> int:
+        """As many of `n` tokens as can be left of them where they are a part of a picture, all under a number."""
+        if isinstance(self.budget.keep, int):
+            return n
+        return Budget(keep=self.schedule.solve(self.budget.keep)[0], floor=self.budget.floor).at_least(n)

@@ -36,6 +36,7 @@ from vtprune.catalog import build
 from vtprune.debiasing import debiased
 from vtprune.stages.budgets import Proportional
 from vtprune.stages.debiasers import WithoutHighNorms
+from vtprune.stages.filters import Passing
 from vtprune.stages.scorers import Norm
 from vtprune.stages.selectors import TopK
 
@@ -48,10 +49,13 @@ FRAMES = Pipeline(
 )
 EXTRAS = {"frames": FRAMES, "pyramiddrop+recency": debiased(build("pyramiddrop"), True)}
 """Kinds of stages that no method of the list has: budgets shared among parts, and debiasers asked for with `debias`."""
-METHODS = (*vtprune.list_methods(), "prumerge_plus-adaptive", *EXTRAS)
+METHODS = (*vtprune.list_methods(), "prumerge_plus-adaptive", "mustdrop-text", "mustdrop-adaptive", *EXTRAS)
 """Methods by name; what follows a dash tells apart those that differ in their `SETTINGS`."""
 SETTINGS: dict[str, dict[str, Any]] = {
     "prumerge_plus-adaptive": {"adaptive": True},
+    "mustdrop-text": {"vision": False},
+    "mustdrop-adaptive": {"vision": False, "adaptive": True, "least_overall": 0.05, "least_single": 0.05},
+    "zipvl": {"mass": 0.7},
     "vflowopt_select": {"recycled": 0.4},
     "vflowopt": {"recycled": 0.4},
 }
@@ -75,6 +79,13 @@ IN_LAYERS = tuple(method for method in METHODS if PIPELINES[method].inside)
 """Methods that prune between the decoder layers."""
 LEAVING = tuple(m for m in IN_LAYERS if any(stage.counter is not None for stage in PIPELINES[m].inside))
 """Those of them that let all tokens of a picture go or not: the budget is only the most."""
+FILTERING = tuple(m for m in LEAVING if any(isinstance(s.counter, Passing) for s in PIPELINES[m].inside))
+"""Those of them that let any number go."""
+TRIMMING = tuple(method for method in METHODS if PIPELINES[method].trims)
+"""Those that drop from caches what later layers dropped: without a cache their answers are others."""
+CACHING = tuple(method for method in METHODS if PIPELINES[method].cache is not None)
+"""Methods that let all tokens pass and store fewer: their references are in `caches`."""
+SHORTENING = tuple(method for method in METHODS if method not in CACHING)
 MERGING = tuple(method for method in METHODS if PIPELINES[method].merger is not None)
 IN_TOWER = tuple(method for method in METHODS if PIPELINES[method].encoder is not None)
 """Methods that prune inside the vision encoder."""
@@ -231,7 +242,7 @@ def selection(method: str, family: str, law: str, *, again: bool = False) -> Sel
 
 
 PRUNING_METHODS = tuple(method for method in METHODS if method not in NEUTRAL)
-EXACT_METHODS = tuple(method for method in PRUNING_METHODS if method not in (*ADAPTIVE, *IN_LAYERS))
+EXACT_METHODS = tuple(method for method in PRUNING_METHODS if method not in (*ADAPTIVE, *IN_LAYERS, *CACHING))
 """Methods that keep as many tokens as the budget says."""
 
 
@@ -338,22 +349,34 @@ def depths_of(segment: Any, layers: int) -> list[int]:
     return [layers if index in kept else 0 for index in range(segment.n)]
 
 
+def stored_in(segment: Any, depths: list[int]) -> list[Any]:
+    """In how many layers each token of a picture is stored: those it went through, but where caches are cut."""
+    return depths if segment.cached is None else segment.cached.tolist()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Kept:
-    """Prompt positions that go into the language model, and how many of its layers each goes through."""
+    """Prompt positions that go into the language model, how many of its layers each goes through, and is stored in."""
 
     positions: list[int]
     depths: list[int]
+    stored: list[int]
 
 
 def kept_tokens(case: Case, report: Any, row: int, ids: Sequence[int]) -> Kept:
     """What a report says is kept, for the unpadded ids of a row: text, separators and choices."""
     depths = [case.layers] * len(ids)
+    stored = list(depths)
     for segment, candidates in candidate_positions(case, report, row, ids):
-        for position, depth in zip(candidates, depths_of(segment, case.layers), strict=True):
-            depths[position] = depth
+        own = depths_of(segment, case.layers)
+        for position, depth, cached in zip(candidates, own, stored_in(segment, own), strict=True):
+            depths[position], stored[position] = depth, cached
     positions = [position for position, depth in enumerate(depths) if depth]
-    return Kept(positions=positions, depths=[depths[position] for position in positions])
+    return Kept(
+        positions=positions,
+        depths=[depths[position] for position in positions],
+        stored=[stored[position] for position in positions],
+    )
 
 
 def kept_positions(case: Case, report: Any, row: int, ids: Sequence[int]) -> list[int]:
@@ -379,8 +402,9 @@ def candidate_positions(case: Case, report: Any, row: int, ids: Sequence[int]) -
 
 
 def choices(report: Any, row: int) -> list[list[int]]:
-    """What became of every token of every picture of a row: how many layers it went through."""
-    return [depths_of(segment, report.layers) for segment in report.segments if segment.row == row]
+    """What became of every token of every picture of a row: how many layers it went through, and is stored in."""
+    found = [(segment, depths_of(segment, report.layers)) for segment in report.segments if segment.row == row]
+    return [[*zip(depths, stored_in(segment, depths), strict=True)] for segment, depths in found]
 
 
 @contextmanager
@@ -429,6 +453,7 @@ def by_hand(
     compact: bool,
     keep: float | int | None = None,
     steps: int = STEPS,
+    cached: bool = True,
 ) -> tuple[list[int], Tensor]:
     """Tokens and logits of one unpadded row, by the oracle."""
     return oracle.decode(
@@ -439,4 +464,5 @@ def by_hand(
         compact=compact,
         forbidden=case.forbidden,
         depths=kept.depths,
+        later=kept.stored if cached else None,
     )

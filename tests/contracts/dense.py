@@ -15,18 +15,27 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def hidden(model: nn.Module, depths: Tensor | Sequence[Sequence[int]]) -> Iterator[None]:
+def hidden(
+    model: nn.Module,
+    depths: Tensor | Sequence[Sequence[int]],
+    later: Tensor | Sequence[Sequence[int]] | None = None,
+    since: Tensor | Sequence[Sequence[int]] | None = None,
+) -> Iterator[None]:
     """In calls inside the block a token is seen in as many decoder layers as `depths` says, in none of those behind.
 
     Args:
         depths: for every row (which repeats for beams) and every token of the first call; later ones are never hidden.
+        later: the same for what later tokens see; None: as all do.
+        since: from which token on those count as later, for every token; None: behind those of the first call.
     """
     rows = torch.as_tensor(depths)
+    afterwards = rows if later is None else torch.as_tensor(later)
+    starts = torch.full_like(rows, rows.shape[1]) if since is None else torch.as_tensor(since)
     handles = []
     for number, layer in enumerate(model.model.language_model.layers):
-        gone = rows <= number
-        if gone.any():
-            hide = functools.partial(_hide, number, gone)
+        gone, gone_later = rows <= number, afterwards <= number
+        if gone_later.any():
+            hide = functools.partial(_hide, number, gone, gone_later, starts)
             handles.append(layer.register_forward_pre_hook(hide, with_kwargs=True))
     try:
         yield
@@ -35,8 +44,19 @@ def hidden(model: nn.Module, depths: Tensor | Sequence[Sequence[int]]) -> Iterat
             handle.remove()
 
 
-def _hide(number: int, gone: Tensor, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The call of layer `number` with the tokens that are `gone` (rows, tokens) hidden from all but themselves."""
+def _hide(
+    number: int,
+    gone: Tensor,
+    gone_later: Tensor,
+    since: Tensor,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """The call of layer `number` with the tokens that are `gone` (rows, tokens) hidden from all but themselves.
+
+    For the tokens from number `since` (rows, tokens) on it is those that are `gone_later`.
+    """
     states = args[0] if args else kwargs["hidden_states"]
     cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
     queries = states.shape[1]
@@ -45,9 +65,13 @@ def _hide(number: int, gone: Tensor, module: nn.Module, args: tuple[Any, ...], k
     eager = module.self_attn.config._attn_implementation == "eager"
     seen = key <= own if mask is None else mask >= 0 if eager else mask
     assert seen.dtype == torch.bool and seen.shape[-1] == keys, "the reference runs sdpa or eager"
-    gone = gone.repeat_interleave(len(states) // len(gone), dim=0)
-    gone = nn.functional.pad(gone, (0, keys - gone.shape[1]))
-    seen = (seen & ~gone[:, None, None]) | (key == own)
+    first, behind, start = (
+        nn.functional.pad(one.repeat_interleave(len(states) // len(one), dim=0), (0, keys - one.shape[1]))[
+            :, None, None
+        ]
+        for one in (gone, gone_later, since)
+    )
+    seen = (seen & ~torch.where(own >= start, behind, first)) | (key == own)
     if eager:
         seen = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
     return args, {**kwargs, "attention_mask": seen}

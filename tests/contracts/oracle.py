@@ -108,11 +108,15 @@ def decode(
     compact: bool,
     forbidden: list[int],
     depths: list[int] | None = None,
+    later: list[int] | None = None,
+    since: list[int] | None = None,
 ) -> tuple[list[int], Tensor]:
     """Greedy tokens and raw logits (steps, V) of the shortened prompt.
 
     Args:
         depths: how many decoder layers each of the tokens at `kept` is seen in; None: all of them.
+        later: how many of them later tokens see it in; None: as many.
+        since: from which of the tokens at `kept` on those are; None: behind the last.
     """
     short = shorten(prompt, kept, compact=compact)
     next_id = int(prompt.positions[0, -1]) + 1
@@ -127,7 +131,7 @@ def decode(
             extra["visual_pos_masks"] = nn.functional.pad(short.visual, (0, length - short.visual.shape[1]))
             extra["deepstack_visual_embeds"] = short.deepstack
         ids = positions if positions.shape[0] == 1 else positions[:, None]
-        with dense.hidden(model, [depths or []]):
+        with dense.hidden(model, [depths or []], later and [later], since and [since]):
             hidden = model.model.language_model(
                 inputs_embeds=embeds, position_ids=ids, attention_mask=torch.ones(1, length, dtype=torch.long), **extra
             ).last_hidden_state
@@ -144,11 +148,18 @@ def decode(
 
 
 @torch.no_grad()
-def generate(model: nn.Module, shorts: Sequence[Merged], depths: Sequence[list[int]], **mode: Any) -> Tensor:
+def generate(
+    model: nn.Module,
+    shorts: Sequence[Merged],
+    depths: Sequence[list[int]],
+    later: Sequence[list[int]] | None = None,
+    **mode: Any,
+) -> Tensor:
     """New tokens (rows, steps) of transformers' own `generate` from the short prompts, left padded.
 
     Args:
         depths: for every prompt, how many decoder layers each of its tokens is seen in.
+        later: how many new words see it in; None: as many.
     """
     width = max(short.embeds.shape[1] for short in shorts)
     pads = [width - short.embeds.shape[1] for short in shorts]
@@ -159,7 +170,10 @@ def generate(model: nn.Module, shorts: Sequence[Merged], depths: Sequence[list[i
     position_ids = ids[0] if len(ids) == 1 else torch.cat([text[None], ids])
     handle = model.model.language_model.register_forward_pre_hook(_deepstack_of(shorts, pads), with_kwargs=True)
     try:
-        with dense.hidden(model, [[0] * pad + row for row, pad in zip(depths, pads, strict=True)]):
+        rows, after = (
+            [[0] * pad + row for row, pad in zip(one, pads, strict=True)] for one in (depths, later or depths)
+        )
+        with dense.hidden(model, rows, after):
             return model.generate(inputs_embeds=embeds, attention_mask=mask, position_ids=position_ids, **mode)
     finally:
         handle.remove()

@@ -10,13 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.contracts import oracle
+from tests.contracts import caches, oracle
 from tests.contracts.cases import (
+    CACHING,
     IN_LAYERS,
     IN_TOWER,
     LEAVING,
     MERGING,
     PRUNING_METHODS,
+    SHORTENING,
     TOLERANCE,
     Answer,
     Case,
@@ -33,12 +35,13 @@ from tests.contracts.cases import (
     placeholders,
     unpruned,
 )
+from vtprune.errors import UnsupportedCall
 from vtprune.report import PruneReport
 
 pytestmark = pytest.mark.law("2 by hand")
 
 
-@cells()
+@cells(methods=SHORTENING)
 @pytest.mark.parametrize("positions", ["keep", "compact"])
 def test_equals_the_short_prompt(case: Case, positions: str) -> None:
     with case.pruned(positions=positions) as pruner, _rotary_ids(case.model) as seen:
@@ -48,12 +51,37 @@ def test_equals_the_short_prompt(case: Case, positions: str) -> None:
     assert report.positions == positions
     for row, (prompt, inputs) in enumerate(zip(case.prompts, case.rows, strict=True)):
         into = kept_tokens(case, report, row, inputs["input_ids"][0].tolist())
-        tokens, logits = by_hand(case, prompt, into, compact=positions == "compact")
-        _agrees(cached, row, tokens, logits)
-        _agrees(uncached, row, tokens, logits)
+        compact = positions == "compact"
+        _agrees(cached, row, *by_hand(case, prompt, into, compact=compact))
+        _agrees(uncached, row, *by_hand(case, prompt, into, compact=compact, cached=False))
         before, kept = oracle.merge(case.model, inputs).positions, into.positions
         ids = oracle.compacted(before, kept)[0] if positions == "compact" else before[:, kept]
         assert torch.equal(_real(seen[0], row, len(kept)), ids), "the ids that reach the rotary embedding"
+
+
+@cells(methods=CACHING)
+@pytest.mark.parametrize("positions", ["keep", "compact"])
+def test_a_cache_of_fewer_tokens_equals_one_rewritten_by_hand(case: Case, positions: str) -> None:
+    """Padded rows of several pictures; what is stored of each token is what the report says."""
+    with case.pruned(positions=positions) as pruner:
+        got = answer(case.model, case.batch)
+        report = pruner.last
+    assert report.kept == report.tokens, "all of them pass"
+    for row, inputs in enumerate(case.rows):
+        found = [*candidate_positions(case, report, row, inputs["input_ids"][0].tolist())]
+        reference = caches.Reference(case.model, mass=case.settings.get("mass"))
+        reference.show([places for _, places in found], case.keep)
+        merged = oracle.merge(case.model, inputs)
+        _agrees(got, row, *reference.decode(merged, steps=got.logits.shape[1], forbidden=case.forbidden))
+        for segment, places in found:
+            assert torch.allclose(segment.cached, reference.stored[places])
+
+
+@cells(methods=CACHING)
+def test_without_a_cache_there_is_nothing_to_store_in(case: Case) -> None:
+    with case.pruned(), pytest.raises(UnsupportedCall, match="use_cache=True"):
+        answer(case.model, case.batch, use_cache=False)
+    assert torch.equal(answer(case.model, case.batch).logits, unpruned(case).logits)
 
 
 def _agrees(got: Answer, row: int, tokens: list[int], logits: Tensor) -> None:
@@ -121,8 +149,9 @@ NAMED = (*MEANS, "vflowopt_select", "vflowopt")
 """Methods that give a token to one kept one, which the report names; others share it out."""
 SUMS = ("prumerge_plus", "prumerge_plus-adaptive")
 """Methods that add parts of other tokens to a kept one."""
-CHANGING = tuple(method for method in (*MERGING, *IN_TOWER) if method != "zero_tprune")
-"""Methods that change rows; in two blocks zero_tprune drops patches only behind the last."""
+CHANGING = tuple(method for method in (*MERGING, *IN_TOWER) if method not in ("zero_tprune", "mustdrop"))
+"""Methods that change rows; in two blocks zero_tprune drops patches only behind the last, and of what mustdrop drops at
+this budget no window of a tiny picture comes together."""
 
 
 @cells(methods=CHANGING)

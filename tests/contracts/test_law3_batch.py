@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from tests.contracts.cases import (
+    CACHING,
     EXACT_METHODS,
+    FILTERING,
     IN_LAYERS,
     PRUNING_METHODS,
     TOLERANCE,
@@ -85,7 +87,7 @@ def test_with_budgets_per_part_and_per_prompt(case: Case, per: str) -> None:
     check_rows(case, case.prompts, per=per)
 
 
-@cells(methods=PRUNING_METHODS)
+@cells(methods=[method for method in PRUNING_METHODS if method not in CACHING])
 def test_ragged_counts_in_a_batch_without_padding(case: Case) -> None:
     prompts = _of_equal_length(case)
     batch = case.inputs(prompts)
@@ -145,7 +147,7 @@ def _right_padded(batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[int
     return moved, padding
 
 
-@cells(methods=(*EXACT_METHODS, *IN_LAYERS))
+@cells(methods=[method for method in (*EXACT_METHODS, *IN_LAYERS) if method not in FILTERING])
 def test_another_choice_would_show(case: Case) -> None:
     """The comparison of logits above is sensitive to one token more."""
     with case.pruned(keep=case.few):

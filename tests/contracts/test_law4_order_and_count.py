@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from itertools import groupby
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ from torch import Tensor, nn
 
 from tests.contracts.cases import (
     ADAPTIVE,
+    CACHING,
     EXACT_METHODS,
+    FILTERING,
     IN_LAYERS,
     IN_TOWER,
     LEAVING,
@@ -26,6 +29,7 @@ from tests.contracts.cases import (
     Case,
     cells,
     depths_of,
+    stored_in,
 )
 from tests.models import QWEN, Prompt, units_of_parts
 from vtprune.errors import InvalidOption
@@ -37,6 +41,8 @@ pytestmark = pytest.mark.law("4 order and count")
 BUDGETS = (0.1, 1 / 3, 0.5, 0.999, 3)
 BOUNDED = tuple(method for method in IN_LAYERS if not PIPELINES[method].picks)
 """Methods that let the first decoder layers see all tokens: a single one is no average they reach."""
+SINGLE = tuple(m for m in PRUNING_METHODS if m not in ("tome", *BOUNDED, *LEAVING, *CACHING))
+"""Methods that can leave one token of every picture to all layers."""
 SMALL = Prompt(images=((24, 24),), seed=51)
 MANY = {
     "image": (Prompt(images=((24, 40), (60, 64)), seed=53), Prompt(images=((30, 92),), seed=54)),
@@ -74,7 +80,12 @@ def _prefill(case: Case, prompts: tuple[Prompt, ...], **options: object) -> Prun
         cache = case.model(**case.inputs(prompts), use_cache=True).past_key_values
         report = pruner.last
     assert lengths == [max(_lengths(report, layer)) for layer in range(case.layers)]
-    assert [layer.keys.shape[2] for layer in cache.layers] == lengths
+    stored = [layer.keys.shape[2] for layer in cache.layers]
+    if case.method not in CACHING:
+        assert stored == [max(_lengths(report, layer, stored=True)) for layer in range(case.layers)]
+    elif len(prompts) == 1:
+        left_out = sum(float((case.layers - s.cached).sum()) for s in report.segments if s.cached is not None)
+        assert sum(stored) == pytest.approx(case.layers * report.length_before[0] - left_out)
     assert report.length_after == _lengths(report, case.layers - 1)
     for row, (before, after) in enumerate(zip(report.length_before, report.length_after, strict=True)):
         assert before - after == sum(s.n - s.k for s in report.segments if s.row == row)
@@ -83,10 +94,15 @@ def _prefill(case: Case, prompts: tuple[Prompt, ...], **options: object) -> Prun
     return report
 
 
-def _lengths(report: PruneReport, layer: int) -> tuple[int, ...]:
-    """Real tokens of every row that decoder layer `layer` sees, as the report has it."""
+def _lengths(report: PruneReport, layer: int, *, stored: bool = False) -> tuple[int, ...]:
+    """Real tokens of every row that decoder layer `layer` sees, or has `stored`, as the report has it."""
+
+    def reached(segment: SegmentReport) -> list[int]:
+        depths = depths_of(segment, report.layers)
+        return stored_in(segment, depths) if stored else depths
+
     return tuple(
-        before - sum(d <= layer for s in report.segments if s.row == row for d in depths_of(s, report.layers))
+        before - sum(depth <= layer for s in report.segments if s.row == row for depth in reached(s))
         for row, before in enumerate(report.length_before)
     )
 
@@ -152,12 +168,15 @@ def test_the_average_over_layers_is_every_number_that_is_not_refused(case: Case)
 def test_the_average_over_layers_is_the_budget_of_every_unit(case: Case, per: str) -> None:
     everything = _depths(_prefill(case, MANY[case.kind], keep=1.0, per=per), per)
     half_of_the_largest = max(map(len, everything)) // 2
-    for keep in (0.4, 0.5, 2 / 3, 0.999, half_of_the_largest):
+    shares = (0.4, 0.5, 2 / 3, 0.999)
+    for keep in shares if case.method in IN_TOWER and per == "prompt" else (*shares, half_of_the_largest):
         report = _prefill(case, MANY[case.kind], keep=keep, per=per)
         for unit in _depths(report, per):
             n = len(unit)
             wanted = min(keep, n) if isinstance(keep, int) else keep * n
-            _check_average(unit, wanted, case.layers, at_most=case.method in LEAVING)
+            if case.method not in FILTERING or len(unit) == 1:
+                _check_average(unit, wanted, case.layers, at_most=case.method in LEAVING)
+            assert sum(unit) / case.layers <= max(wanted + 0.5, 1) + 1e-9
 
 
 def _check_average(depths: list[int], wanted: float, layers: int, *, at_most: bool = False) -> None:
@@ -170,13 +189,30 @@ def _check_average(depths: list[int], wanted: float, layers: int, *, at_most: bo
     assert off >= -0.5 - 1e-9 or (at_most and min(seen) == 0)
 
 
-@cells(methods=[method for method in PRUNING_METHODS if method not in ("tome", *BOUNDED, *LEAVING)], kinds=("image",))
+@cells(
+    methods=[method for method in PRUNING_METHODS if method not in ("tome", *BOUNDED, *LEAVING, *CACHING)],
+    kinds=("image",),
+)
 def test_one_token_is_the_least(case: Case) -> None:
     least = _prefill(case, MANY[case.kind], keep=0.001)
     with pytest.warns(UserWarning, match="1.0 keeps all"):
         one = _prefill(case, MANY[case.kind], keep=1)
     for report in (one, least):
         assert [segment.k for segment in report.segments] == [1, 1, 1]
+
+
+@cells(methods=CACHING)
+@pytest.mark.parametrize("per", ["image", "part", "prompt"])
+def test_caches_store_what_the_budget_says(case: Case, per: str) -> None:
+    """In every layer; of an adaptive method at most."""
+    for keep in BUDGETS:
+        report = _prefill(case, MANY[case.kind], keep=keep, per=per)
+        for unit in _stored(report, per):
+            n, stored = len(unit), sum(unit) / report.layers
+            if PIPELINES[case.method].adaptive:
+                assert stored <= counted(keep, n) + 1e-4
+            else:
+                assert stored == pytest.approx(counted(keep, n))
 
 
 @cells(methods=ADAPTIVE)
@@ -214,9 +250,18 @@ def _units(report: PruneReport, per: str) -> list[tuple[int, int]]:
     return [(len(depths), sum(depth == report.layers for depth in depths)) for depths in _depths(report, per)]
 
 
+def _stored(report: PruneReport, per: str) -> list[list[float]]:
+    """In how many layers each of its tokens is stored, for everything that has a budget of its own."""
+    return _by_unit([(segment, segment.cached.tolist()) for segment in report.segments], per)
+
+
 def _depths(report: PruneReport, per: str) -> list[list[int]]:
     """How many layers each of its tokens goes through, for everything that has a budget of its own."""
-    rows = [(segment, depths_of(segment, report.layers)) for segment in report.segments]
+    return _by_unit([(segment, depths_of(segment, report.layers)) for segment in report.segments], per)
+
+
+def _by_unit(rows: list[tuple[SegmentReport, list[Any]]], per: str) -> list[list[Any]]:
+    """Numbers of the tokens of each segment, as numbers of the tokens of everything that has a budget of its own."""
     if per == "prompt":
         found = groupby(rows, key=lambda row: row[0].row)
         return [[depth for _, depths in row for depth in depths] for _, row in found]

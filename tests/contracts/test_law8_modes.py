@@ -10,15 +10,19 @@ import torch
 from torch import Tensor
 from transformers import StaticCache
 
-from tests.contracts import oracle
+from tests.contracts import caches, oracle
 from tests.contracts.cases import (
+    CACHING,
     IN_LAYERS,
+    SHORTENING,
     STEPS,
+    TRIMMING,
     Answer,
     Case,
     answer,
     assert_close,
     by_hand,
+    candidate_positions,
     cells,
     choices,
     kept_tokens,
@@ -44,32 +48,57 @@ def wrapped(case: Case, positions: str, **mode: Any) -> tuple[Answer, Any]:
         return answer(case.model, case.batch, steps=4, **mode), pruner.last
 
 
-def shortened(case: Case, report: Any) -> tuple[list[oracle.Merged], list[list[int]]]:
-    """Both rows as the report says they were shortened, and how many layers each of their tokens goes through."""
+def shortened(case: Case, report: Any) -> tuple[list[oracle.Merged], list[list[int]], list[list[int]]]:
+    """Both rows as the report says they were shortened; of how many layers their tokens go through, and are stored."""
     repeats = len(report.length_after) // len(case.prompts)
-    shorts, depths = [], []
+    shorts, depths, stored = [], [], []
     for row, (prompt, inputs) in enumerate(zip(case.prompts, case.rows, strict=True)):
         assert all(choices(report, row * repeats + beam) == choices(report, row * repeats) for beam in range(repeats))
         kept = kept_tokens(case, report, row * repeats, inputs["input_ids"][0].tolist())
         prompted = whole(case, prompt, kept.positions)
         shorts.append(oracle.shorten(prompted, kept.positions, compact=report.positions == "compact"))
         depths.append(kept.depths)
-    return shorts, depths
+        stored.append(kept.stored)
+    return shorts, depths, stored
 
 
-@cells()
+@cells(methods=SHORTENING)
 @pytest.mark.parametrize("mode", MODES)
 def test_equals_transformers_on_the_short_prompt(case: Case, mode: str) -> None:
     """With the positions whose continuation transformers can count: compact on one dimension, kept on (t, h, w)."""
     got, report = wrapped(case, "auto", **MODES[mode])
-    shorts, depths = shortened(case, report)
+    shorts, depths, stored = shortened(case, report)
     torch.manual_seed(7)
-    expected = oracle.generate(case.model, shorts, depths, max_new_tokens=4, **MODES[mode])
+    expected = oracle.generate(case.model, shorts, depths, stored, max_new_tokens=4, **MODES[mode])
     assert len(got.tokens) == len(case.prompts) * MODES[mode].get("num_return_sequences", 1)
     assert torch.equal(got.tokens, expected)
 
 
-@cells()
+def reference_of(case: Case, report: Any, row: int, inputs: dict[str, Tensor]) -> caches.Reference:
+    """Of a method that cuts caches alone, for one row."""
+    found = candidate_positions(case, report, row, inputs["input_ids"][0].tolist())
+    reference = caches.Reference(case.model, mass=case.settings.get("mass"))
+    reference.show([places for _, places in found], case.keep)
+    return reference
+
+
+@cells(methods=CACHING)
+@pytest.mark.parametrize("mode", MODES)
+def test_equals_transformers_on_a_cache_rewritten_by_hand(case: Case, mode: str) -> None:
+    """Row after row, without padding."""
+    for prompt, inputs in zip(case.prompts, case.rows, strict=True):
+        with case.pruned((prompt,)) as pruner:
+            torch.manual_seed(7)
+            got, report = answer(case.model, inputs, steps=4, **MODES[mode]), pruner.last
+        prompted = oracle.merge(case.model, inputs)
+        everything = [[case.layers] * prompted.embeds.shape[1]]
+        torch.manual_seed(7)
+        with reference_of(case, report, 0, inputs).hooked():
+            expected = oracle.generate(case.model, [prompted], everything, max_new_tokens=4, **MODES[mode])
+        assert torch.equal(got.tokens, expected)
+
+
+@cells(methods=[method for method in SHORTENING if method not in TRIMMING])
 @pytest.mark.parametrize(("mode", "positions"), [("beams", "compact"), ("several-samples", "keep")])
 def test_without_a_cache(case: Case, mode: str, positions: str) -> None:
     cached, _ = wrapped(case, positions, **MODES[mode])
@@ -82,7 +111,7 @@ def test_without_a_cache(case: Case, mode: str, positions: str) -> None:
 @cells()
 @pytest.mark.parametrize("positions", ["keep", "compact"])
 def test_a_static_cache(case: Case, positions: str, refuses: Callable[..., Any]) -> None:
-    if case.method in IN_LAYERS:
+    if case.method in (*IN_LAYERS, *CACHING):
         expected, _ = wrapped(case, positions)
         with refuses(UnsupportedCall, "static cache"):
             wrapped(case, positions, cache_implementation="static")
@@ -113,8 +142,12 @@ def test_a_loop_written_by_hand_without_position_ids(case: Case, positions: str)
                 out = case.model(input_ids=word, past_key_values=out.past_key_values)
                 logits.append(out.logits[0, -1])
             report = pruner.last
-        kept = kept_tokens(case, report, 0, inputs["input_ids"][0].tolist())
-        _, expected = by_hand(case, prompt, kept, compact=positions == "compact")
+        if case.method in CACHING:
+            reference, merged = reference_of(case, report, 0, inputs), oracle.merge(case.model, inputs)
+            _, expected = reference.decode(merged, steps=STEPS, forbidden=case.forbidden)
+        else:
+            kept = kept_tokens(case, report, 0, inputs["input_ids"][0].tolist())
+            _, expected = by_hand(case, prompt, kept, compact=positions == "compact")
         assert_close(torch.stack(logits), expected)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -62,29 +62,67 @@ def look(
     if glance.rows == "raters":
         assert walk.entry.raters is not None
         real = walk.entry.raters
-    B, K = walk.valid.shape
+    seen = seen_by(
+        walk,
+        rows,
+        real,
+        decoder=decoder,
+        layer=layer,
+        queries=queries[:, -count:],
+        keys=keys,
+        rotary=rotary,
+        mask=mask,
+        past_valid=past_valid,
+    )
+    with kernels.exact(queries.device):
+        return glance.rule(seen)[:, keys.shape[2] - walk.valid.shape[1] :]
+
+
+class Place(Protocol):
+    """A sequence of B rows of K tokens: which of them are real, and which belong to pictures."""
+
+    @property
+    def valid(self) -> Tensor: ...
+    @property
+    def visual(self) -> Tensor: ...
+
+
+def seen_by(
+    place: Place,
+    rows: Tensor,
+    real: Tensor,
+    *,
+    decoder: Decoder,
+    layer: int,
+    queries: Tensor,
+    keys: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    mask: Any,
+    past_valid: Tensor | None,
+) -> RowAttention:
+    """What `rows` (B, R) of a sequence attend to, those that are `real`; all else as in `look`."""
+    B, K = place.valid.shape
     cos, sin = (kernels.cut_sequence(table.expand(B, -1, -1), rows) for table in rotary)
-    query = decoder.queries(layer, queries[:, -count:], cos, sin)
+    query = decoder.queries(layer, queries, cos, sin)
     past = keys.shape[2] - K
-    allowed = _allowed(walk, rows, past, mask, past_valid)
+    allowed = _allowed(place, rows, past, mask, past_valid)
     with kernels.exact(query.device):
         weights = attentions.rows_attention(query, keys, allowed, scale=decoder.attention(layer).scaling)
-        visual = torch.nn.functional.pad(walk.visual, (past, 0))
-        seen = RowAttention(weights=weights, real=real, own=rows + past, visual=visual)
-        return glance.rule(seen)[:, past:]
+    visual = torch.nn.functional.pad(place.visual, (past, 0))
+    return RowAttention(weights=weights, real=real, own=rows + past, visual=visual)
 
 
-def _allowed(walk: Walk, rows: Tensor, past: int, mask: Any, past_valid: Tensor | None) -> Tensor:
+def _allowed(place: Place, rows: Tensor, past: int, mask: Any, past_valid: Tensor | None) -> Tensor:
     """(B, R, past + K) bool: which keys each row may see."""
-    B, K = walk.valid.shape
+    B, K = place.valid.shape
     if torch.is_tensor(mask) and mask.ndim == 4:
         own = mask.expand(B, *mask.shape[1:])[:, 0, :, : past + K]
         own = own.gather(1, rows[..., None].expand(-1, -1, past + K))
         return own if own.dtype == torch.bool else own >= 0
     if past_valid is None:
-        past_valid = walk.valid.new_ones(B, past)
+        past_valid = place.valid.new_ones(B, past)
     keys = torch.arange(past + K, device=rows.device)
-    return (keys <= rows[..., None] + past) & torch.cat([past_valid, walk.valid], dim=1)[:, None]
+    return (keys <= rows[..., None] + past) & torch.cat([past_valid, place.valid], dim=1)[:, None]
 
 
 def named(glances: Mapping[str, Glance], at: str) -> dict[str, Glance]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,7 @@ from vtprune.adapters.decoder import Decoder
 from vtprune.inside.glances import look, named
 from vtprune.inside.walk import Walk
 from vtprune.kernels import reference as kernels
-from vtprune.pipeline import Pipeline
+from vtprune.readings import Glance
 from vtprune.seam import refuse_copy
 
 
@@ -86,17 +87,24 @@ class _Thread(threading.local):
 class LayerCutter:
     """Hooks of one pipeline on one decoder; `begin` and `end` enclose a call of the language model."""
 
-    def __init__(self, decoder: Decoder, pipeline: Pipeline, layers: tuple[int, ...], implementation: str) -> None:
+    def __init__(
+        self, decoder: Decoder, glances: Mapping[str, Glance], layers: tuple[int, ...], implementation: str
+    ) -> None:
         self.layers = layers
         self._decoder = decoder
-        self._before = named(pipeline.glances, "before")
-        self._behind = named(pipeline.glances, "behind")
+        self._before = named(glances, "before")
+        self._behind = named(glances, "behind")
         self._implementation = implementation
         self._handles: list[RemovableHandle] = []
         self._thread = _Thread()
 
     __deepcopy__ = refuse_copy
     __reduce_ex__ = refuse_copy  # type: ignore[assignment]
+
+    @property
+    def points(self) -> int:
+        """How many drop points there are."""
+        return len(self.layers)
 
     def hook(self) -> None:
         """Register the hooks."""

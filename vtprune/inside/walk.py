@@ -85,17 +85,21 @@ class LayerStack:
 @dataclass
 class Walk:
     """Where everything is: `index` (B, K) are places in the sequence at entry, `slots` those of every cut for the way
-    back, `stored` (B, K) tells for each what behind it is real, `lengths` how many tokens that are in each row."""
+    back, `places` (B, K') what of the sequence in front of each goes on, None where all does. `stored` (B, K) tells for
+    each what behind it is real, `lengths` how many tokens that are in each row. `trims` says that caches of layers
+    behind the first are cut to what is left behind the last."""
 
     stages: tuple[LayerStage, ...]
     layers: tuple[int, ...]
     depth: int
     entry: Entry
     stacks: list[LayerStack]
+    trims: bool = False
     index: Tensor = field(init=False)
     valid: Tensor = field(init=False)
     rows: Tensor = field(init=False)
     slots: list[Tensor] = field(default_factory=list)
+    places: list[Tensor | None] = field(default_factory=list)
     stored: list[Tensor] = field(default_factory=list)
     lengths: list[tuple[int, ...]] = field(default_factory=list)
     widths: list[int] = field(default_factory=list)
@@ -129,9 +133,22 @@ class Walk:
         return found
 
     @property
-    def average_width(self) -> float:
-        """Length of the sequence, averaged over layers, those of later drop points as short as the last."""
+    def cached(self) -> dict[int, Tensor] | None:
+        """Of every picture in how many layers each of its tokens at first is stored, (N,); None where as `depths`."""
+        if not self.trims:
+            return None
+        first = self.layers[0]
+        return {
+            number: torch.where(depth < self.depth, depth.clamp(max=first), depth)
+            for number, depth in self.depths.items()
+        }
+
+    @property
+    def average_stored(self) -> float:
+        """Length of what layers store, averaged over them; of a prefill that fails half-way, as far as it came."""
         widths = (self.entry.valid.shape[1], *self.widths)
+        if self.trims:
+            widths = (widths[0], *(min(widths),) * len(self.widths))
         bounds = (0, *self.layers[: len(self.widths)], self.depth)
         return (
             sum(width * (stop - start) for width, (start, stop) in zip(widths, pairwise(bounds), strict=True))
@@ -171,6 +188,7 @@ class Walk:
         if not any(gone):
             self.widths[-1] = self.valid.shape[1]
             self.stored.append(self.valid)
+            self.places.append(None)
             return hidden
         kept = self.valid.clone()
         chosen = [self._choose(stack, number, hidden, glances) for stack in self.stacks]
@@ -186,8 +204,17 @@ class Walk:
         self.stacks = [self._moved(stack, keep, slots, number) for stack, (keep, _) in pairs]
         self.index, self.rows = self.index.gather(1, places), slots.gather(1, self.rows)
         self.slots.append(slots)
+        self.places.append(places)
         self.stored.append(self.valid)
         return kernels.cut_sequence(hidden, places)
+
+    def left_of(self, number: int) -> Tensor | None:
+        """Places (B, K') in the sequence behind a drop point of what is left behind the last; None where all is."""
+        found = None
+        for places in reversed(self.places[number + 1 :]):
+            if places is not None:
+                found = places if found is None else places.gather(1, found)
+        return found
 
     def restore(self, hidden: Tensor) -> Tensor:
         """Hidden states (B, K', D) at the length at entry; each dropped token repeats the kept one before."""

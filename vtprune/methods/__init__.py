@@ -18,6 +18,8 @@ from vtprune.methods.holov import holov
 from vtprune.methods.identity import identity
 from vtprune.methods.idpruner import idpruner
 from vtprune.methods.information_horizon import information_horizon
+from vtprune.methods.look_m import look_m
+from vtprune.methods.mustdrop import mustdrop
 from vtprune.methods.mustdrop_vision import mustdrop_vision
 from vtprune.methods.pool import pool
 from vtprune.methods.prumerge_plus import prumerge_plus
@@ -38,6 +40,7 @@ from vtprune.methods.vispruner import vispruner
 from vtprune.methods.vtc_cls import vtc_cls
 from vtprune.methods.vtprune import vtprune
 from vtprune.methods.zero_tprune import zero_tprune
+from vtprune.methods.zipvl import zipvl
 from vtprune.methods.zoo_prune import zoo_prune
 from vtprune.pipeline import Pipeline
 
@@ -73,7 +76,10 @@ METHODS: dict[str, Callable[..., Pipeline]] = {
     "atp": atp,
     "information_horizon": information_horizon,
     "vflowopt": vflowopt,
+    "mustdrop": mustdrop,
     "todre": todre,
+    "zipvl": zipvl,
+    "look_m": look_m,
     "pool": pool,
     "random": random,
     "uniform": uniform,

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from vtprune.cache import CacheState, physical_length, state_of
 from vtprune.errors import MissingEvidence, UnsupportedCall
 from vtprune.masks import first_square
-from vtprune.protocols import EncoderStage
+from vtprune.protocols import Allowance, EncoderStage
 from vtprune.report import Stopwatch
 from vtprune.runtime.encoded import Encoded, carried
 from vtprune.runtime.encoder import PIXELS
 from vtprune.runtime.reading import Prompt
 from vtprune.runtime.shorten import Shortened
-from vtprune.types import Budget, Modality
+from vtprune.types import Modality
 
 
 @dataclass
@@ -81,7 +81,7 @@ class Call:
         """Whether every picture of the call is encoded, and there is one."""
         return bool(self.encoded) and self.expected <= self.encoded.keys()
 
-    def check_cut(self, cut: tuple[EncoderStage, Budget] | None) -> None:
+    def check_cut(self, cut: tuple[EncoderStage, Allowance] | None) -> None:
         """Raise `MissingEvidence` for features that were not pruned inside the encoder as this method does it."""
         for kind, entry in self.encoded.items():
             if entry.cut != cut:

@@ -96,7 +96,7 @@ def decide(
     units = make_units(layout, budget, prompt.seen)
     if resolve is not None:
         units = [replace(unit, k=resolve(len(unit.at))) for unit in units]
-    if pipeline.inside and not budget.keeps_all:
+    if (pipeline.inside or pipeline.cache) and not budget.keeps_all:
         _check_evidence_fits(pipeline, given)
     forced = forced_tokens(units, given, layout)
     if pipeline.encoder is not None and not budget.keeps_all:
@@ -163,8 +163,9 @@ def _collected(layout: Layout, units: list[Unit], chosen: list[Chosen], device: 
 def _check_evidence_fits(pipeline: Pipeline, given: Given | None) -> None:
     """Raise `UnsupportedCall` where tokens are forced that nobody can: patches gone already, or cuts in layers."""
     forced = given is not None and bool({"protect", "forbid"} & given.values.keys())
-    if pipeline.inside and forced:
-        raise UnsupportedCall(f"using(...): method {pipeline.name!r} cuts between layers, where no token can be forced")
+    if (pipeline.inside or pipeline.cache) and forced:
+        where = "between layers" if pipeline.inside else "the cache"
+        raise UnsupportedCall(f"using(...): method {pipeline.name!r} cuts {where}, where no token can be forced")
     if pipeline.encoder is not None and given is not None and (forced or pipeline.survivors in given.values):
         raise UnsupportedCall(
             f"using(...): method {pipeline.name!r} prunes inside the encoder, before a token can be forced in or out"

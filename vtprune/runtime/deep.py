@@ -15,6 +15,7 @@ from vtprune.adapters.base import Host
 from vtprune.adapters.decoder import decoder_of
 from vtprune.cache import CacheState, DeepState
 from vtprune.errors import UnsupportedCall
+from vtprune.inside.caching import trim
 from vtprune.inside.glances import MOST_ROWS, find_raters
 from vtprune.inside.layers import LayerCutter, Passage
 from vtprune.inside.walk import Entry, LayerStack, Walk
@@ -38,6 +39,9 @@ def schedule_of(pipeline: Pipeline, inner: Host, lm: nn.Module) -> Schedule:
     return Schedule.of(points, depth=len(decoder.layers), first=decoder.first, before=pipeline.before)
 
 
+SAMPLED = 64
+
+
 class Deep:
     """The side of a `Pruner` that cuts between layers."""
 
@@ -45,7 +49,7 @@ class Deep:
         self.schedule = schedule
         self.cutter = LayerCutter(
             decoder_of(inner, lm, glances=bool(pipeline.glances)),
-            pipeline,
+            pipeline.glances,
             schedule.layers,
             lm.config._attn_implementation or "eager",
         )
@@ -61,34 +65,33 @@ class Deep:
         Raises:
             UnsupportedCall: for a static cache, or a prompt without text where the method looks at it.
         """
-        if isinstance(cache, StaticCache):
-            raise UnsupportedCall(
-                f"method {self._pipeline.name!r} stores fewer tokens in later layers, which a static cache has no "
-                "room for: use the dynamic cache (the default of generate)"
-            )
+        check_growing(cache, self._pipeline.name)
         stacks = [self._stack(one, short) for one in decision.chosen]
-        entry = _entry(prompt, decision, short, needs_text=bool(self._rows & {"text", "raters"}))
+        entry = entry_of(prompt, decision, short, needs_text=bool(self._rows & {"text", "raters"}))
         walk = Walk(
             stages=tuple(self._pipeline.inside[number] for number in self.schedule.stages),
             layers=self.schedule.layers,
             depth=self.schedule.depth,
             entry=entry,
             stacks=stacks,
+            trims=self._pipeline.trims and short.arguments.get("use_cache") is not False,
         )
         if "raters" in self._rows:
             raters = find_raters(short.arguments["inputs_embeds"], entry.rows, entry.real, walk.visual)
             walk.entry = replace(entry, raters=raters)
-        after = short.state.valid
-        past = after.shape[1] - walk.valid.shape[1]
         points = len(self.schedule.layers)
-        first = after[:, :past] if past else None
-        known: tuple[Tensor, ...] | None = None if first is None else (first,) * points
-        if state is not None and state.deep is not None:
-            tail = after[:, state.valid.shape[1] : past]
-            known = tuple(torch.cat([valid, tail], dim=1) for valid in state.deep.valid)
+        first, known = known_before(short, state, points=points)
         cached = (0,) * points if known is None else tuple(valid.shape[1] for valid in known)
         padded = state is not None and state.deep is not None and state.deep.padded
         self.cutter.begin(Passage(walk=walk, cached=cached, known=known, known_first=first, padded=padded))
+
+    def hook(self) -> None:
+        """Register the hooks."""
+        self.cutter.hook()
+
+    def remove(self) -> None:
+        """Undo `hook`."""
+        self.cutter.remove()
 
     def before(self, n: int) -> int:
         """Of `n` tokens of a picture, how many enter the language model."""
@@ -96,27 +99,17 @@ class Deep:
 
     def resume(self, arguments: Mapping[str, Any] | None, state: CacheState | None) -> None:
         """Let the layers mend their masks in a call that cuts nothing, where an earlier one cut between them."""
-        if arguments is None or state is None or state.deep is None:
-            return
-        new = arguments["inputs_embeds"].shape[1]
-        stored = state.stored - new
-        covered, mask = state.valid.shape[1], arguments.get("attention_mask")
-        later = stored - covered
-        known = None
-        if torch.is_tensor(mask) and mask.ndim == 2:
-            tail = mask[:, covered:].bool()
-            known = tuple(torch.cat([valid, tail], dim=1) for valid in state.deep.valid)
-        elif state.deep.padded:
-            known = tuple(nn.functional.pad(valid, (0, later + new), value=True) for valid in state.deep.valid)
-        self.cutter.begin(Passage(walk=None, cached=state.deep.cached(later), known=known))
+        begin_later(self.cutter, arguments, state)
 
-    def finish(self, state: CacheState | None) -> Walk | None:
+    def finish(self, state: CacheState | None, cache: Any) -> Walk | None:
         """What the layers cut, None where they cut nothing; `state` learns what is stored behind each drop point."""
         passage = self.cutter.end()
         walk = None if passage is None else passage.walk
         if passage is None or walk is None:
             return None
         if state is not None and walk.cuts == len(walk.layers):
+            if self._pipeline.trims and cache is not None:
+                trim(cache, walk, passage.cached)
             blank = walk.valid.new_ones(len(walk.valid), 0)
             known = passage.known or (blank,) * walk.cuts
             valid = tuple(torch.cat(pair, dim=1) for pair in zip(known, walk.stored, strict=True))
@@ -144,8 +137,54 @@ class Deep:
         )
 
 
-def _entry(prompt: Prompt, decision: Decision, short: Shortened, *, needs_text: bool) -> Entry:
-    """The sequence that enters the language model, and where its text behind the last picture is."""
+def check_growing(cache: Any, method: str) -> None:
+    """Raise `UnsupportedCall` for a static cache."""
+    if isinstance(cache, StaticCache):
+        raise UnsupportedCall(
+            f"method {method!r} stores fewer tokens in some layers, which a static cache has no room for: use the "
+            "dynamic cache (the default of generate)"
+        )
+
+
+def known_before(
+    short: Shortened, state: CacheState | None, *, points: int
+) -> tuple[Tensor | None, tuple[Tensor, ...] | None]:
+    """Which of the tokens cached before are real, (B, past), in the first layers and behind each of the `points`.
+
+    None where nothing is cached.
+    """
+    after = short.state.valid
+    past = after.shape[1] - short.cut.valid.shape[1]
+    if not past:
+        return None, None
+    first = after[:, :past]
+    if state is None or state.deep is None:
+        return first, (first,) * points
+    tail = after[:, state.valid.shape[1] : past]
+    return first, tuple(torch.cat([valid, tail], dim=1) for valid in state.deep.valid)
+
+
+def begin_later(cutter: LayerCutter, arguments: Mapping[str, Any] | None, state: CacheState | None) -> None:
+    """Let layers mend their masks in a call that cuts nothing, where they have stored different numbers of tokens."""
+    if arguments is None or state is None or state.deep is None:
+        return
+    new = arguments["inputs_embeds"].shape[1]
+    covered, mask = state.valid.shape[1], arguments.get("attention_mask")
+    later = state.stored - new - covered
+    known = None
+    if torch.is_tensor(mask) and mask.ndim == 2:
+        tail = mask[:, covered:].bool()
+        known = tuple(torch.cat([valid, tail], dim=1) for valid in state.deep.valid)
+    elif state.deep.padded:
+        known = tuple(nn.functional.pad(valid, (0, later + new), value=True) for valid in state.deep.valid)
+    cutter.begin(Passage(walk=None, cached=state.deep.cached(later), known=known))
+
+
+def entry_of(prompt: Prompt, decision: Decision, short: Shortened, *, needs_text: bool, sampled: bool = False) -> Entry:
+    """The sequence that enters the language model, and where its text behind the last picture is.
+
+    With `sampled`, its rows are the last ones and as many evenly apart in front of them instead.
+    """
     layout = prompt.layout
     ends = [0] * len(layout.valid)
     for segment in layout.segments:
@@ -159,7 +198,8 @@ def _entry(prompt: Prompt, decision: Decision, short: Shortened, *, needs_text: 
                 f"prompt row {number} ends with a picture, and this method looks at the text behind it: ask something "
                 "after the picture, or use a method that needs no text"
             )
-        found.append(behind[-MOST_ROWS:] if len(behind) else real[-1:])
+        text = behind[-MOST_ROWS:] if len(behind) else real[-1:]
+        found.append(_sampled(real) if sampled else text)
     width = max(map(len, found))
     rows = np.array([np.pad(own, (width - len(own), 0), mode="edge") for own in found])
     filled = np.array([[place >= width - len(own) for place in range(width)] for own in found])
@@ -172,3 +212,10 @@ def _entry(prompt: Prompt, decision: Decision, short: Shortened, *, needs_text: 
         rows=short.cut.slots.gather(1, places),
         real=torch.from_numpy(filled).to(device, non_blocking=True),
     )
+
+
+def _sampled(real: np.ndarray) -> np.ndarray:
+    """The last `SAMPLED` of the places of a prompt, and as many evenly apart in front of them."""
+    front, last = real[:-SAMPLED], real[-SAMPLED:]
+    even = np.linspace(0, max(len(front) - 1, 0), min(SAMPLED, len(front)))
+    return np.concatenate([front[(even + 0.5).astype(int)], last])

@@ -19,10 +19,10 @@ from transformers.utils.generic import ModelOutput
 from vtprune.adapters.base import Encoding
 from vtprune.errors import UnsupportedCall
 from vtprune.kernels import reference as kernels
-from vtprune.protocols import EncoderStage
+from vtprune.protocols import Allowance, EncoderStage
 from vtprune.readings import BlockAttention, Rule
 from vtprune.report import Stopwatch
-from vtprune.types import Budget, Modality
+from vtprune.types import Modality
 
 _CARRIED = "vtprune_encoded"
 
@@ -68,7 +68,7 @@ class Encoded:
     readings: Mapping[str, Blocks]
     has_cls: bool
     stopwatch: Stopwatch
-    cut: tuple[EncoderStage, Budget] | None = None
+    cut: tuple[EncoderStage, Allowance] | None = None
     patches: tuple[int, ...] = ()
     asked: list[np.ndarray] = field(default_factory=list, compare=False, repr=False)
 

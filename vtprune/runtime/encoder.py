@@ -16,14 +16,14 @@ from transformers.utils.generic import ModelOutput
 
 from vtprune.adapters.base import Family, Tower, pooled_lengths
 from vtprune.errors import UnsupportedCall
-from vtprune.protocols import EncoderStage
+from vtprune.protocols import Allowance, EncoderStage
 from vtprune.readings import Reading
 from vtprune.report import Stopwatch
 from vtprune.runtime.encoded import Blocks, Encoded, carry
 from vtprune.runtime.encoder_cut import HOLDERS, EncoderCutter, Going
 from vtprune.runtime.listening import Listener
 from vtprune.seam import without_adapters
-from vtprune.types import Budget, Modality
+from vtprune.types import Modality
 
 PIXELS: dict[Modality, tuple[str, ...]] = {
     "image": ("pixel_values", "pixel_values_images"),
@@ -46,7 +46,7 @@ class EncoderTap:
 
     def __init__(self, inner: nn.Module, family: Family) -> None:
         self.on_encoded: Callable[[Encoded], None] | None = None
-        self.cut: tuple[EncoderStage, Budget] | None = None
+        self.cut: tuple[EncoderStage, Allowance] | None = None
         self._inner = inner
         self._family = family
         self.kinds: tuple[Modality, ...] = tuple(
@@ -62,7 +62,7 @@ class EncoderTap:
         readings: Mapping[str, Reading],
         *,
         stage: EncoderStage | None = None,
-        budget: Budget | None = None,
+        budget: Allowance | None = None,
     ) -> None:
         """Wrap the feature calls, and hook what `readings` are taken from.
 
@@ -75,7 +75,7 @@ class EncoderTap:
             self.cut = (stage, budget)
             self._cut(stage, budget, [name for name, reading in readings.items() if reading.rule.of == "cut"])
 
-    def _cut(self, stage: EncoderStage, budget: Budget, names: list[str]) -> None:
+    def _cut(self, stage: EncoderStage, budget: Allowance, names: list[str]) -> None:
         """Hook the blocks of every tower, once each. Rows that share a budget keep all it could want of them."""
 
         def note(going: Going) -> None:

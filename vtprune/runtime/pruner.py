@@ -20,9 +20,11 @@ from torch.utils.hooks import RemovableHandle
 
 from vtprune.adapters.base import Family, language_model, rope_axes, sliding_window
 from vtprune.cache import check_prunable, mark_pruned
+from vtprune.inside.caching import Keeping
 from vtprune.inside.walk import Walk
 from vtprune.pipeline import Pipeline
 from vtprune.report import PruneReport
+from vtprune.runtime.caching import Caching
 from vtprune.runtime.calls import Call, bind
 from vtprune.runtime.decide import Decision, decide
 from vtprune.runtime.deep import Deep
@@ -32,7 +34,7 @@ from vtprune.runtime.evidence import Given, readings_of
 from vtprune.runtime.placing import PromptReader
 from vtprune.runtime.reporting import Reports
 from vtprune.runtime.shorten import Scheme, resume, shorten
-from vtprune.schedule import Schedule
+from vtprune.schedule import Front, Schedule
 from vtprune.seam import HANDLE, refuse_copy
 from vtprune.types import Budget
 
@@ -81,7 +83,8 @@ class Pruner:
         self._tap = EncoderTap(inner, family)
         self._reader = PromptReader(inner, family, self._tap.kinds)
         self._tap.on_encoded = self._encoded_now
-        self._deep = None if schedule is None else Deep(pipeline, budget, schedule, inner, self._lm)
+        self._schedule = schedule
+        self._deep = _deep(pipeline, budget, schedule, inner, self._lm)
         self._reports = Reports(
             pipeline,
             inner.config.get_text_config(),  # type: ignore[union-attr, operator]
@@ -144,7 +147,9 @@ class Pruner:
         if self.budget.keeps_all:
             self._tap.install({})
         else:
-            self._tap.install(readings_of(self.pipeline), stage=self.pipeline.encoder, budget=self.budget)
+            schedule = self._schedule
+            front = self.budget if schedule is None else Front(schedule=schedule, budget=self.budget)
+            self._tap.install(readings_of(self.pipeline), stage=self.pipeline.encoder, budget=front)
         rotary = getattr(lm, "rotary_emb", None)
         self._scheme = Scheme(
             owner=self._owner,
@@ -160,7 +165,7 @@ class Pruner:
             lm.register_forward_hook(self._after_language_model, with_kwargs=True, always_call=True),
         ]
         if self._deep is not None:
-            self._deep.cutter.hook()
+            self._deep.hook()
         if isinstance(rotary, nn.Module):
             self._handles.append(rotary.register_forward_pre_hook(self._before_rotary, with_kwargs=True))
 
@@ -175,7 +180,7 @@ class Pruner:
             handle.remove()
         self._handles.clear()
         if self._deep is not None:
-            self._deep.cutter.remove()
+            self._deep.remove()
         self._tap.remove()
 
     def __repr__(self) -> str:
@@ -278,19 +283,30 @@ class Pruner:
         if call is None:
             return None
         short = call.leave_language_model()
-        walk = None if self._deep is None else self._deep.finish(None if short is None else short.state)
+        cache = None if output is None else output.past_key_values
+        passed = None if self._deep is None else self._deep.finish(None if short is None else short.state, cache)
         if output is None or short is None:
             return None
-        if walk is not None:
+        if passed is not None:
             assert call.pending is not None
-            self._publish(call, *call.pending, walk)
-            output.last_hidden_state = walk.restore(output.last_hidden_state)
+            self._publish(call, *call.pending, passed)
+        if isinstance(passed, Walk):
+            output.last_hidden_state = passed.restore(output.last_hidden_state)
         if output.past_key_values is not None:
             check_prunable(output.past_key_values)
             mark_pruned(output.past_key_values, short.state)
         output.last_hidden_state = short.cut.restore(output.last_hidden_state)
         return output
 
-    def _publish(self, call: Call, embeds: Tensor, decision: Decision, walk: Walk | None = None) -> None:
+    def _publish(self, call: Call, embeds: Tensor, decision: Decision, passed: Walk | Keeping | None = None) -> None:
         given = self._thread.given
-        self._reports.publish(embeds, call.stopwatch, prompt=call.prompt, decision=decision, given=given, walk=walk)
+        self._reports.publish(embeds, call.stopwatch, prompt=call.prompt, decision=decision, given=given, passed=passed)
+
+
+def _deep(
+    pipeline: Pipeline, budget: Budget, schedule: Schedule | None, inner: nn.Module, lm: nn.Module
+) -> Deep | Caching | None:
+    """What hooks the decoder layers of a pipeline that asks for it, None for any other and where everything is kept."""
+    if schedule is not None:
+        return Deep(pipeline, budget, schedule, inner, lm)
+    return None if pipeline.cache is None or budget.keeps_all else Caching(pipeline, budget, inner, lm)

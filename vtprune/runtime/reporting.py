@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from vtprune.estimates import Shape, kv_bytes_per_token, prefill_flops
+from vtprune.inside.caching import Keeping
 from vtprune.inside.walk import Walk
 from vtprune.pipeline import Pipeline
 from vtprune.report import DROPPED, PruneReport, SegmentReport, Stopwatch
@@ -49,11 +50,11 @@ class Reports:
         prompt: Prompt | None = None,
         decision: Decision | None = None,
         given: Given | None = None,
-        walk: Walk | None = None,
+        passed: Walk | Keeping | None = None,
     ) -> None:
         """Write the report of a prefill; without a prompt and a decision that of one without pictures, padding counted
-        in. `walk` is what was cut between decoder layers."""
-        report = self._report(embeds, stopwatch, prompt, decision, given, walk)
+        in. `passed` is what was cut between decoder layers, or of their caches."""
+        report = self._report(embeds, stopwatch, prompt, decision, given, passed)
         self.history.append(report)
         if self._on_report is not None:
             self._on_report(report)
@@ -65,18 +66,21 @@ class Reports:
         prompt: Prompt | None,
         decision: Decision | None,
         given: Given | None,
-        walk: Walk | None,
+        passed: Walk | Keeping | None,
     ) -> PruneReport:
         B, L = embeds.shape[:2]
+        walk = passed if isinstance(passed, Walk) else None
         before = after = (L,) * B
         stored: float = L
         segments: tuple[SegmentReport, ...] = ()
         if prompt is not None and decision is not None:
             before, after = prompt.layout.row_lengths, decision.row_lengths
             stored = L if before == after else decision.size
+            if passed is not None:
+                stored = passed.average_stored
             if walk is not None:
-                stored, after = walk.average_width, walk.lengths[-1]
-            segments = _segments(prompt, decision, walk)
+                after = walk.lengths[-1]
+            segments = _segments(prompt, decision, passed)
             for entry in prompt.encoded.values():
                 stopwatch.absorb(entry.stopwatch)
         return PruneReport(
@@ -107,10 +111,12 @@ class Reports:
         return sum(prefill_flops(self._shape, row) for row in zip(*of_layers, strict=True))
 
 
-def _segments(prompt: Prompt, decision: Decision, walk: Walk | None) -> tuple[SegmentReport, ...]:
+def _segments(prompt: Prompt, decision: Decision, passed: Walk | Keeping | None) -> tuple[SegmentReport, ...]:
+    walk = passed if isinstance(passed, Walk) else None
     nothing = (None,) * len(decision.stages)
     depths = nothing if walk is None else decision.per_segment(walk.depths)
-    columns = (decision.stages, decision.into or nothing, decision.held or nothing, depths)
+    cached = nothing if passed is None or passed.cached is None else decision.per_segment(passed.cached)
+    columns = (decision.stages, decision.into or nothing, decision.held or nothing, depths, cached)
     return tuple(
         SegmentReport(
             row=segment.row,
@@ -120,8 +126,9 @@ def _segments(prompt: Prompt, decision: Decision, walk: Walk | None) -> tuple[Se
             into=into,
             held=held,
             depths=depth,
+            cached=stored,
         )
-        for segment, stages, into, held, depth in zip(prompt.layout.segments, *columns, strict=True)
+        for segment, stages, into, held, depth, stored in zip(prompt.layout.segments, *columns, strict=True)
     )
 
 

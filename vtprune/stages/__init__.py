@@ -9,6 +9,7 @@ from vtprune.stages import (
     debiasers,
     diverse,
     encoder,
+    filters,
     glances,
     mergers,
     networks,
@@ -40,6 +41,8 @@ STAGES: dict[str, type] = {
         scorers.Read,
         scorers.Glanced,
         glances.MeanAttention,
+        glances.PeakAttention,
+        glances.AttentionWhereSeen,
         glances.MassiveHeads,
         glances.SymmetricText,
         scorers.Mixed,
@@ -81,7 +84,10 @@ STAGES: dict[str, type] = {
         budgets.Proportional,
         counters.Outliers,
         counters.Mass,
+        counters.Negligible,
         counters.AllOrNone,
+        filters.DualFilter,
+        filters.Passing,
         counters.Above,
     )
 }

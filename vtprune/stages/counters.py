@@ -68,6 +68,20 @@ class Mass(_Shared):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Negligible(_Shared):
+    """All but the lowest scores that add up to a `share` at most, whatever the others are: ZipVL, arXiv 2410.08584.
+
+    Scores are to be shares of one whole, as attention is.
+    """
+
+    share: float = 0.025
+
+    def __call__(self, tokens: VisualTokens, k: int) -> Tensor:
+        lost = self.scores(tokens).clamp(min=0).sort(dim=1).values.cumsum(dim=1)
+        return (lost > self.share).sum(dim=1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Above(_Shared):
     """As many as score `share` of the highest score or more."""
 

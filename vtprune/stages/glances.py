@@ -28,6 +28,29 @@ class MeanAttention:
         return _over_rows(seen.weights.mean(dim=1), seen.real)
 
 
+@dataclass(frozen=True)
+class PeakAttention:
+    """The most that any row pays, averaged over heads: MustDrop, arXiv 2411.10803."""
+
+    name: ClassVar[str] = "peak_attention"
+
+    def __call__(self, seen: RowAttention) -> Tensor:
+        return seen.weights.mean(dim=1).masked_fill(~seen.real[:, :, None], 0).amax(dim=1)
+
+
+@dataclass(frozen=True)
+class AttentionWhereSeen:
+    """Attention averaged over heads and those rows that may see a token: ZipVL, arXiv 2410.08584."""
+
+    name: ClassVar[str] = "attention_where_seen"
+
+    def __call__(self, seen: RowAttention) -> Tensor:
+        keys = torch.arange(seen.weights.shape[3], device=seen.weights.device)
+        sees = ((keys <= seen.own[..., None]) & seen.real[..., None]).sum(dim=1)
+        total = (seen.weights.mean(dim=1) * seen.real[..., None]).sum(dim=1)
+        return total / sees.clamp_min(1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class MassiveHeads:
     """Attention of the `heads` heads that pay most to the picture, averaged: SparseVLM+, arXiv 2410.04417."""

@@ -57,10 +57,12 @@ class IntoNearest:
     Args:
         vectors: what is compared: `"features"`, or the name of evidence (S, N, C).
         pick: number of the pick whose tokens take others over; None: all do.
+        halfway: kept tokens move half the way to the mean only: the pivot merging of LOOK-M, arXiv 2406.18139.
     """
 
     vectors: str = FEATURES
     pick: int | None = None
+    halfway: bool = False
 
     @property
     def needs(self) -> frozenset[str]:
@@ -72,7 +74,10 @@ class IntoNearest:
         into = nearest_kept(units, selection.keep, allowed)
         if allowed is not None:
             into = into.masked_fill(~allowed.any(dim=1, keepdim=True), -1)
-        return assigned(_allowed(tokens, into), selection.keep, torch.ones_like(into, dtype=torch.float32))
+        mixture = assigned(_allowed(tokens, into), selection.keep, torch.ones_like(into, dtype=torch.float32))
+        if not self.halfway:
+            return mixture
+        return mixture / 2 + torch.zeros_like(mixture).scatter(2, selection.keep[..., None], 0.5)
 
 
 @dataclass(frozen=True, kw_only=True)
