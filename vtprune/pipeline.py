@@ -77,6 +77,8 @@ class Pipeline:
     def __post_init__(self) -> None:
         if not isinstance(self.picks, tuple) or not all(isinstance(pick, Pick) for pick in self.picks):
             raise InvalidOption(f"picks of pipeline {self.name!r}: expected a tuple of Pick, got {self.picks!r}")
+        if self.trims and not self.inside:
+            raise InvalidOption(f"pipeline {self.name!r} trims caches of layers between cuts, and has none")
         if self.cache is not None and (self.picks or self.inside or any(getattr(self, name) for name in _WHOLE[:-1])):
             raise InvalidOption(f"pipeline {self.name!r} cuts the cache, and no other stage goes with that")
         if not self.picks and not self.inside and self.cache is None:
@@ -266,7 +268,8 @@ class LayerStage:
         if isinstance(self.at, float) and not self.at < 1:
             raise InvalidOption(f"at={self.at!r} of a stage: a share of the depth lies in [0, 1)")
         check_share("keep", self.keep)
-        _ = self.choice
+        if any(glance.rows in ("sampled", "all") for glance in self.choice.glances.values()):
+            raise InvalidOption(f"a stage in front of layer {self.at}: only stages of the cache look from such rows")
 
     @cached_property
     def choice(self) -> Pipeline:
@@ -297,7 +300,7 @@ class CacheStage:
             )
         if self.merger is not None and not self.heads:
             raise InvalidOption("a stage of the cache: keys are merged head by head, so heads have to choose as well")
-        if any(isinstance(need, Reading) for need in self.choice._wanted):
+        if any(not isinstance(need, Glance) for need in self.choice._wanted):
             raise InvalidOption("a stage of the cache goes by what its layer attends to, not by the encoder")
 
     @cached_property

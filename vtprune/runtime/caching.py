@@ -10,7 +10,8 @@ import torch
 from vtprune.adapters.base import Host
 from vtprune.adapters.decoder import decoder_of
 from vtprune.cache import CacheState, DeepState
-from vtprune.inside.caching import CacheCutter, CachedStack, Keeping
+from vtprune.inside.caching import CacheCutter
+from vtprune.inside.keeping import CachedStack, Keeping
 from vtprune.inside.layers import LayerCutter
 from vtprune.pipeline import Pipeline
 from vtprune.runtime.decide import Decision

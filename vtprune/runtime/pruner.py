@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from vtprune.adapters.base import Family, language_model, rope_axes, sliding_window
 from vtprune.cache import check_prunable, mark_pruned
-from vtprune.inside.caching import Keeping
+from vtprune.inside.keeping import Keeping
 from vtprune.inside.walk import Walk
 from vtprune.pipeline import Pipeline
 from vtprune.report import PruneReport

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from vtprune.estimates import Shape, kv_bytes_per_token, prefill_flops
-from vtprune.inside.caching import Keeping
+from vtprune.inside.keeping import Keeping
 from vtprune.inside.walk import Walk
 from vtprune.pipeline import Pipeline
 from vtprune.report import DROPPED, PruneReport, SegmentReport, Stopwatch
