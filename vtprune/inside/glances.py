@@ -70,8 +70,20 @@ def look(
     with kernels.exact(query.device):
         weights = attentions.rows_attention(query, keys, allowed, scale=decoder.attention(layer).scaling)
         visual = torch.nn.functional.pad(walk.visual, (past, 0))
-        seen = RowAttention(weights=weights, real=real, own=rows + past, visual=visual)
+        decay = _decay(decoder.ones(layer, *rotary), rows, past) if glance.divides else None
+        seen = RowAttention(weights=weights, real=real, own=rows + past, visual=visual, decay=decay)
         return glance.rule(seen)[:, past:]
+
+
+def _decay(ones: Tensor, rows: Tensor, past: int) -> Tensor:
+    """Products (B, R, past + K) of ones (B or 1, K, d), rotated, at rows with those at keys; 1 with themselves.
+
+    So it is with cached keys, of whose places nothing is known here.
+    """
+    ones = ones.expand(len(rows), -1, -1)
+    own = kernels.cut_sequence(ones, rows)
+    decay = own @ ones.transpose(1, 2) / own.square().sum(dim=2, keepdim=True)
+    return torch.nn.functional.pad(decay, (past, 0), value=1.0)
 
 
 def _allowed(walk: Walk, rows: Tensor, past: int, mask: Any, past_valid: Tensor | None) -> Tensor:

@@ -110,7 +110,8 @@ class Reports:
 def _segments(prompt: Prompt, decision: Decision, walk: Walk | None) -> tuple[SegmentReport, ...]:
     nothing = (None,) * len(decision.stages)
     depths = nothing if walk is None else decision.per_segment(walk.depths)
-    columns = (decision.stages, decision.into or nothing, decision.held or nothing, depths)
+    into, held = (decision.into, decision.held) if walk is None else decision.holders(walk.into)
+    columns = (decision.stages, into or nothing, held or nothing, depths)
     return tuple(
         SegmentReport(
             row=segment.row,
