@@ -30,6 +30,8 @@ from torch import Tensor, nn
 import vtprune
 from tests import models
 from tests.contracts import oracle
+from tests.contracts.dense import Merge
+from tests.contracts.merges import merges_of, noted
 from tests.models import CLIPS, IMAGE_FAMILIES, ONE_AND_TWO, QWEN, VIDEO_FAMILIES, Prompt
 from vtprune import Pick, Pipeline
 from vtprune.catalog import build
@@ -54,8 +56,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "prumerge_plus-adaptive": {"adaptive": True},
     "vflowopt_select": {"recycled": 0.4},
     "vflowopt": {"recycled": 0.4},
+    "sparsevlm": {"recycled": 0.2},
 }
-"""Parameters that are not the default ones: tiny pictures have too few tokens for the share that vflowopt recycles."""
+"""Parameters that are not the default ones: tiny pictures have too few tokens for the shares that are recycled."""
 PIPELINES = {method: EXTRAS.get(method) or build(method.partition("-")[0], SETTINGS.get(method)) for method in METHODS}
 FAMILIES = IMAGE_FAMILIES
 CORE_FAMILIES = ("llava", "llava_onevision", "qwen2_5_vl")
@@ -75,6 +78,8 @@ IN_LAYERS = tuple(method for method in METHODS if PIPELINES[method].inside)
 """Methods that prune between the decoder layers."""
 LEAVING = tuple(m for m in IN_LAYERS if any(stage.counter is not None for stage in PIPELINES[m].inside))
 """Those of them that let all tokens of a picture go or not: the budget is only the most."""
+MERGING_INSIDE = tuple(m for m in IN_LAYERS if any(stage.merger is not None for stage in PIPELINES[m].inside))
+"""Those that merge what leaves there."""
 MERGING = tuple(method for method in METHODS if PIPELINES[method].merger is not None)
 IN_TOWER = tuple(method for method in METHODS if PIPELINES[method].encoder is not None)
 """Methods that prune inside the vision encoder."""
@@ -194,7 +199,8 @@ class Case:
     def pruned(self, prompts: Sequence[Prompt] | None = None, **options: Any) -> Iterator[Any]:
         """`wrap` the shared model for a block, with evidence for `prompts`: those of the batch unless told."""
         prompts = self.prompts if prompts is None else prompts
-        with vtprune.pruning(self.model, **self._options(options)) as pruner, self.using(pruner, prompts):
+        noting = noted() if self.method in MERGING_INSIDE else nullcontext()
+        with noting, vtprune.pruning(self.model, **self._options(options)) as pruner, self.using(pruner, prompts):
             yield pruner
 
     def using(self, pruner: Any, prompts: Sequence[Prompt], *, as_one: bool = False) -> AbstractContextManager[Any]:
@@ -340,10 +346,11 @@ def depths_of(segment: Any, layers: int) -> list[int]:
 
 @dataclass(frozen=True, kw_only=True)
 class Kept:
-    """Prompt positions that go into the language model, and how many of its layers each goes through."""
+    """Prompt positions that go into the language model, how many of its layers each goes through, what merges there."""
 
     positions: list[int]
     depths: list[int]
+    merges: tuple[Merge, ...] = ()
 
 
 def kept_tokens(case: Case, report: Any, row: int, ids: Sequence[int]) -> Kept:
@@ -353,7 +360,7 @@ def kept_tokens(case: Case, report: Any, row: int, ids: Sequence[int]) -> Kept:
         for position, depth in zip(candidates, depths_of(segment, case.layers), strict=True):
             depths[position] = depth
     positions = [position for position, depth in enumerate(depths) if depth]
-    return Kept(positions=positions, depths=[depths[position] for position in positions])
+    return Kept(positions=positions, depths=[depths[position] for position in positions], merges=merges_of(report, row))
 
 
 def kept_positions(case: Case, report: Any, row: int, ids: Sequence[int]) -> list[int]:
@@ -439,4 +446,5 @@ def by_hand(
         compact=compact,
         forbidden=case.forbidden,
         depths=kept.depths,
+        merges=kept.merges,
     )

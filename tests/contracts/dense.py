@@ -1,6 +1,7 @@
 """Tokens that leave between decoder layers, in the reference: every layer gets all of them and a mask that hides some.
 
 Nothing of vtprune is imported. Nothing is shortened here: no token changes its place, and caches hold all of them.
+Where tokens go into another in front of a layer, that becomes their mean.
 """
 
 from __future__ import annotations
@@ -8,25 +9,43 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
+@dataclass(frozen=True, kw_only=True)
+class Merge:
+    """In front of `layer` the token of a row at `at` becomes the mean of its `members`, itself among them."""
+
+    layer: int
+    at: int
+    members: tuple[int, ...]
+
+    def placed(self, places: Sequence[int]) -> Merge:
+        """With its numbers of tokens as numbers of their places."""
+        return Merge(layer=self.layer, at=places[self.at], members=tuple(places[one] for one in self.members))
+
+
 @contextmanager
-def hidden(model: nn.Module, depths: Tensor | Sequence[Sequence[int]]) -> Iterator[None]:
+def hidden(
+    model: nn.Module, depths: Tensor | Sequence[Sequence[int]], merges: Sequence[Sequence[Merge]] = ()
+) -> Iterator[None]:
     """In calls inside the block a token is seen in as many decoder layers as `depths` says, in none of those behind.
 
     Args:
         depths: for every row (which repeats for beams) and every token of the first call; later ones are never hidden.
+        merges: for every row what happens in the first call, and wherever nothing is cached.
     """
     rows = torch.as_tensor(depths)
     handles = []
     for number, layer in enumerate(model.model.language_model.layers):
         gone = rows <= number
-        if gone.any():
-            hide = functools.partial(_hide, number, gone)
+        due = [(row, one) for row, own in enumerate(merges) for one in own if one.layer == number]
+        if gone.any() or due:
+            hide = functools.partial(_hide, number, gone, due)
             handles.append(layer.register_forward_pre_hook(hide, with_kwargs=True))
     try:
         yield
@@ -35,7 +54,14 @@ def hidden(model: nn.Module, depths: Tensor | Sequence[Sequence[int]]) -> Iterat
             handle.remove()
 
 
-def _hide(number: int, gone: Tensor, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _hide(
+    number: int,
+    gone: Tensor,
+    merges: Sequence[tuple[int, Merge]],
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
     """The call of layer `number` with the tokens that are `gone` (rows, tokens) hidden from all but themselves."""
     states = args[0] if args else kwargs["hidden_states"]
     cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
@@ -45,9 +71,21 @@ def _hide(number: int, gone: Tensor, module: nn.Module, args: tuple[Any, ...], k
     eager = module.self_attn.config._attn_implementation == "eager"
     seen = key <= own if mask is None else mask >= 0 if eager else mask
     assert seen.dtype == torch.bool and seen.shape[-1] == keys, "the reference runs sdpa or eager"
+    if keys == queries:
+        states = _merged(states, merges, len(states) // len(gone))
     gone = gone.repeat_interleave(len(states) // len(gone), dim=0)
     gone = nn.functional.pad(gone, (0, keys - gone.shape[1]))
     seen = (seen & ~gone[:, None, None]) | (key == own)
     if eager:
         seen = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
-    return args, {**kwargs, "attention_mask": seen}
+    changed = {**kwargs, "attention_mask": seen}
+    return ((states, *args[1:]), changed) if args else (args, {**changed, "hidden_states": states})
+
+
+def _merged(states: Tensor, merges: Sequence[tuple[int, Merge]], repeats: int) -> Tensor:
+    """Hidden states (B, L, D) with means at their places; every row of the merges stands for `repeats` of them."""
+    found = states.clone()
+    for row, merge in merges:
+        for beam in range(row * repeats, (row + 1) * repeats):
+            found[beam, merge.at] = states[beam, list(merge.members)].mean(dim=0)
+    return found

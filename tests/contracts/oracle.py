@@ -108,11 +108,13 @@ def decode(
     compact: bool,
     forbidden: list[int],
     depths: list[int] | None = None,
+    merges: Sequence[dense.Merge] = (),
 ) -> tuple[list[int], Tensor]:
     """Greedy tokens and raw logits (steps, V) of the shortened prompt.
 
     Args:
         depths: how many decoder layers each of the tokens at `kept` is seen in; None: all of them.
+        merges: which of them go into which between layers.
     """
     short = shorten(prompt, kept, compact=compact)
     next_id = int(prompt.positions[0, -1]) + 1
@@ -127,7 +129,7 @@ def decode(
             extra["visual_pos_masks"] = nn.functional.pad(short.visual, (0, length - short.visual.shape[1]))
             extra["deepstack_visual_embeds"] = short.deepstack
         ids = positions if positions.shape[0] == 1 else positions[:, None]
-        with dense.hidden(model, [depths or []]):
+        with dense.hidden(model, [depths or []], [merges]):
             hidden = model.model.language_model(
                 inputs_embeds=embeds, position_ids=ids, attention_mask=torch.ones(1, length, dtype=torch.long), **extra
             ).last_hidden_state
@@ -144,11 +146,18 @@ def decode(
 
 
 @torch.no_grad()
-def generate(model: nn.Module, shorts: Sequence[Merged], depths: Sequence[list[int]], **mode: Any) -> Tensor:
+def generate(
+    model: nn.Module,
+    shorts: Sequence[Merged],
+    depths: Sequence[list[int]],
+    merges: Sequence[Sequence[dense.Merge]],
+    **mode: Any,
+) -> Tensor:
     """New tokens (rows, steps) of transformers' own `generate` from the short prompts, left padded.
 
     Args:
         depths: for every prompt, how many decoder layers each of its tokens is seen in.
+        merges: for every prompt, which of its tokens go into which between layers.
     """
     width = max(short.embeds.shape[1] for short in shorts)
     pads = [width - short.embeds.shape[1] for short in shorts]
@@ -157,9 +166,10 @@ def generate(model: nn.Module, shorts: Sequence[Merged], depths: Sequence[list[i
     ids = torch.stack([nn.functional.pad(s.positions, (pad, 0)) for s, pad in zip(shorts, pads, strict=True)], dim=1)
     text = (mask.cumsum(dim=1) - 1).clamp(min=0)
     position_ids = ids[0] if len(ids) == 1 else torch.cat([text[None], ids])
+    moved = [[one.placed(range(pad, width)) for one in own] for own, pad in zip(merges, pads, strict=True)]
     handle = model.model.language_model.register_forward_pre_hook(_deepstack_of(shorts, pads), with_kwargs=True)
     try:
-        with dense.hidden(model, [[0] * pad + row for row, pad in zip(depths, pads, strict=True)]):
+        with dense.hidden(model, [[0] * pad + row for row, pad in zip(depths, pads, strict=True)], moved):
             return model.generate(inputs_embeds=embeds, attention_mask=mask, position_ids=position_ids, **mode)
     finally:
         handle.remove()

@@ -27,6 +27,7 @@ from tests.contracts.cases import (
     kept_tokens,
     whole,
 )
+from tests.contracts.dense import Merge
 from tests.models import Prompt
 
 pytestmark = pytest.mark.law("7 turns")
@@ -53,6 +54,7 @@ class Conversation:
     grids: dict[str, list[Tensor]] = field(default_factory=dict)
     kept: list[int] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)
+    merges: list[Merge] = field(default_factory=list)
 
     def say(self, inputs: dict[str, Tensor]) -> None:
         """A prompt of one row."""
@@ -64,6 +66,8 @@ class Conversation:
 
     def keep(self, kept: Kept, piece: oracle.Merged) -> None:
         """What stays of the last prompt, and all of it for the language model."""
+        places = range(len(self.kept), len(self.kept) + len(kept.positions))
+        self.merges += [one.placed(places) for one in kept.merges]
         self.kept += [len(self.ids) - piece.embeds.shape[1] + position for position in kept.positions]
         self.depths += kept.depths
         self.pieces.append(piece)
@@ -132,7 +136,11 @@ class Chat:
             if reports:
                 kept = kept_tokens(self.case, reports[0], row, ids)
             conversation.keep(kept, whole(self.case, prompts[row], kept.positions))
-            so_far = Kept(positions=list(conversation.kept), depths=list(conversation.depths))
+            so_far = Kept(
+                positions=list(conversation.kept),
+                depths=list(conversation.depths),
+                merges=tuple(conversation.merges),
+            )
             before.append((conversation.whole(), so_far))
             conversation.reply(reply.tokens[row].tolist())
         self.cache = reply.cache
@@ -174,6 +182,7 @@ def check(case: Case, turns: Turns, positions: str) -> list[Turn]:
                 compact=positions == "compact",
                 forbidden=case.forbidden,
                 depths=kept.depths,
+                merges=kept.merges,
             )
             assert_close(turn.reply.logits[row], logits)
             assert turn.reply.tokens[row].tolist() == tokens

@@ -24,6 +24,7 @@ from tests.contracts.cases import (
     kept_tokens,
     whole,
 )
+from tests.contracts.dense import Merge
 from vtprune.errors import UnsupportedCall
 
 pytestmark = pytest.mark.law("8 modes")
@@ -44,17 +45,18 @@ def wrapped(case: Case, positions: str, **mode: Any) -> tuple[Answer, Any]:
         return answer(case.model, case.batch, steps=4, **mode), pruner.last
 
 
-def shortened(case: Case, report: Any) -> tuple[list[oracle.Merged], list[list[int]]]:
-    """Both rows as the report says they were shortened, and how many layers each of their tokens goes through."""
+def shortened(case: Case, report: Any) -> tuple[list[oracle.Merged], list[list[int]], list[tuple[Merge, ...]]]:
+    """Both rows as the report says they were shortened, how many layers each token goes through, and what merges."""
     repeats = len(report.length_after) // len(case.prompts)
-    shorts, depths = [], []
+    shorts, depths, merges = [], [], []
     for row, (prompt, inputs) in enumerate(zip(case.prompts, case.rows, strict=True)):
         assert all(choices(report, row * repeats + beam) == choices(report, row * repeats) for beam in range(repeats))
         kept = kept_tokens(case, report, row * repeats, inputs["input_ids"][0].tolist())
         prompted = whole(case, prompt, kept.positions)
         shorts.append(oracle.shorten(prompted, kept.positions, compact=report.positions == "compact"))
         depths.append(kept.depths)
-    return shorts, depths
+        merges.append(kept.merges)
+    return shorts, depths, merges
 
 
 @cells()
@@ -62,9 +64,9 @@ def shortened(case: Case, report: Any) -> tuple[list[oracle.Merged], list[list[i
 def test_equals_transformers_on_the_short_prompt(case: Case, mode: str) -> None:
     """With the positions whose continuation transformers can count: compact on one dimension, kept on (t, h, w)."""
     got, report = wrapped(case, "auto", **MODES[mode])
-    shorts, depths = shortened(case, report)
+    shortly = shortened(case, report)
     torch.manual_seed(7)
-    expected = oracle.generate(case.model, shorts, depths, max_new_tokens=4, **MODES[mode])
+    expected = oracle.generate(case.model, *shortly, max_new_tokens=4, **MODES[mode])
     assert len(got.tokens) == len(case.prompts) * MODES[mode].get("num_return_sequences", 1)
     assert torch.equal(got.tokens, expected)
 
