@@ -66,7 +66,8 @@ class Conversation:
 
     def keep(self, kept: Kept, piece: oracle.Merged) -> None:
         """What stays of the last prompt, and all of it for the language model."""
-        places = range(len(self.kept), len(self.kept) + len(kept.positions))
+        cached = max(0, len(self.kept) - 1)  # the last word of a reply enters with the next prompt
+        places = range(cached, len(self.kept) + len(kept.positions))
         self.merges += [one.placed(places) for one in kept.merges]
         self.kept += [len(self.ids) - piece.embeds.shape[1] + position for position in kept.positions]
         self.depths += kept.depths
