@@ -59,7 +59,8 @@ def test_a_file_reads_as_it_was_written(llava, path):
     [
         ("fastv", [(0.0,)]),  # the last token, in the layer before the cut in front of layer 1
         ("pyramiddrop", [(2.0,), (3.0,), (5.0,)]),  # in layers 2, 3 and 5 themselves, of which 5 was not measured
-        ("sparsevlm_plus", [(0.5,), (2.5,)]),  # raters are text; two of its three points fall on layer 1
+        ("sparsevlm", [(0.5,), (2.5,)]),  # raters are text; two of its three points fall on layer 1
+        ("sparsevlm_plus", [(0.5,), (2.5,)]),  # the same, where attention is divided before
     ],
 )
 def test_every_drop_point_gets_the_constants_of_the_layer_it_looks_at(llava, path, method, constants):

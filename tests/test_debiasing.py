@@ -18,17 +18,20 @@ from vtprune import Pick, Pipeline
 from vtprune.catalog import build
 from vtprune.debiasing import DEBIASERS, debiased
 from vtprune.errors import InvalidOption
+from vtprune.pipeline import LayerStage
+from vtprune.readings import Glance
 from vtprune.stages import STAGES
 from vtprune.stages.debiasers import WithoutPadding, WithoutSinks, WithoutTrend
+from vtprune.stages.glances import MeanAttention, Undecayed
 from vtprune.stages.recency import WithoutRecency
-from vtprune.stages.scorers import Constant, Importance
+from vtprune.stages.scorers import Constant, Glanced, Importance, Mixed, Norm, Product
 from vtprune.stages.selectors import TopK
 from vtprune.types import Ordinal, Part, VisualTokens
 
 K = 4
 ONE = (Prompt(images=((32, 32),), seed=1),)
 WITH_ATTENTION = ["vtprune", "fastervlm", "vtc_cls", "holov", "visionzip", "todre_select", "vflowopt_select"]
-IN_LAYERS = ["fastv", "pyramiddrop", "sparsevlm_plus", "adaptinfer", "vflowopt"]
+IN_LAYERS = ["fastv", "pyramiddrop", "sparsevlm", "sparsevlm_plus", "adaptinfer", "vflowopt"]
 WITHOUT = ["divprune", "information_horizon", "cdpruner", "zoo_prune", "tome", "flowcut", "random", "uniform", "pool"]
 
 
@@ -108,7 +111,7 @@ def test_it_comes_first_in_every_pick_by_attention(method: str) -> None:
 
 @pytest.mark.parametrize("wrong", ["recencies", "", 1, 0, 2.5, ("recency",), WithoutSinks, []])
 def test_what_is_no_debiaser_is_refused_with_the_names(model: nn.Module, wrong: Any) -> None:
-    with pytest.raises(InvalidOption, match="recency, cubic, sinks, padding, trend"):
+    with pytest.raises(InvalidOption, match="recency, cubic, sinks, padding, trend, rope"):
         vtprune.wrap(model, "fastervlm", debias=wrong)
     assert not hasattr(model, "vtprune")
 
@@ -185,3 +188,75 @@ def test_so_it_does_in_a_model(model: nn.Module) -> None:
     assert (plain.method, steep.method) == ("pyramiddrop", "pyramiddrop+WithoutRecency")
     depths, expected = (sorted(found.segments[0].depths.tolist(), reverse=True) for found in (steep, plain))
     assert depths == steep.segments[0].depths.tolist() == expected != plain.segments[0].depths.tolist()
+
+
+def glances_of(pipeline: Pipeline) -> list[Any]:
+    """The rules of all glances of picks between layers."""
+    return [pick.scorer.rule for deep in pipeline.inside for pick in deep.picks]
+
+
+@pytest.mark.parametrize("method", ["fastv", "pyramiddrop", "sparsevlm", "adaptinfer", "atp"])
+def test_rope_wraps_the_rule_of_every_glance(method: str) -> None:
+    """Rows, layers, other stages and debiasers stay; it is stored and told by its name."""
+    plain, found = build(method), debiased(build(method), "rope")
+    assert found.name == f"{method}+rope"
+    assert glances_of(found) == [Undecayed(rule=rule) for rule in glances_of(plain)]
+    for before, after in zip(picks_of(plain), picks_of(found), strict=True):
+        assert replace(after.scorer, rule=before.scorer.rule) == before.scorer
+        assert replace(after, scorer=before.scorer) == before
+    assert [replace(deep, picks=picks_of(plain)) for deep in found.inside] == [
+        replace(deep, picks=picks_of(plain)) for deep in plain.inside
+    ]
+    assert Pipeline.from_dict(json.loads(json.dumps(found.to_dict())), stages=STAGES) == found
+
+
+def test_rope_reaches_into_scores_made_of_others() -> None:
+    glanced = Glanced(rule=MeanAttention(), rows="last")
+    scorer = Mixed(first=Product(first=glanced, second=Norm()), second=Constant())
+    pick = Pick(name="mixed", scorer=scorer, selector=TopK())
+    found = debiased(Pipeline(name="mixed", picks=(), inside=(LayerStage(at=0.5, keep=0.5, picks=(pick,)),)), "rope")
+    divided = replace(glanced, rule=Undecayed(rule=MeanAttention()))
+    expected = Mixed(first=Product(first=divided, second=Norm()), second=Constant())
+    assert found.inside[0].picks[0].scorer == expected
+
+
+def test_rope_changes_the_choice_and_is_undone(model: nn.Module) -> None:
+    plain, divided = (report(model, "fastv", keep=0.5, debias=debias) for debias in (None, "rope"))
+    assert (plain.method, divided.method) == ("fastv", "fastv+rope")
+    assert plain.kept == divided.kept
+    undivided = report(model, "sparsevlm_plus", keep=0.5, divide=False, debias="rope").segments[0]
+    assert torch.equal(undivided.depths, report(model, "sparsevlm_plus", keep=0.5).segments[0].depths)
+    assert not hasattr(model, "vtprune")
+
+
+@pytest.mark.parametrize("method", ["fastervlm", "vtprune", "divprune", "vflowopt", "todre", "information_horizon"])
+def test_rope_is_refused_where_no_layer_is_looked_at(model: nn.Module, method: str) -> None:
+    """Attention of encoders is not turned as that of the layers is; an exit has a threshold of its own."""
+    with pytest.raises(InvalidOption, match=f"'rope': method {method!r} chooses by no attention of decoder layers"):
+        vtprune.wrap(model, method, debias="rope")
+    assert not hasattr(model, "vtprune")
+
+
+def test_rope_is_refused_where_it_is_there_already() -> None:
+    with pytest.raises(InvalidOption, match="'sparsevlm_plus' divides its attention by the decay already"):
+        debiased(build("sparsevlm_plus"), "rope")
+    assert debiased(build("sparsevlm_plus", {"divide": False}), "rope").needs == build("sparsevlm_plus").needs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Own:
+    """A scorer that hides its rule."""
+
+    @property
+    def needs(self) -> frozenset[Any]:
+        return frozenset({Glance(rule=MeanAttention())})
+
+    def __call__(self, tokens: VisualTokens) -> Tensor:
+        return tokens.evidence["text_attention"]
+
+
+def test_rope_is_refused_where_a_rule_cannot_be_reached() -> None:
+    pick = Pick(name="own", scorer=Own(), selector=TopK())
+    pipeline = Pipeline(name="own", picks=(), inside=(LayerStage(at=0.5, keep=0.5, picks=(pick,)),))
+    with pytest.raises(InvalidOption, match="'own' reads attention of decoder layers by a scorer of its own"):
+        debiased(pipeline, "rope")

@@ -15,6 +15,7 @@ from tests.test_syncs import watched
 from vtprune import Pick, Pipeline
 from vtprune.stages.allocation import largest_remainder
 from vtprune.stages.diverse import DPP, Dispersion, Facility, SensitiveDiversity
+from vtprune.stages.peaks import DensityPeaks
 from vtprune.stages.selectors import MMR, Stride, TopK
 from vtprune.stages.structured import AnchorsAndNeighbours, ChunkQuota, GroupSuppress, Pivots, ResidualDrop, WholeRows
 from vtprune.types import Selection, VisualTokens
@@ -45,6 +46,8 @@ SELECTORS = [
     AnchorsAndNeighbours(),
     ChunkQuota(),
     ChunkQuota(chunks=3),
+    DensityPeaks(),
+    DensityPeaks(share=1.0),
 ]
 FEATURES = ("random", "few", "equal", "zero", "duplicates", "endless", "bfloat16")
 SCORES = ("random", "equal", "zero", "negative", "ties", "huge")

@@ -16,6 +16,7 @@ from vtprune.stages.cells import CellBest, CellCentres, cells_of
 from vtprune.stages.counters import Above, Mass, Outliers
 from vtprune.stages.debiasers import MinMax, WithoutHighNorms, WithoutPadding, WithoutSinks, WithoutTrend
 from vtprune.stages.mergers import IntoCell, IntoNearest, NeighbourSum
+from vtprune.stages.peaks import IntoPeaks
 from vtprune.stages.scorers import Given
 from vtprune.stages.selectors import Stride, TopK
 from vtprune.types import Merged, Part, Selection, VisualTokens
@@ -28,6 +29,8 @@ MEANS = [
     IntoCell(pick=1),
     IntoCell(weights=WORTH),
     IntoCell(pick=0, weights=WORTH),
+    IntoPeaks(pick=1),
+    IntoPeaks(pick=0, share=1.0),
 ]
 SUMS = [NeighbourSum(weights=WORTH), NeighbourSum(weights=WORTH, count=3)]
 DEBIASERS = [MinMax(), WithoutSinks(), WithoutHighNorms(), WithoutTrend(), WithoutPadding()]
@@ -194,7 +197,9 @@ def test_what_takes_nothing_over_stays_bit_for_bit(merger: Any, case: Case) -> N
     assert torch.equal(merged.rows[alone], source[alone])
 
 
-@pytest.mark.parametrize("merger", [IntoNearest(pick=1), IntoCell(pick=1), IntoCell(pick=0, weights=WORTH)], ids=str)
+@pytest.mark.parametrize(
+    "merger", [IntoNearest(pick=1), IntoCell(pick=1), IntoCell(pick=0, weights=WORTH), IntoPeaks(pick=1)], ids=str
+)
 @seldom_random
 @given(case=any_case)
 def test_only_tokens_of_the_named_pick_take_others_over(merger: Any, case: Case) -> None:

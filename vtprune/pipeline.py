@@ -117,6 +117,11 @@ class Pipeline:
         return any(stage.counter is not None for stage in (self, *self.inside, self.cache) if stage is not None)
 
     @cached_property
+    def merges(self) -> bool:
+        """Whether dropped tokens may live on in kept ones."""
+        return any((self.encoder, self.merger, *(stage.merger for stage in self.inside)))
+
+    @cached_property
     def needs(self) -> frozenset[str]:
         """Names of the evidence its stages read."""
         return frozenset(need if isinstance(need, str) else need.name for need in self._wanted)
@@ -164,6 +169,7 @@ class Pipeline:
             stage.append(torch.full_like(protect, -1))
         left = k - sum(indices.shape[1] for indices in chosen)
         counts: list[int] = []
+        seen: list[Tensor | None] = [None] * len(self.picks)
         for number, pick in enumerate(self.picks):
             last = number == len(self.picks) - 1
             count = left if last else min(left, int(pick.share * k + 0.5))
@@ -172,17 +178,21 @@ class Pipeline:
             if count == 0:
                 continue
             taken = kernels.joined(chosen, dim=1) if chosen else None
-            picked = self._pick(pick, tokens, count, taken)
+            scores = self._scores(pick, tokens, taken)
+            picked = pick.selector(tokens, scores, count, taken)
             _check(f"the selector of pick {pick.name!r}", picked, (S, count), torch.long)
             chosen.append(picked)
             stage.append(torch.full_like(picked, number))
+            seen[number] = scores
         if not chosen:
             empty = torch.empty(S, 0, dtype=torch.long, device=tokens.features.device)
-            return Selection(keep=empty, taken=empty, counts=tuple(counts))
+            return Selection(keep=empty, taken=empty, counts=tuple(counts), scores=tuple(seen))
         keep, order = kernels.joined(chosen, dim=1).sort(dim=1)
-        return Selection(keep=keep, taken=kernels.joined(stage, dim=1).gather(1, order), counts=tuple(counts))
+        taken = kernels.joined(stage, dim=1).gather(1, order)
+        return Selection(keep=keep, taken=taken, counts=tuple(counts), scores=tuple(seen))
 
-    def _pick(self, pick: Pick, tokens: VisualTokens, count: int, taken: Tensor | None) -> Tensor:
+    def _scores(self, pick: Pick, tokens: VisualTokens, taken: Tensor | None) -> Tensor:
+        """What the selector of a pick sees, (S, N): -inf at what is taken or forbidden."""
         scores = pick.scorer(tokens)
         for debiaser in pick.debiasers:
             scores = debiaser(tokens, _checked(f"the scorer of pick {pick.name!r}", scores, tokens))
@@ -190,9 +200,7 @@ class Pipeline:
         forbidden = tokens.evidence.get("forbid")
         if forbidden is not None:
             scores = scores.masked_fill(forbidden, float("-inf"))
-        if taken is not None:
-            scores = scores.scatter(1, taken, float("-inf"))
-        return pick.selector(tokens, scores, count, taken)
+        return scores if taken is None else scores.scatter(1, taken, float("-inf"))
 
     def merge(self, tokens: VisualTokens, selection: Selection) -> Merged | None:
         """What the kept tokens become; None without a merger."""

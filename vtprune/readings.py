@@ -57,13 +57,16 @@ class RowAttention:
     """What some rows of a decoder layer attend to: `weights` (B, H, R, n), a softmax over all keys a row may see.
 
     `real` (B, R) is False at rows that only fill up; `own` (B, R) says which of the n keys are those of the rows,
-    `visual` (B, n) which belong to pictures of this prompt.
+    `visual` (B, n) which belong to pictures of this prompt. `decay` (B, R, n), None where the rule `divides` nothing,
+    is what the rotary embedding leaves of the product of two vectors of ones at the places of row and key: 1 at the
+    same place, perhaps below 0 far away, and 1 for keys that an earlier turn left in the cache.
     """
 
     weights: Tensor
     real: Tensor
     own: Tensor
     visual: Tensor
+    decay: Tensor | None = None
 
     def of_groups(self, groups: int) -> RowAttention:
         """The same of every group of heads by itself: B * `groups` prompts, each of H / `groups` heads."""
@@ -74,6 +77,7 @@ class RowAttention:
             real=self.real.repeat_interleave(groups, dim=0),
             own=self.own.repeat_interleave(groups, dim=0),
             visual=self.visual.repeat_interleave(groups, dim=0),
+            decay=None if self.decay is None else self.decay.repeat_interleave(groups, dim=0),
         )
 
 
@@ -81,7 +85,10 @@ Rows = Literal["last", "text", "raters", "sampled", "all"]
 
 
 class RowRule(Protocol):
-    """Makes one number per key (B, n) of a `RowAttention`; `name` is that of the evidence."""
+    """Makes one number per key (B, n) of a `RowAttention`; `name` is that of the evidence.
+
+    One that also has `divides`, and that is True, gets `RowAttention.decay`.
+    """
 
     @property
     def name(self) -> str: ...
@@ -113,6 +120,11 @@ class Glance:
     def name(self) -> str:
         """What the evidence is called."""
         return f"{self.rows}_{self.rule.name}" + ("" if self.at == "before" else "@behind")
+
+    @property
+    def divides(self) -> bool:
+        """Whether the rule wants to know the decay of the rotary embedding."""
+        return bool(getattr(self.rule, "divides", False))
 
 
 class OfAttention:

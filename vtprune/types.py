@@ -141,12 +141,14 @@ class VisualTokens:
 class Selection:
     """A decision: `keep` (S, K) ascending indices into `N`; `taken` (S, K) says which pick took each of them.
 
-    `counts` is how many each pick took, known from shapes.
+    `counts` is how many each pick took, known from shapes. `scores` (S, N) are what the selector of each pick saw, None
+    of a pick that took nothing.
     """
 
     keep: Tensor
     taken: Tensor
     counts: tuple[int, ...]
+    scores: tuple[Tensor | None, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

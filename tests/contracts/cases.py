@@ -30,6 +30,8 @@ from torch import Tensor, nn
 import vtprune
 from tests import models
 from tests.contracts import oracle
+from tests.contracts.dense import Merge
+from tests.contracts.merges import merges_of, noted
 from tests.models import CLIPS, IMAGE_FAMILIES, ONE_AND_TWO, QWEN, VIDEO_FAMILIES, Prompt
 from vtprune import Pick, Pipeline
 from vtprune.catalog import build
@@ -58,8 +60,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "zipvl": {"mass": 0.7},
     "vflowopt_select": {"recycled": 0.4},
     "vflowopt": {"recycled": 0.4},
+    "sparsevlm": {"recycled": 0.2},
 }
-"""Parameters that are not the default ones: tiny pictures have too few tokens for the share that vflowopt recycles."""
+"""Parameters that are not the default ones: tiny pictures have too few tokens for the shares that are recycled."""
 PIPELINES = {method: EXTRAS.get(method) or build(method.partition("-")[0], SETTINGS.get(method)) for method in METHODS}
 FAMILIES = IMAGE_FAMILIES
 CORE_FAMILIES = ("llava", "llava_onevision", "qwen2_5_vl")
@@ -86,6 +89,8 @@ TRIMMING = tuple(method for method in METHODS if PIPELINES[method].trims)
 CACHING = tuple(method for method in METHODS if PIPELINES[method].cache is not None)
 """Methods that let all tokens pass and store fewer: their references are in `caches`."""
 SHORTENING = tuple(method for method in METHODS if method not in CACHING)
+MERGING_INSIDE = tuple(m for m in IN_LAYERS if any(stage.merger is not None for stage in PIPELINES[m].inside))
+"""Those that merge what leaves there."""
 MERGING = tuple(method for method in METHODS if PIPELINES[method].merger is not None)
 IN_TOWER = tuple(method for method in METHODS if PIPELINES[method].encoder is not None)
 """Methods that prune inside the vision encoder."""
@@ -205,7 +210,8 @@ class Case:
     def pruned(self, prompts: Sequence[Prompt] | None = None, **options: Any) -> Iterator[Any]:
         """`wrap` the shared model for a block, with evidence for `prompts`: those of the batch unless told."""
         prompts = self.prompts if prompts is None else prompts
-        with vtprune.pruning(self.model, **self._options(options)) as pruner, self.using(pruner, prompts):
+        noting = noted() if self.method in MERGING_INSIDE else nullcontext()
+        with noting, vtprune.pruning(self.model, **self._options(options)) as pruner, self.using(pruner, prompts):
             yield pruner
 
     def using(self, pruner: Any, prompts: Sequence[Prompt], *, as_one: bool = False) -> AbstractContextManager[Any]:
@@ -356,11 +362,15 @@ def stored_in(segment: Any, depths: list[int]) -> list[Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Kept:
-    """Prompt positions that go into the language model, how many of its layers each goes through, and is stored in."""
+    """Prompt positions that go into the language model, how many of its layers each goes through, and is stored in.
+
+    `merges` says what merges there.
+    """
 
     positions: list[int]
     depths: list[int]
     stored: list[int]
+    merges: tuple[Merge, ...] = ()
 
 
 def kept_tokens(case: Case, report: Any, row: int, ids: Sequence[int]) -> Kept:
@@ -376,6 +386,7 @@ def kept_tokens(case: Case, report: Any, row: int, ids: Sequence[int]) -> Kept:
         positions=positions,
         depths=[depths[position] for position in positions],
         stored=[stored[position] for position in positions],
+        merges=merges_of(report, row),
     )
 
 
@@ -465,4 +476,5 @@ def by_hand(
         forbidden=case.forbidden,
         depths=kept.depths,
         later=kept.stored if cached else None,
+        merges=kept.merges,
     )

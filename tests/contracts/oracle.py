@@ -108,6 +108,7 @@ def decode(
     compact: bool,
     forbidden: list[int],
     depths: list[int] | None = None,
+    merges: Sequence[dense.Merge] = (),
     later: list[int] | None = None,
     since: list[int] | None = None,
 ) -> tuple[list[int], Tensor]:
@@ -117,6 +118,7 @@ def decode(
         depths: how many decoder layers each of the tokens at `kept` is seen in; None: all of them.
         later: how many of them later tokens see it in; None: as many.
         since: from which of the tokens at `kept` on those are; None: behind the last.
+        merges: which of them go into which between layers.
     """
     short = shorten(prompt, kept, compact=compact)
     next_id = int(prompt.positions[0, -1]) + 1
@@ -131,7 +133,7 @@ def decode(
             extra["visual_pos_masks"] = nn.functional.pad(short.visual, (0, length - short.visual.shape[1]))
             extra["deepstack_visual_embeds"] = short.deepstack
         ids = positions if positions.shape[0] == 1 else positions[:, None]
-        with dense.hidden(model, [depths or []], later and [later], since and [since]):
+        with dense.hidden(model, [depths or []], [merges], later=later and [later], since=since and [since]):
             hidden = model.model.language_model(
                 inputs_embeds=embeds, position_ids=ids, attention_mask=torch.ones(1, length, dtype=torch.long), **extra
             ).last_hidden_state
@@ -152,14 +154,16 @@ def generate(
     model: nn.Module,
     shorts: Sequence[Merged],
     depths: Sequence[list[int]],
-    later: Sequence[list[int]] | None = None,
+    merges: Sequence[Sequence[dense.Merge]],
+    later: Sequence[list[int]],
     **mode: Any,
 ) -> Tensor:
     """New tokens (rows, steps) of transformers' own `generate` from the short prompts, left padded.
 
     Args:
         depths: for every prompt, how many decoder layers each of its tokens is seen in.
-        later: how many new words see it in; None: as many.
+        merges: for every prompt, which of its tokens go into which between layers.
+        later: how many layers new words see each of its tokens in.
     """
     width = max(short.embeds.shape[1] for short in shorts)
     pads = [width - short.embeds.shape[1] for short in shorts]
@@ -168,12 +172,11 @@ def generate(
     ids = torch.stack([nn.functional.pad(s.positions, (pad, 0)) for s, pad in zip(shorts, pads, strict=True)], dim=1)
     text = (mask.cumsum(dim=1) - 1).clamp(min=0)
     position_ids = ids[0] if len(ids) == 1 else torch.cat([text[None], ids])
+    moved = [[one.placed(range(pad, width)) for one in own] for own, pad in zip(merges, pads, strict=True)]
     handle = model.model.language_model.register_forward_pre_hook(_deepstack_of(shorts, pads), with_kwargs=True)
     try:
-        rows, after = (
-            [[0] * pad + row for row, pad in zip(one, pads, strict=True)] for one in (depths, later or depths)
-        )
-        with dense.hidden(model, rows, after):
+        rows, after = ([[0] * pad + row for row, pad in zip(one, pads, strict=True)] for one in (depths, later))
+        with dense.hidden(model, rows, moved, later=after):
             return model.generate(inputs_embeds=embeds, attention_mask=mask, position_ids=position_ids, **mode)
     finally:
         handle.remove()

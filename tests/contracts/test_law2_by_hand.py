@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import vtprune
 from tests.contracts import caches, oracle
 from tests.contracts.cases import (
     CACHING,
@@ -17,6 +19,8 @@ from tests.contracts.cases import (
     IN_TOWER,
     LEAVING,
     MERGING,
+    MERGING_INSIDE,
+    PIPELINES,
     PRUNING_METHODS,
     SHORTENING,
     TOLERANCE,
@@ -143,6 +147,21 @@ def test_one_layer_more_would_show(case: Case) -> None:
     assert further == kept or distance(moved, expected) > 100 * TOLERANCE
 
 
+@cells(methods=MERGING_INSIDE)
+def test_what_merges_between_layers_would_show(case: Case) -> None:
+    """Without the means of the tokens that merged, the reference answers otherwise."""
+    with case.pruned((case.prompts[1],)) as pruner:
+        answer(case.model, case.rows[1])
+        report = pruner.last
+    kept = kept_tokens(case, report, 0, case.rows[1]["input_ids"][0].tolist())
+    assert kept.merges
+    compact = report.positions == "compact"
+    means, plain = (
+        by_hand(case, case.prompts[1], how, compact=compact, steps=1)[1] for how in (kept, replace(kept, merges=()))
+    )
+    assert distance(plain, means) > 100 * TOLERANCE
+
+
 MEANS = ("pool", "visionzip")
 """Methods whose merged rows are plain means."""
 NAMED = (*MEANS, "vflowopt_select", "vflowopt")
@@ -165,7 +184,9 @@ def test_a_token_becomes_what_it_swallowed(case: Case) -> None:
             case.model(**inputs)
             report = pruner.last
         ids = inputs["input_ids"][0].tolist()
-        swallowed = _swallowed(case, report, ids)
+        entered = report if case.method not in IN_LAYERS else _of_the_front(case, pruner, inputs)
+        assert kept_positions(case, entered, 0, ids) == kept_positions(case, report, 0, ids)
+        swallowed = _swallowed(case, entered, ids)
         for position, after in zip(kept_positions(case, report, 0, ids), seen[0][0], strict=True):
             others = swallowed.get(position, [])
             if not others:
@@ -179,6 +200,15 @@ def test_a_token_becomes_what_it_swallowed(case: Case) -> None:
                 assert own == pytest.approx(1, abs=1e-3)
                 assert min(added) > -1e-3
     assert changed > 0
+
+
+def _of_the_front(case: Case, pruner: Any, inputs: dict[str, Tensor]) -> PruneReport:
+    """The report where nothing leaves behind the cut in front of the language model, and who swallowed what is told."""
+    share = pruner._deep.schedule.solve(case.keep)[0]
+    front = replace(PIPELINES[case.method], inside=(), before=1.0)
+    with vtprune.pruning(case.model, front, keep=share) as alone:
+        case.model(**inputs)
+        return alone.last
 
 
 def _shares(tokens: Tensor, mixture: Tensor) -> list[float]:

@@ -29,6 +29,7 @@ from tests.contracts.cases import (
     kept_tokens,
     whole,
 )
+from tests.contracts.dense import Merge
 from tests.models import Prompt
 
 pytestmark = pytest.mark.law("7 turns")
@@ -57,6 +58,7 @@ class Conversation:
     depths: list[int] = field(default_factory=list)
     stored: list[int] = field(default_factory=list)
     since: list[int] = field(default_factory=list)
+    merges: list[Merge] = field(default_factory=list)
 
     def say(self, inputs: dict[str, Tensor]) -> None:
         """A prompt of one row."""
@@ -68,6 +70,9 @@ class Conversation:
 
     def keep(self, kept: Kept, piece: oracle.Merged) -> None:
         """What stays of the last prompt, and all of it for the language model."""
+        cached = max(0, len(self.kept) - 1)  # the last word of a reply enters with the next prompt
+        places = range(cached, len(self.kept) + len(kept.positions))
+        self.merges += [one.placed(places) for one in kept.merges]
         self.kept += [len(self.ids) - piece.embeds.shape[1] + position for position in kept.positions]
         self.depths += kept.depths
         self.stored += kept.stored
@@ -147,7 +152,10 @@ class Chat:
                 kept = kept_tokens(self.case, reports[0], row, ids)
             conversation.keep(kept, whole(self.case, prompts[row], kept.positions))
             so_far = Kept(
-                positions=list(conversation.kept), depths=list(conversation.depths), stored=list(conversation.stored)
+                positions=list(conversation.kept),
+                depths=list(conversation.depths),
+                stored=list(conversation.stored),
+                merges=tuple(conversation.merges),
             )
             before.append((conversation.whole(), so_far))
             since.append(list(conversation.since))
@@ -197,6 +205,7 @@ def check(case: Case, turns: Turns, positions: str) -> list[Turn]:
                 depths=kept.depths,
                 later=kept.stored,
                 since=turn.since[row],
+                merges=kept.merges,
             )
             assert_close(turn.reply.logits[row], logits)
             assert turn.reply.tokens[row].tolist() == tokens

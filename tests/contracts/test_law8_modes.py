@@ -48,18 +48,20 @@ def wrapped(case: Case, positions: str, **mode: Any) -> tuple[Answer, Any]:
         return answer(case.model, case.batch, steps=4, **mode), pruner.last
 
 
-def shortened(case: Case, report: Any) -> tuple[list[oracle.Merged], list[list[int]], list[list[int]]]:
-    """Both rows as the report says they were shortened; of how many layers their tokens go through, and are stored."""
+def shortened(case: Case, report: Any) -> tuple[list[oracle.Merged], list[list[int]], list[Any], list[list[int]]]:
+    """Both rows as the report says they were shortened; of each how many layers its tokens go through, what merges, and
+    how many layers store its tokens."""
     repeats = len(report.length_after) // len(case.prompts)
-    shorts, depths, stored = [], [], []
+    shorts, depths, merges, stored = [], [], [], []
     for row, (prompt, inputs) in enumerate(zip(case.prompts, case.rows, strict=True)):
         assert all(choices(report, row * repeats + beam) == choices(report, row * repeats) for beam in range(repeats))
         kept = kept_tokens(case, report, row * repeats, inputs["input_ids"][0].tolist())
         prompted = whole(case, prompt, kept.positions)
         shorts.append(oracle.shorten(prompted, kept.positions, compact=report.positions == "compact"))
         depths.append(kept.depths)
+        merges.append(kept.merges)
         stored.append(kept.stored)
-    return shorts, depths, stored
+    return shorts, depths, merges, stored
 
 
 @cells(methods=SHORTENING)
@@ -67,9 +69,9 @@ def shortened(case: Case, report: Any) -> tuple[list[oracle.Merged], list[list[i
 def test_equals_transformers_on_the_short_prompt(case: Case, mode: str) -> None:
     """With the positions whose continuation transformers can count: compact on one dimension, kept on (t, h, w)."""
     got, report = wrapped(case, "auto", **MODES[mode])
-    shorts, depths, stored = shortened(case, report)
+    shortly = shortened(case, report)
     torch.manual_seed(7)
-    expected = oracle.generate(case.model, shorts, depths, stored, max_new_tokens=4, **MODES[mode])
+    expected = oracle.generate(case.model, *shortly, max_new_tokens=4, **MODES[mode])
     assert len(got.tokens) == len(case.prompts) * MODES[mode].get("num_return_sequences", 1)
     assert torch.equal(got.tokens, expected)
 
@@ -94,7 +96,9 @@ def test_equals_transformers_on_a_cache_rewritten_by_hand(case: Case, mode: str)
         everything = [[case.layers] * prompted.embeds.shape[1]]
         torch.manual_seed(7)
         with reference_of(case, report, 0, inputs).hooked():
-            expected = oracle.generate(case.model, [prompted], everything, max_new_tokens=4, **MODES[mode])
+            expected = oracle.generate(
+                case.model, [prompted], everything, [()], everything, max_new_tokens=4, **MODES[mode]
+            )
         assert torch.equal(got.tokens, expected)
 
 

@@ -26,6 +26,7 @@ DEPTHS = (32, 28, 40)
 SCHEDULES = {
     "fastv": ([(2,), (2,), (3,)], (576, 288)),
     "pyramiddrop": ([(8, 16, 24), (7, 14, 21), (10, 20, 30)], (576, 288, 144, 72)),
+    "sparsevlm": ([(3, 7, 16), (3, 6, 14), (4, 9, 20)], (576, 312, 117, 39)),
     "sparsevlm_plus": ([(3, 7, 16), (3, 6, 14), (4, 9, 20)], (576, 238, 108, 60)),
     "adaptinfer": ([(2, 11, 21), (2, 10, 18), (3, 14, 26)], (576, 290, 72, 18)),
     "information_horizon": ([(16,), (14,), (20,)], (288, 144)),
@@ -58,7 +59,7 @@ def test_the_schedule_at_its_own_average(method: str, number: int) -> None:
     assert counts(build(method), depth, total / depth / 576) == (layers, expected)
 
 
-@pytest.mark.parametrize("method", ["fastv", "pyramiddrop", "sparsevlm_plus", "adaptinfer"])
+@pytest.mark.parametrize("method", ["fastv", "pyramiddrop", "sparsevlm", "sparsevlm_plus", "adaptinfer"])
 def test_the_published_average_is_that_of_the_published_counts(method: str) -> None:
     keep = describe(method).published["llava"].split(",")[0].removeprefix("keep=")
     assert counts(build(method), 32, float(keep))[1] == SCHEDULES[method][1]
@@ -74,10 +75,13 @@ def test_at_a_horizon_all_leave() -> None:
     assert counts(build("information_horizon", {"horizon": 0.75}), 32, 180) == ((16, 24), (288, 144, 0))
 
 
-def evidence(pipeline: Pipeline, weights: Any, visual: slice, embeds: Any = None) -> dict[str, torch.Tensor]:
+def evidence(
+    pipeline: Pipeline, weights: Any, visual: slice, embeds: Any = None, decay: Any = 1.0
+) -> dict[str, torch.Tensor]:
     """What the glances of a method make of the attention (S, H, T, n) of the last T of n tokens, all of them text."""
     weights, found = torch.as_tensor(weights).float(), {}
     S, _, T, n = weights.shape
+    decay = torch.as_tensor(decay).float().expand(S, T, n)
     own = torch.arange(n - T, n).expand(S, T)
     for name, glance in pipeline.glances.items():
         real = torch.ones(S, T, dtype=torch.bool)
@@ -88,7 +92,13 @@ def evidence(pipeline: Pipeline, weights: Any, visual: slice, embeds: Any = None
         last = slice(-1 if glance.rows == "last" else 0, None)
         pictures = torch.zeros(S, n, dtype=torch.bool)
         pictures[:, visual] = True
-        shown = RowAttention(weights=weights[:, :, last], real=real[:, last], own=own[:, last], visual=pictures)
+        shown = RowAttention(
+            weights=weights[:, :, last],
+            real=real[:, last],
+            own=own[:, last],
+            visual=pictures,
+            decay=decay[:, last] if glance.divides else None,
+        )
         found[name] = glance.rule(shown)[:, visual]
     return found
 
@@ -125,7 +135,14 @@ def symmetric(heads: np.ndarray, own: list[int], embeds: np.ndarray, visual: sli
     return total
 
 
-LOOPS = {"fastv": last_row, "pyramiddrop": last_row, "sparsevlm_plus": massive, "adaptinfer": symmetric}
+LOOPS = {
+    "fastv": last_row,
+    "pyramiddrop": last_row,
+    "sparsevlm_plus": massive,
+    "sparsevlm_plus undivided": massive,
+    "adaptinfer": symmetric,
+}
+"""What follows a name: attention as it is."""
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -133,13 +150,18 @@ LOOPS = {"fastv": last_row, "pyramiddrop": last_row, "sparsevlm_plus": massive, 
 @pytest.mark.parametrize("method", LOOPS)
 def test_every_stage_is_the_loop(method: str, S: int, grid: tuple[int, int], k: int, seed: int) -> None:
     """From the attention of 16 heads and five words on, which see nothing behind themselves; features do not matter."""
-    pipeline, generator, N = build(method), np.random.default_rng(seed), grid[0] * grid[1]
+    name, _, undivided = method.partition(" ")
+    pipeline = build(name, {"divide": False} if undivided else {})
+    generator, N = np.random.default_rng(seed), grid[0] * grid[1]
     system = 3
     visual, own, n = slice(system, system + N), list(range(system + N, system + N + 5)), system + N + 5
     logits = 2 * generator.standard_normal((S, 16, 5, n))
     weights = np.exp(np.where(np.arange(n) > np.array(own)[:, None], -np.inf, logits))
     weights, embeds = weights / weights.sum(axis=3, keepdims=True), generator.standard_normal((S, n, 8))
-    stack = pictures(drawn(S, grid, 4), grid, **evidence(pipeline, weights, visual, embeds))
+    decay = generator.uniform(-0.3, 1, (S, 5, n)) if name == "sparsevlm_plus" else np.ones((S, 5, n))
+    stack = pictures(drawn(S, grid, 4), grid, **evidence(pipeline, weights, visual, embeds, decay))
+    if name == "sparsevlm_plus" and not undivided:
+        weights = weights / np.where(decay > 0.05, decay, 0.05)[:, None]
     expected = [methods.best(LOOPS[method](weights[s], own, embeds[s], visual), k) for s in range(S)]
     assert stays(pipeline, stack, k) == expected
 

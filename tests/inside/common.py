@@ -18,7 +18,8 @@ from torch import Tensor, nn
 import vtprune
 from tests import models
 from tests.contracts.cases import Answer, answer
-from tests.contracts.dense import hidden
+from tests.contracts.dense import Merge, hidden
+from tests.contracts.merges import merges_of, noted
 from tests.models import IMAGE, VIDEO, Prompt
 from vtprune import Pipeline
 from vtprune.catalog import build
@@ -27,18 +28,23 @@ LAYERS, STEPS, TOLERANCE = 6, 4, 1e-4
 BUDGETS = {
     "fastv": 0.6,
     "pyramiddrop": 0.6,
+    "sparsevlm": 0.4,
     "sparsevlm_plus": 0.4,
     "adaptinfer": 0.5,
     "information_horizon": 0.4,
     "vflowopt": 0.4,
 }
 """Methods that cut between layers, each with an average that six layers can have and that cuts at every point."""
-SETTINGS: dict[str, dict[str, Any]] = {"information_horizon": {"horizon": 0.7}, "vflowopt": {"recycled": 0.4}}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "information_horizon": {"horizon": 0.7},
+    "vflowopt": {"recycled": 0.4},
+    "sparsevlm": {"recycled": 0.2},
+}
 """Parameters that show more on tiny models: a layer where all tokens leave, and more than one recycled token."""
 EARLY = tuple(method for method in BUDGETS if build(method).picks)
 """Methods that pick in front of the language model, too."""
 DEEP = tuple(method for method in BUDGETS if method not in EARLY)
-TEXTUAL = ("sparsevlm_plus", "adaptinfer")
+TEXTUAL = ("sparsevlm", "sparsevlm_plus", "adaptinfer")
 """Methods that look at the text behind the picture, not at the last token alone."""
 FAMILIES = (
     "llava",
@@ -74,17 +80,18 @@ def model_of(family: str, attention: str = "sdpa") -> nn.Module:
 def pruned(model: nn.Module, method: str | Pipeline, **options: Any) -> Iterator[Any]:
     """Wrapped for a block, to the budget of the table unless told."""
     known = {"keep": BUDGETS[method], **SETTINGS.get(method, {})} if isinstance(method, str) else {}
-    with vtprune.pruning(model, method, **{**known, **options}) as pruner:
+    with noted(), vtprune.pruning(model, method, **{**known, **options}) as pruner:
         yield pruner
 
 
 @dataclass(frozen=True)
 class Run:
-    """An answer, the report of its prefill and how far each token of its prompt went, in a row for every beam."""
+    """An answer, the report of its prefill, how far each token of its prompt went and what merged, a row per beam."""
 
     answer: Answer
     report: Any
     reach: Tensor
+    merges: list[list[Merge]]
 
 
 def run(model: nn.Module, method: str | Pipeline, inputs: dict[str, Tensor], mode: Any = None, **options: Any) -> Run:
@@ -92,7 +99,9 @@ def run(model: nn.Module, method: str | Pipeline, inputs: dict[str, Tensor], mod
     with pruned(model, method, **options) as pruner:
         got = answer(model, inputs, **{"steps": STEPS, **(mode or {})})
         beams = len(pruner.last.length_before) // len(inputs["input_ids"])
-        return Run(got, pruner.last, reach(pruner.last, inputs["input_ids"].repeat_interleave(beams, dim=0)))
+        rows = {name: inputs[name].repeat_interleave(beams, dim=0) for name in ("input_ids", "attention_mask")}
+        reached = reach(pruner.last, rows["input_ids"])
+        return Run(got, pruner.last, reached, merges(pruner.last, rows["attention_mask"]))
 
 
 def reach(report: Any, ids: Tensor, earlier: Tensor | None = None) -> Tensor:
@@ -115,10 +124,24 @@ def reach(report: Any, ids: Tensor, earlier: Tensor | None = None) -> Tensor:
     return found
 
 
-def dense(model: nn.Module, inputs: dict[str, Tensor], reached: Tensor, **mode: Any) -> Answer:
-    """The answer of transformers alone, without a cache, its layers seeing only what reached them."""
+def merges(report: Any, attended: Tensor, known: int = 0) -> list[list[Merge]]:
+    """What merged between layers, at places of the prompts, of which the first `known` tokens were cached before.
+
+    All tokens that are `attended` (B, L) must have entered the language model.
+    """
+    found = []
+    for row, real in enumerate(attended.bool()):
+        places = [place for place in range(known, len(real)) if real[place]]
+        found.append([one.placed(places) for one in merges_of(report, row)])
+    return found
+
+
+def dense(
+    model: nn.Module, inputs: dict[str, Tensor], reached: Tensor, merged: Sequence[Sequence[Merge]] = (), **mode: Any
+) -> Answer:
+    """The answer of transformers alone, without a cache, its layers seeing only what reached them, means included."""
     assert not hasattr(model, "vtprune"), "the reference needs the unwrapped model"
-    with hidden(model, reached):
+    with hidden(model, reached, merged):
         return answer(model, inputs, use_cache=False, **{"steps": STEPS, **mode})
 
 

@@ -25,6 +25,7 @@ from tests.inside.common import (
     dense,
     fresh,
     lengths,
+    merges,
     model_of,
     pruned,
     reach,
@@ -78,7 +79,7 @@ def test_beams(method, family):
     if method in DEEP:
         reached = got.reach[::3]
         assert torch.equal(got.reach, reached.repeat_interleave(3, dim=0))
-        assert torch.equal(dense(model, inputs, reached, **mode).sequences, got.answer.sequences)
+        assert torch.equal(dense(model, inputs, reached, got.merges[::3], **mode).sequences, got.answer.sequences)
 
 
 @some
@@ -143,9 +144,10 @@ def test_one_forward_returns_logits_at_the_length_of_the_caller(method):
     with torch.no_grad(), pruned(model, method) as pruner:
         logits = model(**inputs).logits
         reached = reach(pruner.last, inputs["input_ids"])
+        merged = merges(pruner.last, inputs["attention_mask"])
     assert logits.shape[:2] == inputs["input_ids"].shape
     if method in DEEP:
-        with torch.no_grad(), hidden(model, reached):
+        with torch.no_grad(), hidden(model, reached, merged):
             expected = model(**inputs).logits
         left = (reached == LAYERS) & inputs["attention_mask"].bool()
         assert (logits - expected)[left].abs().max() < TOLERANCE
@@ -166,7 +168,7 @@ def test_budgets_of_parts_and_of_whole_prompts(method, family, per):
         wanted = BUDGETS[method] * sum(segment.n for segment in own)
         assert abs(sum(int(segment.depths.sum()) for segment in own) / LAYERS - wanted) <= 0.5 * units
     if method in DEEP:
-        assert_same(got.answer, dense(model, inputs, got.reach))
+        assert_same(got.answer, dense(model, inputs, got.reach, got.merges))
 
 
 @some

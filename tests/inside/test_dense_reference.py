@@ -27,7 +27,13 @@ from tests.inside.common import (
     stored,
 )
 
-AVERAGE_LAYERS = {"fastv": (1,), "pyramiddrop": (2, 3, 5), "sparsevlm_plus": (1, 3), "adaptinfer": (1, 2, 4)}
+AVERAGE_LAYERS = {
+    "fastv": (1,),
+    "pyramiddrop": (2, 3, 5),
+    "sparsevlm": (1, 3),
+    "sparsevlm_plus": (1, 3),
+    "adaptinfer": (1, 2, 4),
+}
 """Where six layers are cut, counted by hand from the published shares of the depth."""
 families = pytest.mark.parametrize("family", FAMILIES)
 prompts = pytest.mark.parametrize("prompts", PROMPTS)
@@ -41,7 +47,7 @@ def test_tokens_and_logits_are_those_of_the_dense_model(method, family, prompts)
     inputs = models.inputs(model, PROMPTS[prompts])
     got = run(model, method, inputs)
     assert {int(depth) for depth in got.reach.unique()} == {*AVERAGE_LAYERS[method], LAYERS}
-    assert_same(got.answer, dense(model, inputs, got.reach))
+    assert_same(got.answer, dense(model, inputs, got.reach, got.merges))
 
 
 @families
@@ -52,7 +58,7 @@ def test_what_never_entered_is_hidden_from_all_layers(family, prompts):
     inputs = models.inputs(model, PROMPTS[prompts])
     got = run(model, "information_horizon", inputs, positions="keep")
     assert {int(depth) for depth in got.reach.unique()} == {0, 3, 4, LAYERS}
-    assert_same(got.answer, dense(model, inputs, got.reach))
+    assert_same(got.answer, dense(model, inputs, got.reach, got.merges))
 
 
 @families
@@ -63,7 +69,7 @@ def test_the_comparison_is_sensitive(method, family):
     inputs = models.inputs(model, ONE)
     got = run(model, method, inputs)
     for wrong in (torch.where(got.reach < LAYERS, got.reach + 1, LAYERS), torch.full_like(got.reach, LAYERS)):
-        assert (got.answer.logits - dense(model, inputs, wrong).logits).abs().max() > 100 * TOLERANCE
+        assert (got.answer.logits - dense(model, inputs, wrong, got.merges).logits).abs().max() > 100 * TOLERANCE
 
 
 @families
@@ -161,7 +167,7 @@ def test_eager_equals_the_dense_model(method):
     model = model_of("qwen2_5_vl", "eager")
     inputs = models.inputs(model)
     got = run(model, method, inputs)
-    assert_same(got.answer, dense(model, inputs, got.reach))
+    assert_same(got.answer, dense(model, inputs, got.reach, got.merges))
 
 
 @pytest.mark.parametrize("family", SOME)

@@ -20,6 +20,7 @@ from tests.inside.common import (
     dense,
     fresh,
     lengths,
+    merges,
     model_of,
     pruned,
     reach,
@@ -40,7 +41,7 @@ def test_clips(method, family):
     got = run(model, method, inputs)
     assert {segment.kind for segment in got.report.segments} == {"video"}
     assert stored(got.answer.cache) == lengths(got.reach, inputs["attention_mask"], 4)
-    assert_same(got.answer, dense(model, inputs, got.reach))
+    assert_same(got.answer, dense(model, inputs, got.reach, got.merges))
 
 
 @deep
@@ -63,7 +64,8 @@ def test_padding_on_the_right(method, family, attention):
         logits = model(**right).logits
         assert [segment.depths.tolist() for segment in pruner.last.segments] == expected
         reached = reach(pruner.last, right["input_ids"])
-    with hidden(model, reached):
+        merged = merges(pruner.last, right["attention_mask"])
+    with hidden(model, reached, merged):
         dense_logits = model(**right).logits
     left_over = right["attention_mask"].bool() & (reached == LAYERS)
     assert (logits - dense_logits)[left_over].abs().max() < TOLERANCE
@@ -110,7 +112,7 @@ def test_gradients_are_those_of_the_dense_model(method, checkpointing):
         model.gradient_checkpointing_enable()
     with pruned(model, method) as pruner:
         loss, grads = step(model)
-    with hidden(reference, reach(pruner.last, ids)):
+    with hidden(reference, reach(pruner.last, ids), merges(pruner.last, inputs["attention_mask"])):
         expected, dense_grads = step(reference)
     assert (loss - expected).abs() < TOLERANCE
     assert grads.keys() == dense_grads.keys()

@@ -111,7 +111,7 @@ def test_the_last_layer_can_be_cut():
     assert pruner.last.segments[0].depths.unique().tolist() == [LAYERS - 1, LAYERS]
 
 
-LOWEST = {"fastv": 1 / 6, "pyramiddrop": 2 / 6, "sparsevlm_plus": 1 / 6, "adaptinfer": 1 / 6}
+LOWEST = {"fastv": 1 / 6, "pyramiddrop": 2 / 6, "sparsevlm": 1 / 6, "sparsevlm_plus": 1 / 6, "adaptinfer": 1 / 6}
 """What the layers in front of the first cut cost, of six."""
 
 

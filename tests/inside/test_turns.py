@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests import models
 from tests.contracts.cases import Answer, answer, assert_close
-from tests.contracts.dense import hidden
+from tests.contracts.dense import Merge, hidden
 from tests.inside.common import (
     BUDGETS,
     DEEP,
@@ -23,6 +23,7 @@ from tests.inside.common import (
     assert_same,
     dense,
     lengths,
+    merges,
     model_of,
     pruned,
     reach,
@@ -62,6 +63,7 @@ class Chat:
     pruner: Any
     so_far: dict[str, Tensor] = field(default_factory=dict)
     reached: Tensor | None = None
+    merged: list[list[Merge]] = field(default_factory=list)
     pictures: list[list[dict[str, Tensor]]] = field(default_factory=list)
     cache: Any = None
     counted: bool = False
@@ -71,8 +73,8 @@ class Chat:
         told = [picture for row in self.pictures for picture in row]
         return {**self.so_far, **{name: torch.cat([one[name] for one in told]) for one in told[:1] for name in one}}
 
-    def turn(self, prompts: tuple[Prompt, ...], **mode: Any) -> tuple[Answer, dict[str, Tensor], Tensor]:
-        """The reply, and for the reference all that was told before it and how far that went."""
+    def turn(self, prompts: tuple[Prompt, ...], **mode: Any) -> tuple[Answer, dict[str, Tensor], Tensor, Any]:
+        """The reply, and for the reference all that was told before it, how far that went and what merged."""
         model = known(self.family)
         fresh = models.inputs(model, prompts)
         self._say(fresh)
@@ -86,16 +88,20 @@ class Chat:
             self.counted |= any(prompt.images for prompt in prompts)
             if self.family in QWEN and self.counted:
                 given["position_ids"] = self._positions()
+        cached = 0 if self.cache is None else self.cache.get_seq_length()
         self.pruner.history.clear()
         reply = answer(model, given, steps=STEPS, **mode)
         ids = self.so_far["input_ids"]
+        self.merged = self.merged or [[] for _ in prompts]
         if any(prompt.images for prompt in prompts):
+            new = merges(self.pruner.last, self.so_far["attention_mask"], cached)
+            self.merged = [old + more for old, more in zip(self.merged, new, strict=True)]
             self.reached = reach(self.pruner.last, ids, self.reached)
         else:
             assert not any(report.segments for report in self.pruner.history)
             seen = torch.empty(len(ids), 0, dtype=torch.long) if self.reached is None else self.reached
             self.reached = torch.nn.functional.pad(seen, (0, ids.shape[1] - seen.shape[1]), value=LAYERS)
-        told = self.whole(), self.reached
+        told = self.whole(), self.reached, self.merged
         self.cache = reply.cache
         said = torch.zeros_like(reply.tokens)
         self._say({"input_ids": reply.tokens, "attention_mask": said + 1, "mm_token_type_ids": said.int()})
@@ -128,8 +134,8 @@ def test_replies_are_those_of_the_dense_model_told_everything_at_once(method, fa
     with pruned(known(family), method, positions="keep") as pruner:
         chat = Chat(family, pruner)
         done = [chat.turn(prompts) for prompts in TURNS[turns]]
-    for reply, told, reached in done:
-        assert_same(reply, dense(known(family), told, reached))
+    for reply, told, reached, merged in done:
+        assert_same(reply, dense(known(family), told, reached, merged))
     if "one" in turns:
         assert stored(chat.cache) == lengths(reached, told["attention_mask"], STEPS)
 
@@ -142,7 +148,7 @@ def test_where_no_word_decides_the_whole_chat_at_once_replies_alike(family, turn
     with pruned(known(family), "vflowopt", positions=positions) as pruner:
         chat = Chat(family, pruner)
         done = [chat.turn(prompts) for prompts in TURNS[turns]]
-        for reply, told, _ in done:
+        for reply, told, *_ in done:
             assert_same(reply, answer(known(family), told, steps=STEPS, use_cache=False))
 
 
@@ -158,8 +164,8 @@ def test_what_was_written_can_be_forgotten(method, family, count):
         chat.forget(count)
         assert stored(chat.cache) == [length + 1 - count for length in before]
         done = [chat.turn(WORDS), chat.turn(PICTURES)]
-    for reply, told, reached in done:
-        assert_same(reply, dense(known(family), told, reached))
+    for reply, told, reached, merged in done:
+        assert_same(reply, dense(known(family), told, reached, merged))
 
 
 @pytest.mark.parametrize("method", BUDGETS)
@@ -187,11 +193,12 @@ def test_a_loop_written_by_hand_needs_no_mask(method, family):
         for some in (words[:, :1], words[:, 1:2], words[:, 2:]):
             steps.append(model(input_ids=some, past_key_values=out.past_key_values).logits)
         reached = reach(pruner.last, inputs["input_ids"])
+        merged = merges(pruner.last, inputs["attention_mask"])
     ids = torch.cat([inputs["input_ids"], words], dim=1)
     told = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if "mm_token_type_ids" in inputs:
         told["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, 5))
-    with hidden(model, reached):
+    with hidden(model, reached, merged):
         expected = model(**told).logits[:, -6:]
     assert (torch.cat(steps, dim=1) - expected).abs().max() < TOLERANCE
 

@@ -32,6 +32,11 @@ class Decoder:
         """Keys (B, G, n, d) of one layer from what `k_proj` gave, (B, n, G d)."""
         return _rotated(projected, self.attention(number), "k_norm", cos, sin)
 
+    def ones(self, number: int, cos: Tensor, sin: Tensor) -> Tensor:
+        """A vector of ones (B, n, d) at every place, rotated as queries and keys of one layer are."""
+        heads = cos.new_ones(*cos.shape[:2], self.attention(number).head_dim, dtype=torch.float32)
+        return _partly_turned(heads[:, None], cos.float(), sin.float())[:, 0]
+
     def attention(self, number: int) -> Host:
         """The attention of one layer."""
         return self.layers[number].self_attn
@@ -95,6 +100,10 @@ def _rotated(projected: Tensor, attention: Host, norm: str, cos: Tensor, sin: Te
     heads = projected.unflatten(-1, (-1, attention.head_dim))
     if hasattr(attention, norm):
         heads = getattr(attention, norm)(heads)
-    heads = heads.transpose(1, 2)
+    return _partly_turned(heads.transpose(1, 2), cos, sin)
+
+
+def _partly_turned(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Heads (B, H, n, d), of which as many numbers are rotated as there are cosines."""
     turned, rest = heads[..., : cos.shape[-1]], heads[..., cos.shape[-1] :]
     return torch.cat([_turned(turned, cos, sin), rest], dim=-1)

@@ -181,6 +181,7 @@ class CacheCutter:
                     rotary=rotary,
                     mask=None if self._stage.sparse and past else kwargs.get("attention_mask"),
                     past_valid=keeping.past_valid(number),
+                    divides=any(glance.divides for glance in glances.values()),
                 ).of_groups(groups)
                 weight = real.sum(dim=1)[:, None, None]
                 count = count + weight

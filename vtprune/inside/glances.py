@@ -73,6 +73,7 @@ def look(
         rotary=rotary,
         mask=mask,
         past_valid=past_valid,
+        divides=glance.divides,
     )
     with kernels.exact(queries.device):
         return glance.rule(seen)[:, keys.shape[2] - walk.valid.shape[1] :]
@@ -99,8 +100,12 @@ def seen_by(
     rotary: tuple[Tensor, Tensor],
     mask: Any,
     past_valid: Tensor | None,
+    divides: bool,
 ) -> RowAttention:
-    """What `rows` (B, R) of a sequence attend to, those that are `real`; all else as in `look`."""
+    """What `rows` (B, R) of a sequence attend to, those that are `real`; all else as in `look`.
+
+    `divides` asks for the decay of the rotary embedding as well.
+    """
     B, K = place.valid.shape
     cos, sin = (kernels.cut_sequence(table.expand(B, -1, -1), rows) for table in rotary)
     query = decoder.queries(layer, queries, cos, sin)
@@ -109,7 +114,19 @@ def seen_by(
     with kernels.exact(query.device):
         weights = attentions.rows_attention(query, keys, allowed, scale=decoder.attention(layer).scaling)
     visual = torch.nn.functional.pad(place.visual, (past, 0))
-    return RowAttention(weights=weights, real=real, own=rows + past, visual=visual)
+    decay = _decay(decoder.ones(layer, *rotary), rows, past) if divides else None
+    return RowAttention(weights=weights, real=real, own=rows + past, visual=visual, decay=decay)
+
+
+def _decay(ones: Tensor, rows: Tensor, past: int) -> Tensor:
+    """Products (B, R, past + K) of ones (B or 1, K, d), rotated, at rows with those at keys; 1 with themselves.
+
+    So it is with cached keys, of whose places nothing is known here.
+    """
+    ones = ones.expand(len(rows), -1, -1)
+    own = kernels.cut_sequence(ones, rows)
+    decay = own @ ones.transpose(1, 2) / own.square().sum(dim=2, keepdim=True)
+    return torch.nn.functional.pad(decay, (past, 0), value=1.0)
 
 
 def _allowed(place: Place, rows: Tensor, past: int, mask: Any, past_valid: Tensor | None) -> Tensor:

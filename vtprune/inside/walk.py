@@ -38,7 +38,8 @@ class LayerStack:
 
     `origin` (S, n) says which of the N tokens at first they are, `counts` how many stay behind each drop point.
     `depths` (S, N) is how many layers each token has gone through, as far as that is decided; `numbers` are those of
-    the pictures.
+    the pictures. `into` (S, N), where the method merges, says which of the N holds each of them by now, -1 where it is
+    lost.
     """
 
     at: Tensor
@@ -50,6 +51,7 @@ class LayerStack:
     counts: tuple[int, ...]
     depths: Tensor
     numbers: tuple[int, ...]
+    into: Tensor | None = None
 
     def stays(self, number: int) -> int:
         """How many tokens stay behind a drop point."""
@@ -79,7 +81,19 @@ class LayerStack:
             counts=(*self.counts[:number], count, *self.counts[number + 1 :]),
             depths=self.depths[chosen],
             numbers=tuple(self.numbers[row] for row in rows),
+            into=None if self.into is None else self.into[chosen],
         )
+
+    def followed(self, keep: Tensor, merged: Merged | None) -> Tensor | None:
+        """`into` behind a cut that keeps `keep` (S, k): a holder that leaves hands over what it holds, or loses it."""
+        if self.into is None:
+            return None
+        stays = self.origin.gather(1, keep)
+        holder = torch.full_like(self.into, -1).scatter(1, stays, stays)
+        if merged is not None:
+            taken = stays.gather(1, merged.into.clamp(min=0)).masked_fill(merged.into < 0, -1)
+            holder = holder.scatter(1, self.origin, taken)
+        return holder.gather(1, self.into.clamp(min=0)).masked_fill(self.into < 0, -1)
 
 
 @dataclass
@@ -123,6 +137,11 @@ class Walk:
             for stack in self.stacks
             for number, row in zip(stack.numbers, stack.depths.unbind(), strict=True)
         }
+
+    @property
+    def into(self) -> list[tuple[tuple[int, ...], Tensor]]:
+        """Numbers of equal pictures, with which of their tokens holds each one, (S, N); empty where nothing merges."""
+        return [(stack.numbers, stack.into) for stack in self.stacks if stack.into is not None]
 
     @property
     def visual(self) -> Tensor:
@@ -201,7 +220,7 @@ class Walk:
         hidden = flat.view(hidden.shape)
         places, self.valid, slots = kernels.kept_indices(kept, max(lengths), left_padded=self.entry.left_padded)
         pairs = zip(self.stacks, chosen, strict=True)
-        self.stacks = [self._moved(stack, keep, slots, number) for stack, (keep, _) in pairs]
+        self.stacks = [self._moved(stack, keep, merged, slots, number) for stack, (keep, merged) in pairs]
         self.index, self.rows = self.index.gather(1, places), slots.gather(1, self.rows)
         self.slots.append(slots)
         self.places.append(places)
@@ -251,13 +270,13 @@ class Walk:
             rows.setdefault(count, []).append(row)
         return [stack.part(own, number, count) for count, own in rows.items()]
 
-    def _moved(self, stack: LayerStack, keep: Tensor, slots: Tensor, number: int) -> LayerStack:
-        """The stack behind a cut: its places in the shorter sequence, and how far each token went."""
+    def _moved(self, stack: LayerStack, keep: Tensor, merged: Merged | None, slots: Tensor, number: int) -> LayerStack:
+        """The stack behind a cut: its places in the shorter sequence, how far each token went and who holds it."""
         K, width = self.valid.shape[1], slots.shape[1]
         at, origin = stack.at.gather(1, keep), stack.origin.gather(1, keep)
         depths = stack.depths.scatter(1, stack.origin, self.layers[number]).scatter(1, origin, self.depth)
         at = at // width * K + slots.reshape(-1)[at]
-        return replace(stack, at=at, origin=origin, depths=depths)
+        return replace(stack, at=at, origin=origin, depths=depths, into=stack.followed(keep, merged))
 
 
 def _at_origin(values: Tensor, origin: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from vtprune.methods.prunesid import prunesid
 from vtprune.methods.pyramiddrop import pyramiddrop
 from vtprune.methods.random import random
 from vtprune.methods.scope import scope
+from vtprune.methods.sparsevlm import sparsevlm
 from vtprune.methods.sparsevlm_plus import sparsevlm_plus
 from vtprune.methods.text_dominance import text_dominance
 from vtprune.methods.todre import todre
@@ -71,6 +72,7 @@ METHODS: dict[str, Callable[..., Pipeline]] = {
     "zero_tprune": zero_tprune,
     "fastv": fastv,
     "pyramiddrop": pyramiddrop,
+    "sparsevlm": sparsevlm,
     "sparsevlm_plus": sparsevlm_plus,
     "adaptinfer": adaptinfer,
     "atp": atp,

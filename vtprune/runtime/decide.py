@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,6 +17,7 @@ from vtprune.report import DROPPED
 from vtprune.runtime.encoder_cut import HOLDERS
 from vtprune.runtime.evidence import Forced, Given, forced_tokens, readings_of
 from vtprune.runtime.reading import Prompt
+from vtprune.runtime.segments import Holders, holders_per_segment, per_segment
 from vtprune.runtime.stacking import Stack, Stacker, soundness, stacks_of
 from vtprune.runtime.units import Unit, make_units, split_unit
 from vtprune.types import Budget, Layout, Merged, Selection, VisualTokens
@@ -70,7 +70,11 @@ class Decision:
 
     def per_segment(self, of_units: Mapping[int, Tensor]) -> tuple[Tensor, ...]:
         """Of one (N,) for each unit, one (n,) per segment."""
-        return _per_segment(self.units, of_units, len(self.stages))
+        return per_segment(self.units, of_units, len(self.stages))
+
+    def holders(self, into: Holders) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """`into` and `held` of these holders of the tokens of its units; both empty where nothing merges."""
+        return holders_per_segment(self.units, into, len(self.stages))
 
 
 def decide(
@@ -129,31 +133,25 @@ def _collected(layout: Layout, units: list[Unit], chosen: list[Chosen], device: 
         row_lengths[unit.row] += unit.k
     kept = torch.from_numpy(base).to(device, non_blocking=True)
     stages: dict[int, Tensor] = {}
-    into: dict[int, Tensor] = {}
-    held: dict[int, Tensor] = {}
     merged: list[tuple[Tensor, Tensor]] = []
     for one in chosen:
         at, choice = one.stack.at, one.choice
         kept.view(-1).scatter_(0, at.view(-1), (choice.stages > DROPPED).view(-1))
         stages.update(zip(one.numbers, choice.stages.unbind(), strict=True))
-        if choice.into is not None:
-            numbers = torch.from_numpy(np.array([units[number].numbers for number in one.numbers]))
-            holders = numbers.to(device, non_blocking=True).gather(1, choice.into.clamp(min=0))
-            counted = holders.masked_fill(choice.into < 0, -1)
-            into.update(zip(one.numbers, counted.unbind(), strict=True))
-            held.update(zip(one.numbers, _tally(choice.into).unbind(), strict=True))
         if choice.merged is not None:
             merged.append((choice.merged.rows.flatten(0, 1), at.gather(1, choice.keep).flatten()))
     sound = [flag for one in chosen for flag in one.choice.sound]
     count = len(layout.segments)
+    holders = [(one.numbers, one.choice.into) for one in chosen if one.choice.into is not None]
+    into, held = holders_per_segment(units, holders, count)
     return Decision(
         kept=kept,
         size=max(row_lengths),
         row_lengths=tuple(row_lengths),
-        stages=_per_segment(units, stages, count),
+        stages=per_segment(units, stages, count),
         merged=tuple(merged),
-        into=_per_segment(units, into, count) if into else (),
-        held=_per_segment(units, held, count) if held else (),
+        into=into,
+        held=held,
         sound=torch.stack(sound).all() if sound else None,
         chosen=tuple(chosen),
         units=tuple(units),
@@ -204,35 +202,13 @@ def _shared(pipeline: Pipeline, units: list[Unit], stacker: Stacker) -> list[Uni
     return found
 
 
-def _per_segment(units: Sequence[Unit], decided: Mapping[int, Tensor], count: int) -> tuple[Tensor, ...]:
-    """Of one (N,) for each unit, one (n,) per segment, tokens in their order."""
-    values: dict[int, list[Tensor]] = defaultdict(list)
-    places: dict[int, list[np.ndarray]] = defaultdict(list)
-    for number, unit in enumerate(units):
-        start = 0
-        for piece in unit.pieces:
-            stop = start + len(piece.at)
-            values[piece.segment].append(decided[number][start:stop])
-            places[piece.segment].append(piece.at)
-            start = stop
-    return tuple(_ordered(kernels.joined(values[one]), np.concatenate(places[one])) for one in range(count))
-
-
-def _ordered(values: Tensor, numbers: np.ndarray) -> Tensor:
-    """Values (n,) of the tokens of these numbers, by number."""
-    if (numbers[1:] > numbers[:-1]).all():
-        return values
-    return values[torch.from_numpy(np.argsort(numbers)).to(values.device, non_blocking=True)]
-
-
 def _choose(pipeline: Pipeline, stack: Stack) -> Choice:
     """Run the pipeline on one stack; only merged rows are differentiable."""
     stages = torch.full(stack.at.shape, DROPPED, device=stack.at.device)
     if stack.k == stack.at.shape[1]:
         own = torch.arange(stack.k, device=stack.at.device).expand(stack.at.shape)
-        merges = pipeline.merger is not None or pipeline.encoder is not None
         sound = soundness(stack.tokens) if pipeline.inside else ()
-        return Choice(stages=stages.zero_(), keep=own, into=own if merges else None, sound=sound)
+        return Choice(stages=stages.zero_(), keep=own, into=own if pipeline.merges else None, sound=sound)
     sound = soundness(stack.tokens)
     with kernels.exact(stack.at.device):
         with torch.no_grad():
@@ -249,16 +225,12 @@ def _into(
     """The token (S, N) that took each over, inside the encoder or behind it; None where the method never merges."""
     if pipeline.encoder is not None:
         return _holders(stages, tokens.evidence[HOLDERS])
-    if pipeline.merger is None:
+    if not pipeline.merges:
         return None
+    lost = torch.full_like(stages, -1)
     if merged is None:
-        return torch.full_like(stages, -1)
+        return lost.scatter(1, selection.keep, selection.keep)
     return selection.keep.gather(1, merged.into.clamp(min=0)).masked_fill(merged.into < 0, -1)
-
-
-def _tally(into: Tensor) -> Tensor:
-    """How often (S, N) each token is named in `into` (S, N), -1 naming none."""
-    return torch.zeros_like(into).scatter_add_(1, into.clamp(min=0), (into >= 0).long())
 
 
 def _holders(stages: Tensor, steps: Tensor) -> Tensor:

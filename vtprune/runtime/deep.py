@@ -134,6 +134,7 @@ class Deep:
             counts=self.schedule.counts(n, self._budget)[1:],
             depths=depths,
             numbers=tuple(one.numbers),
+            into=one.choice.into,
         )
 
 

@@ -116,7 +116,8 @@ def _segments(prompt: Prompt, decision: Decision, passed: Walk | Keeping | None)
     nothing = (None,) * len(decision.stages)
     depths = nothing if walk is None else decision.per_segment(walk.depths)
     cached = nothing if passed is None or passed.cached is None else decision.per_segment(passed.cached)
-    columns = (decision.stages, decision.into or nothing, decision.held or nothing, depths, cached)
+    into, held = (decision.into, decision.held) if walk is None else decision.holders(walk.into)
+    columns = (decision.stages, into or nothing, held or nothing, depths, cached)
     return tuple(
         SegmentReport(
             row=segment.row,

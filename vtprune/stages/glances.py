@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from vtprune._checks import check_whole
-from vtprune.readings import RowAttention
+from vtprune._checks import check_share, check_whole
+from vtprune.errors import MissingEvidence
+from vtprune.readings import RowAttention, RowRule
 
 
 def _over_rows(values: Tensor, real: Tensor) -> Tensor:
@@ -83,3 +84,31 @@ class SymmetricText:
         both = among + among.transpose(2, 3) - torch.diag_embed(among.diagonal(dim1=2, dim2=3))
         weight = both.sum(dim=2)
         return (weight[:, :, None] @ seen.weights)[:, :, 0].sum(dim=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Undecayed:
+    """A rule on attention divided, key by key, by what the rotary embedding alone makes of it.
+
+    Source: SparseVLM+, arXiv 2410.04417; see `RowAttention.decay`.
+
+    Args:
+        rule: what is made of the attention then.
+        least: where that map is lower, also below 0, it counts as so much, above 0.
+    """
+
+    rule: RowRule
+    least: float = 0.05
+    divides: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_share("least", self.least, above=0)
+
+    @property
+    def name(self) -> str:
+        return f"undecayed_{self.rule.name}"
+
+    def __call__(self, seen: RowAttention) -> Tensor:
+        if seen.decay is None:
+            raise MissingEvidence(f"{self.name!r} divides by the decay of the rotary embedding, and none was given")
+        return self.rule(replace(seen, weights=seen.weights / seen.decay.clamp_min(self.least)[:, None]))
