@@ -32,7 +32,7 @@ from vtprune.runtime.evidence import Given, readings_of
 from vtprune.runtime.placing import PromptReader
 from vtprune.runtime.reporting import Reports
 from vtprune.runtime.shorten import Scheme, resume, shorten
-from vtprune.schedule import Schedule
+from vtprune.schedule import AnySchedule
 from vtprune.seam import HANDLE, refuse_copy
 from vtprune.types import Budget
 
@@ -60,7 +60,7 @@ class Pruner:
         budget: Budget,
         compact: bool,
         backend: str,
-        schedule: Schedule | None = None,
+        schedule: AnySchedule | None = None,
         on_report: Callable[[PruneReport], None] | None = None,
         history: int = 1,
     ) -> None:
@@ -120,7 +120,7 @@ class Pruner:
             UnsupportedCall: in the call, where entries do not fit its prompts and pictures.
         """
         before = self._thread.given
-        reads = self.pipeline.needs - self.pipeline.glances.keys()
+        reads = self.pipeline.needs - self.pipeline.read_inside
         self._thread.given = Given.check(evidence, reads, outer=before)
         try:
             yield self

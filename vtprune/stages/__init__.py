@@ -18,6 +18,7 @@ from vtprune.stages import (
     selectors,
     sensitivity,
     spread,
+    states,
     structured,
 )
 
@@ -42,6 +43,11 @@ STAGES: dict[str, type] = {
         glances.MeanAttention,
         glances.MassiveHeads,
         glances.SymmetricText,
+        scorers.Stated,
+        states.Turn,
+        networks.ExitGate,
+        scorers.Changed,
+        states.TokenTransition,
         scorers.Mixed,
         scorers.Product,
         scorers.Given,
