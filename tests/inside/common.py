@@ -29,6 +29,8 @@ BUDGETS = {
     "pyramiddrop": 0.6,
     "sparsevlm_plus": 0.4,
     "adaptinfer": 0.5,
+    "transprune": 0.5,
+    "dyvte": 0.5,
     "information_horizon": 0.4,
     "vflowopt": 0.4,
 }
@@ -38,8 +40,10 @@ SETTINGS: dict[str, dict[str, Any]] = {"information_horizon": {"horizon": 0.7}, 
 EARLY = tuple(method for method in BUDGETS if build(method).picks)
 """Methods that pick in front of the language model, too."""
 DEEP = tuple(method for method in BUDGETS if method not in EARLY)
-TEXTUAL = ("sparsevlm_plus", "adaptinfer")
+TEXTUAL = ("sparsevlm_plus", "adaptinfer", "transprune")
 """Methods that look at the text behind the picture, not at the last token alone."""
+EXITS = ("dyvte",)
+"""Methods that let whole pictures leave: the budget is the most, in whole layers."""
 FAMILIES = (
     "llava",
     "llava_next",

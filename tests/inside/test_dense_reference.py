@@ -27,8 +27,15 @@ from tests.inside.common import (
     stored,
 )
 
-AVERAGE_LAYERS = {"fastv": (1,), "pyramiddrop": (2, 3, 5), "sparsevlm_plus": (1, 3), "adaptinfer": (1, 2, 4)}
-"""Where six layers are cut, counted by hand from the published shares of the depth."""
+AVERAGE_LAYERS = {
+    "fastv": (1,),
+    "pyramiddrop": (2, 3, 5),
+    "sparsevlm_plus": (1, 3),
+    "adaptinfer": (1, 2, 4),
+    "transprune": (1, 2),
+    "dyvte": (3,),
+}
+"""Where six layers are cut, counted by hand from the published shares of the depth, or from the budget."""
 families = pytest.mark.parametrize("family", FAMILIES)
 prompts = pytest.mark.parametrize("prompts", PROMPTS)
 
