@@ -19,7 +19,7 @@ ROOT = Path(vtprune.__file__).parent
 ROWS = (
     ("errors",),
     ("types", "readings"),
-    ("kernels", "protocols", "_checks", "_storing", "_torchvision"),
+    ("kernels", "protocols", "_checks", "_needs", "_storing", "_torchvision"),
     ("stages", "pipeline", "positions", "masks", "schedule", "report", "estimates", "relevance", "viz", "_prompts"),
     ("cache", "methods", "adapters", "tiny"),
     ("catalog", "calibration", "debiasing", "seam"),

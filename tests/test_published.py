@@ -25,6 +25,7 @@ WITHOUT_LLAVA = {
     "tome": "image classification",
     "mustdrop_vision": "merges above a threshold; its budgets are those of the stages inside the language model",
     "todre": "as todre_select",
+    "dyvte": "its gate decides, there are no budgets",
     "information_horizon": "the shares of its stages are not public",
     "vflowopt": "as vflowopt_select",
     "zero_tprune": "image classification",

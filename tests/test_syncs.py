@@ -35,6 +35,9 @@ METHODS = tuple(name for name in vtprune.list_methods() if name not in ("identit
 """Those that prune and need no evidence but the model's."""
 CELLS = [(name, method) for name in FAMILIES for method in METHODS if name == "llava" or build(method).encoder is None]
 """Methods that prune inside the encoder only where it bears that."""
+CHECKS = {"dyvte": 0}
+"""How often adaptive methods ask the device for each shape, where not once: at the budget of these tests, dyvte comes
+to its last layer before two checks in a row may find anything."""
 OURS, TORCH, HERE = Path(vtprune.__file__).parent, Path(torch.__file__).parent, Path(__file__)
 DECIDES_A_SHAPE_OR_A_NUMBER = {
     "_local_scalar_dense",
@@ -213,8 +216,36 @@ def test_a_prefill_reads_the_device_once(name: str, method: str, prompts: Any, m
         logits(model, inputs)
     report = model.vtprune.last
     shapes = {tuple(part.grid for part in segment.parts) for segment in report.segments}
-    assert sum(waits.ours.values()) == 1 + report.adaptive * len(shapes), waits.ours
+    asked = report.adaptive * CHECKS.get(method, 1)
+    assert sum(waits.ours.values()) == 1 + asked * len(shapes), waits.ours
     assert report.kept < report.tokens
+
+
+@pytest.mark.parametrize("rule", ["mass", "stable"])
+@pytest.mark.parametrize(
+    ("options", "checks"),
+    [
+        ({"below": 0.0}, 4),
+        ({"below": 0.0, "patience": 3}, 2),
+        ({"below": 0.0, "every": 2}, 2),
+        ({"below": 0.0, "keep": 0.5}, 2),
+        ({"below": 1.0}, 1),
+        ({"below": 1.0, "patience": 2}, 1),
+    ],
+)
+def test_every_check_of_an_exit_reads_once(
+    rule: str, options: dict[str, Any], checks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In front of layers 1 to 4 for each shape, as long as pictures are there and so many checks could let them go."""
+    settings = {"keep": 0.9, "first": 1 / 6, "patience": 1, "rule": rule, **options}
+    model = wrapped("llava_next", "dyvte", **settings)
+    inputs = models.inputs(model)
+    with watched(monkeypatch) as waits:
+        logits(model, inputs)
+    report = model.vtprune.last
+    shapes = {tuple(part.grid for part in segment.parts) for segment in report.segments}
+    assert len(shapes) > 1
+    assert sum(waits.ours.values()) == 1 + checks * len(shapes), waits.ours
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -252,7 +283,7 @@ def test_pruning_makes_transformers_wait_no_more_often(name: str, monkeypatch: p
     assert sum(pruned.others.values()) <= sum(plain.others.values()), pruned.others - plain.others
 
 
-@pytest.mark.parametrize("method", ["vtprune", "random", "pyramiddrop", "vflowopt"])
+@pytest.mark.parametrize("method", ["vtprune", "random", "pyramiddrop", "vflowopt", "transprune", "dyvte"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_decode_steps_read_nothing(name: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = wrapped(name, method)
@@ -336,4 +367,5 @@ def test_a_gpu_agrees(name: str, method: str, monkeypatch: pytest.MonkeyPatch) -
             torch.cuda.set_sync_debug_mode("default")
     report = model.vtprune.last
     shapes = {tuple(part.grid for part in segment.parts) for segment in report.segments}
-    assert sum(waits.ours.values()) == 1 + report.adaptive * len(shapes), waits.ours
+    asked = report.adaptive * CHECKS.get(method, 1)
+    assert sum(waits.ours.values()) == 1 + asked * len(shapes), waits.ours

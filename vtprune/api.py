@@ -26,7 +26,7 @@ from vtprune.runtime.deep import schedule_of
 from vtprune.runtime.encoder_pruner import EncoderPruner
 from vtprune.runtime.evidence import readings_of
 from vtprune.runtime.pruner import Pruner
-from vtprune.schedule import Schedule
+from vtprune.schedule import AnySchedule
 from vtprune.seam import HANDLE, find_base, is_compiled, shells
 from vtprune.types import Budget, Per
 
@@ -102,7 +102,7 @@ def _pruner(
     return Pruner(inner, family=family, pipeline=pipeline, budget=budget, schedule=schedule, **options)
 
 
-def _calibrated(pipeline: Pipeline, measured: Calibration, schedule: Schedule | None) -> Pipeline:
+def _calibrated(pipeline: Pipeline, measured: Calibration, schedule: AnySchedule | None) -> Pipeline:
     """The pipeline with what was measured; raises `InvalidOption` where it can use none of it."""
     found = measured.applied(pipeline, schedule)
     if schedule is None or (found == pipeline and not measured.parameters(pipeline.name.partition("+")[0])):
@@ -192,7 +192,7 @@ def _check_evidence(pipeline: Pipeline, budget: Budget, family: Family, inner: n
                 raise MissingEvidence(f"method {pipeline.name!r} needs {name!r}, and {encoder} has no CLS token")
 
 
-def _schedule(pipeline: Pipeline, budget: Budget, inner: nn.Module) -> Schedule | None:
+def _schedule(pipeline: Pipeline, budget: Budget, inner: nn.Module) -> AnySchedule | None:
     """The drop points of a method that cuts between layers, None for any other and where everything is kept."""
     lm = language_model(inner)
     if not pipeline.inside or budget.keeps_all or lm is None:

@@ -15,6 +15,20 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from vtprune.errors import UnsupportedCall
 
 
+def each_once(change: Callable[..., Tensor], *columns: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What `change` makes of each row of the columns; rows of the same tensors become one tensor.
+
+    Behind neighbouring drop points that cut nothing the same is stored, and one mask will do.
+    """
+    made: dict[tuple[int, ...], Tensor] = {}
+    rows = list(zip(*columns, strict=True))
+    keys = [tuple(map(id, row)) for row in rows]
+    for key, row in zip(keys, rows, strict=True):
+        if key not in made:
+            made[key] = change(*row)
+    return tuple(made[key] for key in keys)
+
+
 @dataclass
 class DeepState:
     """What is stored behind each drop point between layers: `valid` (B, P) tells real tokens from padding there.
@@ -59,7 +73,7 @@ class CacheState:
         if self.shift is not None:
             self.shift = rows(self.shift)
         if self.deep is not None:
-            self.deep.valid = tuple(map(rows, self.deep.valid))
+            self.deep.valid = each_once(rows, self.deep.valid)
 
 
 class _PrunedCache:
@@ -105,7 +119,7 @@ class _PrunedCache:
             gone = max(0, state.valid.shape[1] - left)
             state.valid = state.valid[:, :left]
             if state.deep is not None:
-                state.deep.valid = tuple(valid[:, : valid.shape[1] - gone] for valid in state.deep.valid)
+                state.deep.valid = each_once(lambda valid: valid[:, : valid.shape[1] - gone], state.deep.valid)
 
     def reset(self) -> None:
         """Forget everything, the cuts included."""

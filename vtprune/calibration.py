@@ -14,7 +14,7 @@ from torch import nn
 from vtprune.errors import InvalidOption
 from vtprune.pipeline import LayerStage, Pick, Pipeline
 from vtprune.readings import Glance
-from vtprune.schedule import Schedule
+from vtprune.schedule import AnySchedule
 from vtprune.stages.recency import WithoutRecency
 
 FORMAT = 1
@@ -101,11 +101,15 @@ class Calibration:
             return {"points": tuple(layer / self.depth for layer in self.inflections)}
         return {}
 
-    def applied(self, pipeline: Pipeline, schedule: Schedule | None) -> Pipeline:
-        """The pipeline with the measured constants in place of trends that each picture would give."""
+    def applied(self, pipeline: Pipeline, schedule: AnySchedule | None) -> Pipeline:
+        """The pipeline with the measured constants in place of trends that each picture would give.
+
+        A stage that cuts in front of several layers has no layer of its own.
+        """
         if schedule is None:
             return pipeline
-        layers = dict(zip(schedule.stages, schedule.layers, strict=True))
+        pairs = zip(schedule.stages, schedule.layers, strict=True)
+        layers = {number: layer for number, layer in pairs if schedule.stages.count(number) == 1}
         inside = tuple(
             self._with_constants(stage, layers[number]) if number in layers else stage
             for number, stage in enumerate(pipeline.inside)

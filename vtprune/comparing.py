@@ -108,7 +108,7 @@ def _able(
     """Methods that run on the model without evidence from the user, behind the encoder, at the budgets they reach."""
     found = []
     known = [build(name) for name in list_methods() if name != "identity"]
-    alone = [one for one in known if one.needs <= readings_of(one).keys() | one.glances.keys()]
+    alone = [one for one in known if one.needs <= readings_of(one).keys() | one.read_inside]
     for pipeline, budget in itertools.product(alone, budgets):
         try:
             with pruning(model, pipeline, keep=budget, **options):

@@ -8,7 +8,7 @@ from typing import Any
 from vtprune.errors import InvalidOption
 from vtprune.pipeline import Pick, Pipeline
 from vtprune.protocols import Debiaser
-from vtprune.readings import Glance, Reading
+from vtprune.readings import Glance, Need, Reading, StateGlance, Transition
 from vtprune.stages.debiasers import WithoutPadding, WithoutSinks, WithoutTrend
 from vtprune.stages.glances import Undecayed
 from vtprune.stages.recency import WithoutRecency
@@ -100,8 +100,8 @@ def _looks(pick: Pick) -> bool:
     return any(_is_attention(need) for need in pick.scorer.needs)
 
 
-def _is_attention(need: str | Reading | Glance) -> bool:
-    if isinstance(need, Glance):
-        return True
+def _is_attention(need: Need) -> bool:
+    if isinstance(need, (Glance, StateGlance, Transition)):
+        return isinstance(need, Glance)
     rule = need.rule if isinstance(need, Reading) else NAMED_RULES.get(need)
     return rule is not None and rule.of == "attention" and not isinstance(rule, Keys)

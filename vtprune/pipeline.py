@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtprune._checks import check_share
+from vtprune._checks import check_share, check_whole
+from vtprune._needs import Reads
 from vtprune._storing import from_plain, to_plain
 from vtprune.errors import InvalidOption, UnsupportedCall
 from vtprune.kernels import host
 from vtprune.kernels import reference as kernels
 from vtprune.protocols import Counter, Debiaser, EncoderStage, FrameBudget, Merger, Scorer, Selector
-from vtprune.readings import Glance, Reading
+from vtprune.readings import Glance, Need, Reading
 from vtprune.types import Merged, Selection, VisualTokens
 
 FORMAT = 1
@@ -49,7 +50,7 @@ class Pick:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pipeline:
+class Pipeline(Reads):
     """A method: its picks run one after the other, each on what the earlier ones left.
 
     A `merger` gives dropped tokens a place in kept ones. A `counter` makes the method adaptive: the budget is only the
@@ -96,6 +97,10 @@ class Pipeline:
             raise InvalidOption(
                 f"before={self.before!r} of pipeline {self.name!r}: picks and cuts between layers share it"
             )
+        if any(stage.keep is None for stage in self.inside) and (self.picks or len(self.inside) > 1):
+            raise InvalidOption(
+                f"pipeline {self.name!r}: a stage with keep=None has the budget for itself, it is the only one"
+            )
         later = (self.merger, self.counter, self.frames)
         if self.encoder is not None and (any(later) or not all(map(_reads_the_cut, self.picks))):
             raise InvalidOption(
@@ -122,32 +127,17 @@ class Pipeline:
         return any((self.encoder, self.merger, *(stage.merger for stage in self.inside)))
 
     @cached_property
-    def needs(self) -> frozenset[str]:
-        """Names of the evidence its stages read."""
-        return frozenset(need if isinstance(need, str) else need.name for need in self._wanted)
-
-    @cached_property
-    def readings(self) -> dict[str, Reading]:
-        """How to take evidence from the vision encoder, by name; what is not there comes from elsewhere."""
-        return {need.name: need for need in self._wanted if isinstance(need, Reading)}
-
-    @cached_property
-    def glances(self) -> dict[str, Glance]:
-        """How to take evidence from the language model at drop points, by name."""
-        return {need.name: need for need in self._wanted if isinstance(need, Glance)}
-
-    @cached_property
     def survivors(self) -> str | None:
         """Name of the evidence of what an `encoder` stage left, None without one."""
         return next((name for name, reading in self.readings.items() if reading.rule.of == "cut"), None)
 
     @cached_property
-    def _wanted(self) -> frozenset[str | Reading | Glance]:
-        """What the stages need; only scorers must say so."""
+    def wanted(self) -> frozenset[Need]:
+        """What the stages say they need; only scorers must say so."""
         stages: list[Any] = [self.merger, self.counter, self.frames]
         for pick in self.picks:
             stages += [pick.scorer, *pick.debiasers, pick.selector]
-        deep = (stage.choice._wanted for stage in (*self.inside, self.cache) if stage is not None)
+        deep = (stage.choice.wanted for stage in (*self.inside, self.cache) if stage is not None)
         return frozenset().union(*(getattr(stage, "needs", ()) for stage in stages), *deep)
 
     def run(self, tokens: VisualTokens, k: int) -> Selection:
@@ -259,23 +249,33 @@ class LayerStage:
     """A cut between decoder layers: in front of layer `at` (its number, or its share of the depth).
 
     `keep` is the share of the tokens at first that stays behind it as the method was published, 0 where all leave;
-    other budgets change all shares of a schedule together, see `Schedule`. `picks`, `merger` and `counter` are those of
-    a `Pipeline`; they see hidden states for features, and `evidence["origin"]` (S, n) says which of the tokens at first
-    each is, whose `parts` they get.
+    other budgets change all shares of a schedule together, see `Schedule`. With None there is a cut in front of every
+    layer from `at` on: `counter` is asked at each, or at each `every` of them, whether tokens leave, and none stays
+    behind the layers that the budget pays for, see `ExitSchedule`.
+    Where `counter` must say so `patience` times in a row, the most that it granted stays. `picks`, `merger` and
+    `counter` are those of a `Pipeline`; they see hidden states for features, and `evidence["origin"]` (S, n) says which
+    of the tokens at first each is, whose `parts` they get.
     """
 
     at: float | int
-    keep: float
+    keep: float | None
     picks: tuple[Pick, ...]
     merger: Merger | None = None
     counter: Counter | None = None
+    patience: int = 1
+    every: int = 1
 
     def __post_init__(self) -> None:
         if isinstance(self.at, bool) or not isinstance(self.at, (int, float)) or not self.at >= 0:
             raise InvalidOption(f"at={self.at!r} of a stage: expected the number of a layer, or a share of the depth")
         if isinstance(self.at, float) and not self.at < 1:
             raise InvalidOption(f"at={self.at!r} of a stage: a share of the depth lies in [0, 1)")
-        check_share("keep", self.keep)
+        check_whole("patience", self.patience, least=1)
+        check_whole("every", self.every, least=1)
+        if self.keep is not None:
+            check_share("keep", self.keep)
+        if self.keep is not None and self.every != 1:
+            raise InvalidOption(f"every={self.every!r} of a stage with keep={self.keep!r}: it goes with keep=None")
         if any(glance.rows in ("sampled", "all") for glance in self.choice.glances.values()):
             raise InvalidOption(f"a stage in front of layer {self.at}: only stages of the cache look from such rows")
 
@@ -308,7 +308,7 @@ class CacheStage:
             )
         if self.merger is not None and not self.heads:
             raise InvalidOption("a stage of the cache: keys are merged head by head, so heads have to choose as well")
-        if any(not isinstance(need, Glance) for need in self.choice._wanted):
+        if any(not isinstance(need, Glance) for need in self.choice.wanted):
             raise InvalidOption("a stage of the cache goes by what its layer attends to, not by the encoder")
 
     @cached_property

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from vtprune.readings import BlockAttention, Glance, Reading
+from vtprune.readings import BlockAttention, Need
 from vtprune.types import EncoderCut, Per, Selection, VisualTokens
 
 
@@ -14,7 +14,7 @@ class Scorer(Protocol):
     """Scores (S, N) of tokens, higher is better. `needs` names the evidence it reads, or says how to take it."""
 
     @property
-    def needs(self) -> frozenset[str | Reading | Glance]: ...
+    def needs(self) -> frozenset[Need]: ...
 
     def __call__(self, tokens: VisualTokens) -> Tensor: ...
 

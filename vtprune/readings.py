@@ -1,4 +1,4 @@
-"""Evidence that is read off the vision encoder while it runs: from the attention of a block, or at the projector."""
+"""Evidence that is read off the model while it runs: off blocks and projector of the encoder, off decoder layers."""
 
 from __future__ import annotations
 
@@ -127,6 +127,96 @@ class Glance:
         return bool(getattr(self.rule, "divides", False))
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RowStates:
+    """Hidden states of some rows at a drop point, (B, R, D): `entering` is what the layer behind it is about to get,
+    `earlier` what layer `number`, the one in front of it, got. `real` (B, R) is False at rows that only fill up, the
+    last row is the last token of the prompt.
+    """
+
+    entering: Tensor
+    earlier: Tensor
+    real: Tensor
+    number: int
+
+
+class StateRule(Protocol):
+    """Makes one number per prompt row (B,) of `RowStates`; `name` is that of the evidence.
+
+    `check` raises `InvalidOption` where it was made for another model than one of `depth` layers of this `width`.
+    """
+
+    @property
+    def name(self) -> str: ...
+    def check(self, *, depth: int, width: int) -> None: ...
+    def __call__(self, seen: RowStates) -> Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateGlance:
+    """Evidence that is read off the language model at a drop point: a rule on the hidden states of a few rows.
+
+    `rows` are the `"last"` token of the prompt, or all `"text"` behind its last picture. All tokens of a prompt row
+    have the same number.
+    """
+
+    rule: StateRule
+    rows: Literal["last", "text"] = "last"
+
+    def __post_init__(self) -> None:
+        if self.rows not in ("last", "text"):
+            raise InvalidOption(f"rows={self.rows!r} of a glance at states: expected 'last' or 'text'")
+
+    @property
+    def name(self) -> str:
+        """What the evidence is called."""
+        return f"{self.rows}_{self.rule.name}"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Change:
+    """What an attention or an MLP of a decoder layer makes of tokens: `inputs` (B, K, D), behind the norm, and
+    `outputs` (B, K, D), before they are added to the residual stream. `visual` (B, K) is True at tokens of pictures.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+    visual: Tensor
+
+
+class ChangeRule(Protocol):
+    """Makes one number per token (B, K) of a `Change`; `name` is that of the evidence."""
+
+    @property
+    def name(self) -> str: ...
+    def __call__(self, seen: Change) -> Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transition:
+    """Evidence that is read off the language model on the way to a drop point: a rule on what its modules change.
+
+    It is the sum over attention and MLP of all decoder layers from the share `since` of the depth up to the drop point;
+    the layer in front of the first drop point is always among them.
+    """
+
+    rule: ChangeRule
+    since: float = 0.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.since, bool) or not isinstance(self.since, (int, float)) or not 0 <= self.since <= 1:
+            raise InvalidOption(f"since={self.since!r} of a transition: expected a share of the depth")
+
+    @property
+    def name(self) -> str:
+        """What the evidence is called."""
+        return f"{self.rule.name}@{self.since:g}+"
+
+    def layers(self, points: tuple[int, ...], depth: int) -> range:
+        """Numbers of the layers that count up to the last of the drop points, out of `depth`."""
+        return range(min(int(self.since * depth + 0.5), points[0] - 1), points[-1])
+
+
 class OfAttention:
     """Base of rules on the attention of a block, of any encoder unless they say `needs_cls`."""
 
@@ -195,3 +285,7 @@ class Reading:
             return range(min(features, int(self.since * count)), features + 1)
         block = features if self.at is None else min(count - 1, int(self.at * count))
         return range(block, block + 1)
+
+
+Need = str | Reading | Glance | StateGlance | Transition
+"""What a stage reads: evidence by its name, or how it is taken."""

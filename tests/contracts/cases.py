@@ -61,8 +61,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "vflowopt_select": {"recycled": 0.4},
     "vflowopt": {"recycled": 0.4},
     "sparsevlm": {"recycled": 0.2},
+    "dyvte": {"first": 1 / 6, "patience": 1, "below": 0.4},
 }
-"""Parameters that are not the default ones: tiny pictures have too few tokens for the shares that are recycled."""
+"""Parameters that are not the default ones: tiny pictures have too few tokens for the shares that are recycled, and of
+six layers too few are left for dyvte to find more than one layer to leave at."""
 PIPELINES = {method: EXTRAS.get(method) or build(method.partition("-")[0], SETTINGS.get(method)) for method in METHODS}
 FAMILIES = IMAGE_FAMILIES
 CORE_FAMILIES = ("llava", "llava_onevision", "qwen2_5_vl")
@@ -91,6 +93,8 @@ CACHING = tuple(method for method in METHODS if PIPELINES[method].cache is not N
 SHORTENING = tuple(method for method in METHODS if method not in CACHING)
 MERGING_INSIDE = tuple(m for m in IN_LAYERS if any(stage.merger is not None for stage in PIPELINES[m].inside))
 """Those that merge what leaves there."""
+BY_LAYERS = tuple(m for m in IN_LAYERS if any(stage.keep is None for stage in PIPELINES[m].inside))
+"""Those whose budget is a number of layers: a token more changes nothing until it is a layer more."""
 MERGING = tuple(method for method in METHODS if PIPELINES[method].merger is not None)
 IN_TOWER = tuple(method for method in METHODS if PIPELINES[method].encoder is not None)
 """Methods that prune inside the vision encoder."""
@@ -151,8 +155,17 @@ class Case:
         """A number of tokens that prunes every picture of `prompts`, or the largest where few would be too few."""
         if self.method not in IN_LAYERS:
             return 5
-        most = max(n for prompt in self.prompts for n in _counts(self.family, prompt, self.kind))
-        return most * 9 // 20
+        return self._most * 9 // 20
+
+    @property
+    def more(self) -> int:
+        """A larger number, by the least that shows."""
+        return self.few + (self._most // self.layers + 1 if self.method in BY_LAYERS else 1)
+
+    @property
+    def _most(self) -> int:
+        """Tokens of the largest picture of `prompts`."""
+        return max(n for prompt in self.prompts for n in _counts(self.family, prompt, self.kind))
 
     @property
     def mrope(self) -> bool:

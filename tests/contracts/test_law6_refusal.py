@@ -156,7 +156,7 @@ def test_evidence_that_does_not_fit(case: Case, refuses: Refuses) -> None:
 def test_tokens_that_cannot_be_forced_between_layers(case: Case, refuses: Refuses) -> None:
     with restored(case), case.pruned(case.prompts[:1]) as pruner:
         first = answer(case.model, case.rows[0])
-        glances = {name: [torch.zeros(3)] for name in pruner.pipeline.glances}
+        glances = {name: [torch.zeros(3)] for name in pruner.pipeline.read_inside}
         for evidence in ({"mood": [torch.zeros(3)]}, *({name: scores} for name, scores in glances.items())):
             with refuses(InvalidOption, "does not read"), pruner.using(**evidence):
                 pass
@@ -197,7 +197,8 @@ def test_an_average_out_of_reach(case: Case, refuses: Refuses) -> None:
 @cells(methods=IN_LAYERS, kinds=("image",))
 def test_a_question_before_the_picture(case: Case, refuses: Refuses) -> None:
     """Methods that look at the text behind the last picture refuse prompts without, the others take them."""
-    looks = {glance.rows for glance in PIPELINES[case.method].glances.values()} & {"text", "raters"}
+    pipeline = PIPELINES[case.method]
+    looks = {glance.rows for glance in (*pipeline.glances.values(), *pipeline.states.values())} & {"text", "raters"}
     batch = case.inputs((replace(case.prompts[0], text_after=0),))
     end = (batch["input_ids"][0] == IMAGE).nonzero()[-1, 0] + 1
     batch = {

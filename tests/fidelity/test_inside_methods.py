@@ -29,6 +29,7 @@ SCHEDULES = {
     "sparsevlm": ([(3, 7, 16), (3, 6, 14), (4, 9, 20)], (576, 312, 117, 39)),
     "sparsevlm_plus": ([(3, 7, 16), (3, 6, 14), (4, 9, 20)], (576, 238, 108, 60)),
     "adaptinfer": ([(2, 11, 21), (2, 10, 18), (3, 14, 26)], (576, 290, 72, 18)),
+    "transprune": ([(7, 9, 12), (6, 8, 11), (9, 11, 15)], (576, 504, 360, 72)),
     "information_horizon": ([(16,), (14,), (20,)], (288, 144)),
     "vflowopt": ([(10, 21), (9, 18), (13, 26)], (153, 150, 132)),
     "todre": ([(28,), (25,), (35,)], (144, 144)),
@@ -59,7 +60,7 @@ def test_the_schedule_at_its_own_average(method: str, number: int) -> None:
     assert counts(build(method), depth, total / depth / 576) == (layers, expected)
 
 
-@pytest.mark.parametrize("method", ["fastv", "pyramiddrop", "sparsevlm", "sparsevlm_plus", "adaptinfer"])
+@pytest.mark.parametrize("method", ["fastv", "pyramiddrop", "sparsevlm", "sparsevlm_plus", "adaptinfer", "transprune"])
 def test_the_published_average_is_that_of_the_published_counts(method: str) -> None:
     keep = describe(method).published["llava"].split(",")[0].removeprefix("keep=")
     assert counts(build(method), 32, float(keep))[1] == SCHEDULES[method][1]

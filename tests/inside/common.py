@@ -31,6 +31,8 @@ BUDGETS = {
     "sparsevlm": 0.4,
     "sparsevlm_plus": 0.4,
     "adaptinfer": 0.5,
+    "transprune": 0.5,
+    "dyvte": 0.5,
     "information_horizon": 0.4,
     "vflowopt": 0.4,
 }
@@ -44,8 +46,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 EARLY = tuple(method for method in BUDGETS if build(method).picks)
 """Methods that pick in front of the language model, too."""
 DEEP = tuple(method for method in BUDGETS if method not in EARLY)
-TEXTUAL = ("sparsevlm", "sparsevlm_plus", "adaptinfer")
+TEXTUAL = ("sparsevlm", "sparsevlm_plus", "adaptinfer", "transprune")
 """Methods that look at the text behind the picture, not at the last token alone."""
+EXITS = ("dyvte",)
+"""Methods that let whole pictures leave: the budget is the most, in whole layers."""
 FAMILIES = (
     "llava",
     "llava_next",

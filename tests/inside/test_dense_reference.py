@@ -33,8 +33,10 @@ AVERAGE_LAYERS = {
     "sparsevlm": (1, 3),
     "sparsevlm_plus": (1, 3),
     "adaptinfer": (1, 2, 4),
+    "transprune": (1, 2),
+    "dyvte": (3,),
 }
-"""Where six layers are cut, counted by hand from the published shares of the depth."""
+"""Where six layers are cut, counted by hand from the published shares of the depth, or from the budget."""
 families = pytest.mark.parametrize("family", FAMILIES)
 prompts = pytest.mark.parametrize("prompts", PROMPTS)
 

@@ -42,7 +42,7 @@ def test_a_glance_sees_the_attention_of_transformers_or_the_model_is_refused(nam
         assert (spy.seen[0].weights[:, :, 0] - attentions[layer][:, :, -1]).abs().max() < TOLERANCE
 
 
-@pytest.mark.parametrize("method", ["fastv", "pyramiddrop"])
+@pytest.mark.parametrize("method", ["fastv", "pyramiddrop", "transprune"])
 @pytest.mark.parametrize("name", OPEN)
 def test_without_a_cache(name, method):
     """They cut, and decide without a cache what they decide with one."""

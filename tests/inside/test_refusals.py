@@ -16,6 +16,7 @@ from tests.inside.common import (
     BUDGETS,
     DEEP,
     EARLY,
+    EXITS,
     LAYERS,
     ONE,
     SETTINGS,
@@ -111,7 +112,15 @@ def test_the_last_layer_can_be_cut():
     assert pruner.last.segments[0].depths.unique().tolist() == [LAYERS - 1, LAYERS]
 
 
-LOWEST = {"fastv": 1 / 6, "pyramiddrop": 2 / 6, "sparsevlm": 1 / 6, "sparsevlm_plus": 1 / 6, "adaptinfer": 1 / 6}
+LOWEST = {
+    "fastv": 1 / 6,
+    "pyramiddrop": 2 / 6,
+    "sparsevlm": 1 / 6,
+    "sparsevlm_plus": 1 / 6,
+    "adaptinfer": 1 / 6,
+    "transprune": 1 / 6,
+    "dyvte": 2 / 6,
+}
 """What the layers in front of the first cut cost, of six."""
 
 
@@ -126,7 +135,7 @@ def test_a_share_below_what_the_first_layers_cost(method):
     assert fingerprint(model) == before
     with pruned(model, method, keep=LOWEST[method]) as pruner:
         answer(model, models.inputs(model, ONE))
-    assert pruner.last.kept == 1
+    assert pruner.last.kept == (method not in EXITS)
 
 
 @pytest.mark.parametrize("method", DEEP)
@@ -143,7 +152,8 @@ def test_a_number_below_what_the_first_layers_cost(method):
     assert torch.equal(got.logits, answer(model, words).logits)
     with pruned(model, method, keep=12) as pruner:
         answer(model, inputs)
-    assert abs(pruner.last.average - 12) <= 0.5
+    wanted = 16 * 4 / LAYERS if method in EXITS else 12  # 12 pay for four layers of all, and half of one more
+    assert abs(pruner.last.average - wanted) <= 0.5
 
 
 @pytest.mark.parametrize("method", EARLY)

@@ -18,7 +18,8 @@ _IMPLEMENTATIONS = ("sdpa", "eager", "flash")
 class Decoder:
     """The layers of a language model, first to last; the first cut may be in front of layer `first`.
 
-    A layer has `input_layernorm` and `self_attn` with `q_proj` and `k_proj`, perhaps norms of each head.
+    A layer has `input_layernorm` and `self_attn` with `q_proj` and `k_proj`, perhaps norms of each head, and an `mlp`
+    where that was asked for.
     """
 
     layers: tuple[nn.Module, ...]
@@ -41,9 +42,15 @@ class Decoder:
         """The attention of one layer."""
         return self.layers[number].self_attn
 
+    def modules(self, number: int) -> tuple[nn.Module, nn.Module]:
+        """Attention and MLP of one layer, whose outputs are added to the residual stream."""
+        layer: Host = self.layers[number]
+        return layer.self_attn, layer.mlp
 
-def decoder_of(inner: Host, lm: Host, *, glances: bool) -> Decoder:
-    """The decoder of a base model; `glances` says that attention of its layers is to be read.
+
+def decoder_of(inner: Host, lm: Host, *, glances: bool, changes: bool = False) -> Decoder:
+    """The decoder of a base model; `glances` says that attention of its layers is to be read, `changes` what their
+    modules make of tokens.
 
     Raises:
         UnsupportedModel: where layers are of another kind or see a window only, or rotate in a way not known here.
@@ -60,6 +67,8 @@ def decoder_of(inner: Host, lm: Host, *, glances: bool) -> Decoder:
         raise UnsupportedModel(
             f"it is not known how layers of {name} turn queries and keys, so they cannot be looked at"
         )
+    if changes and not all(isinstance(getattr(layer, "mlp", None), nn.Module) for layer in layers):
+        raise UnsupportedModel(f"layers of {name} have no `mlp`, so it is not known what they make of tokens")
     implementation = lm.config._attn_implementation or "eager"
     if not implementation.startswith(_IMPLEMENTATIONS):
         raise UnsupportedModel(f"attn_implementation={implementation!r}: cuts between layers take sdpa, flash or eager")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Mapping
+from bisect import bisect_right
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from vtprune import masks
+from vtprune._needs import Reads
 from vtprune.adapters.decoder import Decoder
 from vtprune.inside.glances import look, named
+from vtprune.inside.states import StateTap
 from vtprune.inside.walk import Walk
 from vtprune.kernels import reference as kernels
-from vtprune.readings import Glance
 from vtprune.seam import refuse_copy
 
 
@@ -54,6 +55,17 @@ class Passage:
         past = walk.valid.new_ones(len(walk.valid), self.cached[behind]) if own is None else own
         return torch.cat([past, walk.valid], dim=1)
 
+    def alike(self, behind: int) -> int:
+        """The first drop point behind which the same tokens lie as behind this one, so that one mask will do."""
+        while behind and self._same(behind - 1, behind):
+            behind -= 1
+        return behind
+
+    def _same(self, one: int, other: int) -> bool:
+        """Whether the same was cached behind two drop points, and no token left at the later one."""
+        cached = self.cached[one] == self.cached[other] and (self.known is None or self.known[one] is self.known[other])
+        return cached and (self.walk is None or self.walk.stored[one] is self.walk.stored[other])
+
     def cut(self, value: Any) -> Any:
         """An argument of a layer: of one number or row per token of the sequence at entry, what is left of it."""
         walk = self.walk
@@ -87,16 +99,15 @@ class _Thread(threading.local):
 class LayerCutter:
     """Hooks of one pipeline on one decoder; `begin` and `end` enclose a call of the language model."""
 
-    def __init__(
-        self, decoder: Decoder, glances: Mapping[str, Glance], layers: tuple[int, ...], implementation: str
-    ) -> None:
+    def __init__(self, decoder: Decoder, reads: Reads, layers: tuple[int, ...], implementation: str) -> None:
         self.layers = layers
         self._decoder = decoder
-        self._before = named(glances, "before")
-        self._behind = named(glances, "behind")
+        self._before = named(reads.glances, "before")
+        self._behind = named(reads.glances, "behind")
         self._implementation = implementation
         self._handles: list[RemovableHandle] = []
         self._thread = _Thread()
+        self._states = StateTap(decoder, reads, layers, self._walk)
 
     __deepcopy__ = refuse_copy
     __reduce_ex__ = refuse_copy  # type: ignore[assignment]
@@ -119,6 +130,7 @@ class LayerCutter:
             self._handles.append(attention.register_forward_pre_hook(self._attending, with_kwargs=True))
             attended = functools.partial(self._attended, number)
             self._handles.append(attention.register_forward_hook(attended, with_kwargs=True))
+        self._handles += self._states.hook()
 
     def remove(self) -> None:
         """Undo `hook`."""
@@ -156,7 +168,7 @@ class LayerCutter:
     def _attended(self, number: int, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """Glances at the layer before a drop point: its own queries, and keys as the cache has them now."""
         passage = self._thread.passage
-        if passage is None or passage.walk is None or not passage.walk.due(number + 1):
+        if passage is None or passage.walk is None or not passage.walk.due(number + 1) or not passage.walk.asks:
             return
         rotary, cache = kwargs["position_embeddings"], kwargs.get("past_key_values")
         projected = self._thread.projected
@@ -200,8 +212,10 @@ class LayerCutter:
         """Hidden states as layer `number` gets them, cut where a drop point lies in front of it."""
         if not walk.due(number):
             return hidden
-        for name, glance in self._behind.items():
-            passage.seen[name] = self._ahead(number, passage, walk, hidden, kwargs, glance)
+        if walk.asks:
+            for name, glance in self._behind.items():
+                passage.seen[name] = self._ahead(number, passage, walk, hidden, kwargs, glance)
+            passage.seen |= self._states.sensed(number, walk, hidden)
         shorter = walk.cut(hidden, passage.seen)
         passage.seen.clear()
         return shorter
@@ -229,7 +243,7 @@ class LayerCutter:
     def _mask(self, number: int, passage: Passage, hidden: Tensor, kwargs: dict[str, Any]) -> Any:
         """The mask of a layer behind a drop point, made once for all layers up to the next one."""
         given = kwargs.get("attention_mask")
-        behind = sum(layer <= number for layer in self.layers) - 1
+        behind = passage.alike(bisect_right(self.layers, number) - 1)
         place = (behind, torch.is_tensor(given))
         if place not in passage.masks:
             passage.masks[place] = self._made(behind, passage, hidden, given)

@@ -38,8 +38,8 @@ class LayerStack:
 
     `origin` (S, n) says which of the N tokens at first they are, `counts` how many stay behind each drop point.
     `depths` (S, N) is how many layers each token has gone through, as far as that is decided; `numbers` are those of
-    the pictures. `into` (S, N), where the method merges, says which of the N holds each of them by now, -1 where it is
-    lost.
+    the pictures, `wishes` (S,) each what counters said last. `into` (S, N), where the method merges, says which of the
+    N holds each of them by now, -1 where it is lost.
     """
 
     at: Tensor
@@ -52,6 +52,7 @@ class LayerStack:
     depths: Tensor
     numbers: tuple[int, ...]
     into: Tensor | None = None
+    wishes: tuple[Tensor, ...] = ()
 
     def stays(self, number: int) -> int:
         """How many tokens stay behind a drop point."""
@@ -70,6 +71,9 @@ class LayerStack:
 
     def part(self, rows: list[int], number: int, count: int) -> LayerStack:
         """Some of the pictures, with `count` tokens each behind a drop point and no more behind later ones."""
+        counts = (*self.counts[:number], count, *self.counts[number + 1 :])
+        if len(rows) == len(self.at):
+            return replace(self, counts=counts)
         chosen = torch.tensor(rows).to(self.at.device, non_blocking=True)
         return replace(
             self,
@@ -78,10 +82,11 @@ class LayerStack:
             prompt_rows=tuple(self.prompt_rows[row] for row in rows),
             ordinals=tuple(self.ordinals[row] for row in rows),
             evidence={name: values[chosen] for name, values in self.evidence.items()},
-            counts=(*self.counts[:number], count, *self.counts[number + 1 :]),
+            counts=counts,
             depths=self.depths[chosen],
             numbers=tuple(self.numbers[row] for row in rows),
             into=None if self.into is None else self.into[chosen],
+            wishes=tuple(wish[chosen] for wish in self.wishes),
         )
 
     def followed(self, keep: Tensor, merged: Merged | None) -> Tensor | None:
@@ -101,7 +106,11 @@ class Walk:
     """Where everything is: `index` (B, K) are places in the sequence at entry, `slots` those of every cut for the way
     back, `places` (B, K') what of the sequence in front of each goes on, None where all does. `stored` (B, K) tells for
     each what behind it is real, `lengths` how many tokens that are in each row. `trims` says that caches of layers
-    behind the first are cut to what is left behind the last."""
+    behind the first are cut to what is left behind the last.
+
+    `sums` (B, K) are what layers add up of every token, by name; `entered` (B, R, D) is what the layer in front of a
+    drop point got of the rows.
+    """
 
     stages: tuple[LayerStage, ...]
     layers: tuple[int, ...]
@@ -117,6 +126,8 @@ class Walk:
     stored: list[Tensor] = field(default_factory=list)
     lengths: list[tuple[int, ...]] = field(default_factory=list)
     widths: list[int] = field(default_factory=list)
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    entered: Tensor | None = None
 
     def __post_init__(self) -> None:
         B, K = self.entry.valid.shape
@@ -191,9 +202,20 @@ class Walk:
         """Whether a cut comes in front of `layer`."""
         return self.cuts < len(self.layers) and self.layers[self.cuts] == layer
 
+    @property
+    def asks(self) -> bool:
+        """Whether evidence decides at the next drop point: not where all of every picture stays, or has left."""
+        counted = self.stages[self.cuts].counter is not None
+        kept = [(stack.stays(self.cuts), stack.at.shape[1]) for stack in self.stacks]
+        return any(0 < k < n or (counted and k) for k, n in kept)
+
+    def add(self, name: str, values: Tensor) -> None:
+        """Add to what layers say of every token, (B, K)."""
+        self.sums[name] = self.sums[name] + values if name in self.sums else values
+
     def cut(self, hidden: Tensor, glances: Mapping[str, Tensor]) -> Tensor:
         """Hidden states (B, K', D) that go on behind the next drop point; `glances` are (B, K) each."""
-        number = self.cuts
+        number, glances = self.cuts, {**self.sums, **glances}
         if self.stages[number].counter is not None:
             self.stacks = [part for stack in self.stacks for part in self._counted(stack, number, hidden, glances)]
         before = self.lengths[-1] if self.lengths else self.entry.lengths
@@ -222,6 +244,7 @@ class Walk:
         pairs = zip(self.stacks, chosen, strict=True)
         self.stacks = [self._moved(stack, keep, merged, slots, number) for stack, (keep, merged) in pairs]
         self.index, self.rows = self.index.gather(1, places), slots.gather(1, self.rows)
+        self.sums = {name: values.gather(1, places) for name, values in self.sums.items()}
         self.slots.append(slots)
         self.places.append(places)
         self.stored.append(self.valid)
@@ -260,13 +283,21 @@ class Walk:
     def _counted(
         self, stack: LayerStack, number: int, hidden: Tensor, glances: Mapping[str, Tensor]
     ) -> list[LayerStack]:
-        """The pictures of a stack by how many of their tokens an adaptive stage lets stay: it waits for the device."""
-        counter, most = self.stages[number].counter, stack.stays(number)
-        assert counter is not None
+        """The pictures of a stack by how many of their tokens an adaptive stage lets stay: it waits for the device.
+
+        Not where they have left, or where too few counters were asked to let any go.
+        """
+        stage, most = self.stages[number], stack.stays(number)
+        assert stage.counter is not None
+        if not most:
+            return [stack]
         with kernels.exact(hidden.device):
-            wanted = counter(stack.tokens(hidden, glances), most).clamp(0, most)
+            wanted = stage.counter(stack.tokens(hidden, glances), most).clamp(0, most)
+        stack = replace(stack, wishes=(*stack.wishes, wanted)[-stage.patience :])
+        if len(stack.wishes) < stage.patience:
+            return [stack]
         rows: dict[int, list[int]] = {}
-        for row, count in enumerate(host.read_counts(wanted)):
+        for row, count in enumerate(host.read_counts(torch.stack(list(stack.wishes)).amax(dim=0))):
             rows.setdefault(count, []).append(row)
         return [stack.part(own, number, count) for count, own in rows.items()]
 

@@ -9,6 +9,7 @@ from vtprune.methods.atp import atp
 from vtprune.methods.cdpruner import cdpruner
 from vtprune.methods.dart import dart
 from vtprune.methods.divprune import divprune
+from vtprune.methods.dyvte import dyvte
 from vtprune.methods.fastervlm import fastervlm
 from vtprune.methods.fastv import fastv
 from vtprune.methods.flowcut import flowcut
@@ -33,6 +34,7 @@ from vtprune.methods.text_dominance import text_dominance
 from vtprune.methods.todre import todre
 from vtprune.methods.todre_select import todre_select
 from vtprune.methods.tome import tome
+from vtprune.methods.transprune import transprune
 from vtprune.methods.uniform import uniform
 from vtprune.methods.vflowopt import vflowopt
 from vtprune.methods.vflowopt_select import vflowopt_select
@@ -76,10 +78,12 @@ METHODS: dict[str, Callable[..., Pipeline]] = {
     "sparsevlm_plus": sparsevlm_plus,
     "adaptinfer": adaptinfer,
     "atp": atp,
+    "transprune": transprune,
     "information_horizon": information_horizon,
     "vflowopt": vflowopt,
     "mustdrop": mustdrop,
     "todre": todre,
+    "dyvte": dyvte,
     "zipvl": zipvl,
     "look_m": look_m,
     "pool": pool,

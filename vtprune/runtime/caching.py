@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from vtprune._needs import NOTHING
 from vtprune.adapters.base import Host
 from vtprune.adapters.decoder import decoder_of
 from vtprune.cache import CacheState, DeepState
@@ -36,7 +37,7 @@ class Caching:
         self._budget = budget
         self._rows = {glance.rows for glance in self._stage.choice.glances.values()}
         self._cutter = CacheCutter(decoder, self._stage, implementation)
-        self._mender = LayerCutter(decoder, {}, tuple(range(1, len(decoder.layers))), implementation)
+        self._mender = LayerCutter(decoder, NOTHING, tuple(range(1, len(decoder.layers))), implementation)
 
     def hook(self) -> None:
         """Register the hooks."""

@@ -12,31 +12,50 @@ from torch import Tensor, nn
 from transformers.cache_utils import StaticCache
 
 from vtprune.adapters.base import Host
-from vtprune.adapters.decoder import decoder_of
-from vtprune.cache import CacheState, DeepState
+from vtprune.adapters.decoder import Decoder, decoder_of
+from vtprune.cache import CacheState, DeepState, each_once
 from vtprune.errors import UnsupportedCall
 from vtprune.inside.caching import trim
 from vtprune.inside.glances import MOST_ROWS, find_raters
 from vtprune.inside.layers import LayerCutter, Passage
 from vtprune.inside.walk import Entry, LayerStack, Walk
-from vtprune.pipeline import Pipeline
+from vtprune.pipeline import LayerStage, Pipeline
 from vtprune.runtime.decide import Decision
 from vtprune.runtime.reading import Prompt
 from vtprune.runtime.shorten import Shortened
-from vtprune.schedule import Schedule
+from vtprune.schedule import AnySchedule, ExitSchedule, Schedule
 from vtprune.types import Budget
 
 
-def schedule_of(pipeline: Pipeline, inner: Host, lm: nn.Module) -> Schedule:
+def schedule_of(pipeline: Pipeline, inner: Host, lm: Host) -> AnySchedule:
     """The drop points of a pipeline on a model.
 
     Raises:
-        InvalidOption: for one in front of a layer the model has not.
+        InvalidOption: for one in front of a layer the model has not, and for rules that were made for another model.
         UnsupportedModel: for a decoder that cannot be cut between layers.
     """
-    decoder = decoder_of(inner, lm, glances=bool(pipeline.glances))
-    points = [(stage.at, stage.keep) for stage in pipeline.inside]
-    return Schedule.of(points, depth=len(decoder.layers), first=decoder.first, before=pipeline.before)
+    decoder = _decoder(pipeline, inner, lm)
+    depth = len(decoder.layers)
+    for glance in pipeline.states.values():
+        glance.rule.check(depth=depth, width=lm.config.hidden_size)
+    points = [(stage.at, stage.keep) for stage in pipeline.inside if stage.keep is not None]
+    if points:
+        return Schedule.of(points, depth=depth, first=decoder.first, before=pipeline.before)
+    (stage,) = pipeline.inside
+    return ExitSchedule.of(stage.at, depth=depth, first=decoder.first, every=stage.every)
+
+
+def _decoder(pipeline: Pipeline, inner: Host, lm: Host) -> Decoder:
+    return decoder_of(inner, lm, glances=bool(pipeline.glances), changes=bool(pipeline.transitions))
+
+
+def _stages(pipeline: Pipeline, schedule: AnySchedule) -> tuple[LayerStage, ...]:
+    """The stage of every drop point; at those of an exit where nobody asks there is no counter."""
+    found = [pipeline.inside[number] for number in schedule.stages]
+    if isinstance(schedule, ExitSchedule):
+        pairs = zip(found, schedule.checks, strict=True)
+        found = [stage if checked else replace(stage, counter=None) for stage, checked in pairs]
+    return tuple(found)
 
 
 SAMPLED = 64
@@ -45,17 +64,19 @@ SAMPLED = 64
 class Deep:
     """The side of a `Pruner` that cuts between layers."""
 
-    def __init__(self, pipeline: Pipeline, budget: Budget, schedule: Schedule, inner: Host, lm: Host) -> None:
+    def __init__(self, pipeline: Pipeline, budget: Budget, schedule: AnySchedule, inner: Host, lm: Host) -> None:
         self.schedule = schedule
         self.cutter = LayerCutter(
-            decoder_of(inner, lm, glances=bool(pipeline.glances)),
-            pipeline.glances,
+            _decoder(pipeline, inner, lm),
+            pipeline,
             schedule.layers,
             lm.config._attn_implementation or "eager",
         )
         self._pipeline = pipeline
         self._budget = budget
+        self._stages = _stages(pipeline, schedule)
         self._rows = {glance.rows for glance in pipeline.glances.values()}
+        self._rows |= {glance.rows for glance in pipeline.states.values()}
 
     def prefill(
         self, prompt: Prompt, decision: Decision, short: Shortened, cache: Any, state: CacheState | None
@@ -69,7 +90,7 @@ class Deep:
         stacks = [self._stack(one, short) for one in decision.chosen]
         entry = entry_of(prompt, decision, short, needs_text=bool(self._rows & {"text", "raters"}))
         walk = Walk(
-            stages=tuple(self._pipeline.inside[number] for number in self.schedule.stages),
+            stages=self._stages,
             layers=self.schedule.layers,
             depth=self.schedule.depth,
             entry=entry,
@@ -112,7 +133,7 @@ class Deep:
                 trim(cache, walk, passage.cached)
             blank = walk.valid.new_ones(len(walk.valid), 0)
             known = passage.known or (blank,) * walk.cuts
-            valid = tuple(torch.cat(pair, dim=1) for pair in zip(known, walk.stored, strict=True))
+            valid = each_once(lambda *pair: torch.cat(pair, dim=1), known, tuple(walk.stored))
             ragged = any(len(set(lengths)) > 1 for lengths in walk.lengths)
             state.deep = DeepState(valid=valid, padded=ragged or state.padded or passage.padded)
         return walk
@@ -162,7 +183,7 @@ def known_before(
     if state is None or state.deep is None:
         return first, (first,) * points
     tail = after[:, state.valid.shape[1] : past]
-    return first, tuple(torch.cat([valid, tail], dim=1) for valid in state.deep.valid)
+    return first, each_once(lambda valid: torch.cat([valid, tail], dim=1), state.deep.valid)
 
 
 def begin_later(cutter: LayerCutter, arguments: Mapping[str, Any] | None, state: CacheState | None) -> None:
@@ -175,9 +196,9 @@ def begin_later(cutter: LayerCutter, arguments: Mapping[str, Any] | None, state:
     known = None
     if torch.is_tensor(mask) and mask.ndim == 2:
         tail = mask[:, covered:].bool()
-        known = tuple(torch.cat([valid, tail], dim=1) for valid in state.deep.valid)
+        known = each_once(lambda valid: torch.cat([valid, tail], dim=1), state.deep.valid)
     elif state.deep.padded:
-        known = tuple(nn.functional.pad(valid, (0, later + new), value=True) for valid in state.deep.valid)
+        known = each_once(lambda valid: nn.functional.pad(valid, (0, later + new), value=True), state.deep.valid)
     cutter.begin(Passage(walk=None, cached=state.deep.cached(later), known=known))
 
 

@@ -34,7 +34,7 @@ from vtprune.runtime.evidence import Given, readings_of
 from vtprune.runtime.placing import PromptReader
 from vtprune.runtime.reporting import Reports
 from vtprune.runtime.shorten import Scheme, resume, shorten
-from vtprune.schedule import Front, Schedule
+from vtprune.schedule import AnySchedule, Front
 from vtprune.seam import HANDLE, refuse_copy
 from vtprune.types import Budget
 
@@ -62,7 +62,7 @@ class Pruner:
         budget: Budget,
         compact: bool,
         backend: str,
-        schedule: Schedule | None = None,
+        schedule: AnySchedule | None = None,
         on_report: Callable[[PruneReport], None] | None = None,
         history: int = 1,
     ) -> None:
@@ -123,7 +123,7 @@ class Pruner:
             UnsupportedCall: in the call, where entries do not fit its prompts and pictures.
         """
         before = self._thread.given
-        reads = self.pipeline.needs - self.pipeline.glances.keys()
+        reads = self.pipeline.needs - self.pipeline.read_inside
         self._thread.given = Given.check(evidence, reads, outer=before)
         try:
             yield self
@@ -304,7 +304,7 @@ class Pruner:
 
 
 def _deep(
-    pipeline: Pipeline, budget: Budget, schedule: Schedule | None, inner: nn.Module, lm: nn.Module
+    pipeline: Pipeline, budget: Budget, schedule: AnySchedule | None, inner: nn.Module, lm: nn.Module
 ) -> Deep | Caching | None:
     """What hooks the decoder layers of a pipeline that asks for it, None for any other and where everything is kept."""
     if schedule is not None:

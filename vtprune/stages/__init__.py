@@ -20,6 +20,7 @@ from vtprune.stages import (
     selectors,
     sensitivity,
     spread,
+    states,
     structured,
 )
 
@@ -47,6 +48,11 @@ STAGES: dict[str, type] = {
         glances.MassiveHeads,
         glances.SymmetricText,
         glances.Undecayed,
+        scorers.Stated,
+        states.Turn,
+        networks.ExitGate,
+        scorers.Changed,
+        states.TokenTransition,
         scorers.Mixed,
         scorers.Product,
         scorers.Given,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vtprune._checks import check_positive
 from vtprune.protocols import Scorer
-from vtprune.readings import Glance, Reading
+from vtprune.readings import Need
 from vtprune.stages.allocation import largest_remainder
 from vtprune.stages.vectors import scores_of
 from vtprune.types import VisualTokens
@@ -30,7 +30,7 @@ class Proportional:
         check_positive("power", self.power)
 
     @property
-    def needs(self) -> frozenset[str | Reading | Glance]:
+    def needs(self) -> frozenset[Need]:
         return self.scorer.needs
 
     def __call__(self, tokens: VisualTokens, k: int) -> Tensor:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from vtprune._checks import check_share
+from vtprune.errors import InvalidOption
 from vtprune.protocols import Scorer
-from vtprune.readings import Glance, Reading
+from vtprune.readings import Need
 from vtprune.stages.vectors import scores_of
 from vtprune.types import VisualTokens
 
@@ -21,7 +23,7 @@ class _Scored:
     scorer: Scorer
 
     @property
-    def needs(self) -> frozenset[str | Reading | Glance]:
+    def needs(self) -> frozenset[Need]:
         return self.scorer.needs
 
     def scores(self, tokens: VisualTokens) -> Tensor:
@@ -94,18 +96,23 @@ class Above(_Shared):
 
 @dataclass(frozen=True, kw_only=True)
 class AllOrNone(_Scored):
-    """All that may stay, or none where the scores of a picture add up to less than `below`.
+    """All that may stay, or none where the scores of a picture add up to less than `below`, or their mean is less.
 
-    With attention for scores it is a rule for the exit of a picture: ToDRE, arXiv 2505.18757.
+    With attention for scores it is a rule for the exit of a picture: ToDRE, arXiv 2505.18757. The mean is for scores
+    that all tokens share.
     """
 
     below: float = 0.1
+    reduce: Literal["sum", "mean"] = "sum"
 
     def __post_init__(self) -> None:
         check_share("below", self.below)
+        if self.reduce not in ("sum", "mean"):
+            raise InvalidOption(f"reduce={self.reduce!r}: expected 'sum' or 'mean'")
 
     def __call__(self, tokens: VisualTokens, k: int) -> Tensor:
-        mass = self.scores(tokens).sum(dim=1)
+        scores = self.scores(tokens)
+        mass = scores.sum(dim=1) if self.reduce == "sum" else scores.mean(dim=1)
         return torch.where(mass < self.below, 0, k)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from vtprune._checks import check_share
 from vtprune.kernels import reference as kernels
 from vtprune.protocols import Scorer
-from vtprune.readings import Glance, Reading
+from vtprune.readings import Need
 from vtprune.stages.debiasers import MinMax
 from vtprune.types import VisualTokens
 
@@ -37,7 +37,7 @@ class DualFilter:
         check_share("keys", self.keys)
 
     @property
-    def needs(self) -> frozenset[str | Reading | Glance]:
+    def needs(self) -> frozenset[Need]:
         return self.overall.needs | self.single.needs | self.importance.needs
 
     def __call__(self, tokens: VisualTokens) -> Tensor:
@@ -61,7 +61,7 @@ class Passing:
     filter: DualFilter
 
     @property
-    def needs(self) -> frozenset[str | Reading | Glance]:
+    def needs(self) -> frozenset[Need]:
         return self.filter.needs
 
     def __call__(self, tokens: VisualTokens, k: int) -> Tensor:

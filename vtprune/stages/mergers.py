@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vtprune.kernels import reference as kernels
 from vtprune.protocols import Scorer
-from vtprune.readings import Glance, Reading
+from vtprune.readings import Need
 from vtprune.stages.cells import cells_of
 from vtprune.stages.scorers import Constant
 from vtprune.stages.vectors import FEATURES, needed_for, scores_of, vectors_of
@@ -93,7 +93,7 @@ class IntoCell:
     weights: Scorer = field(default_factory=Constant)
 
     @property
-    def needs(self) -> frozenset[str | Reading | Glance]:
+    def needs(self) -> frozenset[Need]:
         return self.weights.needs
 
     def __call__(self, tokens: VisualTokens, selection: Selection) -> Tensor:
@@ -123,7 +123,7 @@ class NeighbourSum:
     vectors: str = FEATURES
 
     @property
-    def needs(self) -> frozenset[str | Reading | Glance]:
+    def needs(self) -> frozenset[Need]:
         return self.weights.needs | needed_for(self.vectors)
 
     def __call__(self, tokens: VisualTokens, selection: Selection) -> Tensor:

@@ -11,11 +11,24 @@ from torch import Tensor
 from vtprune._checks import check_positive, check_share
 from vtprune.errors import InvalidOption
 from vtprune.protocols import Scorer
-from vtprune.readings import Glance, Reading, RowRule, Rows, Rule
+from vtprune.readings import (
+    ChangeRule,
+    Glance,
+    Need,
+    Reading,
+    RowRule,
+    Rows,
+    Rule,
+    StateGlance,
+    StateRule,
+    Transition,
+)
 from vtprune.stages.debiasers import MinMax
 from vtprune.stages.rules import ClsOrReceived
 from vtprune.stages.vectors import FEATURES, evidence_of, needed_for, vectors_of
 from vtprune.types import VisualTokens
+
+_TINY = 1e-8
 
 
 @dataclass(frozen=True)
@@ -49,6 +62,44 @@ class Glanced:
 
     def __call__(self, tokens: VisualTokens) -> Tensor:
         return evidence_of(tokens, self.glance.name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stated:
+    """What a rule makes of hidden states of a few rows at a drop point, the same for all tokens: see `StateGlance`."""
+
+    rule: StateRule
+    rows: Literal["last", "text"] = "last"
+
+    @property
+    def glance(self) -> StateGlance:
+        return StateGlance(rule=self.rule, rows=self.rows)
+
+    @property
+    def needs(self) -> frozenset[str | StateGlance]:
+        return frozenset({self.glance})
+
+    def __call__(self, tokens: VisualTokens) -> Tensor:
+        return evidence_of(tokens, self.glance.name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Changed:
+    """What decoder layers made of tokens on the way to a drop point, summed from `since` on: see `Transition`."""
+
+    rule: ChangeRule
+    since: float = 0.0
+
+    @property
+    def transition(self) -> Transition:
+        return Transition(rule=self.rule, since=self.since)
+
+    @property
+    def needs(self) -> frozenset[str | Transition]:
+        return frozenset({self.transition})
+
+    def __call__(self, tokens: VisualTokens) -> Tensor:
+        return evidence_of(tokens, self.transition.name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,21 +137,28 @@ class Importance:
 
 @dataclass(frozen=True, kw_only=True)
 class Mixed:
-    """Two scorers, each stretched to [0, 1] over a picture, with `weight` on the first and the rest on the second."""
+    """Two scorers on one scale over a picture, with `weight` on the first and the rest on the second.
+
+    The scale is the `"range"`, stretched to [0, 1], or the `"sum"` of the scores, which becomes 1.
+    """
 
     first: Scorer
     second: Scorer
     weight: float = 0.5
+    scale: Literal["range", "sum"] = "range"
 
     def __post_init__(self) -> None:
         check_share("weight", self.weight)
+        if self.scale not in ("range", "sum"):
+            raise InvalidOption(f"scale={self.scale!r}: expected 'range' or 'sum'")
 
     @property
-    def needs(self) -> frozenset[str | Reading | Glance]:
+    def needs(self) -> frozenset[Need]:
         return self.first.needs | self.second.needs
 
     def __call__(self, tokens: VisualTokens) -> Tensor:
-        first, second, out = _stretched(tokens, self.first, self.second)
+        scaled = _stretched if self.scale == "range" else _shared
+        first, second, out = scaled(tokens, self.first, self.second)
         return (self.weight * first + (1 - self.weight) * second).masked_fill(out, float("-inf"))
 
 
@@ -119,7 +177,7 @@ class Product:
             check_positive("powers", power)
 
     @property
-    def needs(self) -> frozenset[str | Reading | Glance]:
+    def needs(self) -> frozenset[Need]:
         return self.first.needs | self.second.needs
 
     def __call__(self, tokens: VisualTokens) -> Tensor:
@@ -132,6 +190,14 @@ def _stretched(tokens: VisualTokens, first: Scorer, second: Scorer) -> tuple[Ten
     scores = [MinMax()(tokens, scorer(tokens).float()) for scorer in (first, second)]
     out = (scores[0] == float("-inf")) | (scores[1] == float("-inf"))
     return scores[0].masked_fill(out, 0), scores[1].masked_fill(out, 0), out
+
+
+def _shared(tokens: VisualTokens, first: Scorer, second: Scorer) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores of both as shares of their sum, 0 where either rules a token out, and where that is."""
+    scores = [scorer(tokens).float() for scorer in (first, second)]
+    out = (scores[0] == float("-inf")) | (scores[1] == float("-inf"))
+    one, other = (own.masked_fill(out, 0) for own in scores)
+    return one / (one.sum(dim=1, keepdim=True) + _TINY), other / (other.sum(dim=1, keepdim=True) + _TINY), out
 
 
 @dataclass(frozen=True, kw_only=True)
