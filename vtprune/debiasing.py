@@ -7,10 +7,11 @@ from dataclasses import replace
 from vtprune.errors import InvalidOption
 from vtprune.pipeline import Pick, Pipeline
 from vtprune.protocols import Debiaser
-from vtprune.readings import Glance, Reading
+from vtprune.readings import Glance, Reading, SinkReading
 from vtprune.stages.debiasers import WithoutPadding, WithoutSinks, WithoutTrend
 from vtprune.stages.recency import WithoutRecency
 from vtprune.stages.rules import NAMED_RULES, Keys
+from vtprune.stages.sinks import WithoutMassive
 
 DEBIASERS: dict[str, Debiaser] = {
     "recency": WithoutRecency(),
@@ -18,6 +19,7 @@ DEBIASERS: dict[str, Debiaser] = {
     "sinks": WithoutSinks(),
     "padding": WithoutPadding(),
     "trend": WithoutTrend(),
+    "massive": WithoutMassive(),
 }
 """What `wrap(..., debias=...)` takes by name; True is the first."""
 _OF_GRIDS = (WithoutPadding, WithoutTrend)
@@ -27,8 +29,9 @@ def debiased(pipeline: Pipeline, debias: bool | str | Debiaser | None) -> Pipeli
     """The pipeline with a debiaser in front of every pick that scores by attention, of the encoder or of the layers.
 
     Raises:
-        InvalidOption: for an unknown name, for a method that looks at no attention, and for a debiaser of whole grids
-            in a method that cuts between layers, where grids have holes.
+        InvalidOption: for an unknown name, for a method that looks at no attention, for a debiaser of whole grids in a
+            method that cuts between layers, where grids have holes, and for one that reads hidden states in a method
+            that does not.
     """
     if debias is None or debias is False:
         return pipeline
@@ -40,10 +43,12 @@ def debiased(pipeline: Pipeline, debias: bool | str | Debiaser | None) -> Pipeli
         raise InvalidOption(f"debias={debias!r}: expected True, a debiaser, or one of {', '.join(DEBIASERS)}")
     if isinstance(stage, _OF_GRIDS) and any(map(_looks, (pick for deep in pipeline.inside for pick in deep.picks))):
         raise InvalidOption(f"debias={debias!r}: method {pipeline.name!r} cuts between layers, where grids have holes")
-    picks = _all_debiased(pipeline.picks, stage)
+    deep = any(isinstance(need, SinkReading) for need in getattr(stage, "needs", ()))
+    picks = pipeline.picks if deep else _all_debiased(pipeline.picks, stage)
     inside = tuple(replace(deep, picks=_all_debiased(deep.picks, stage)) for deep in pipeline.inside)
     if (picks, inside) == (pipeline.picks, pipeline.inside):
-        raise InvalidOption(f"debias={debias!r}: method {pipeline.name!r} looks at no attention")
+        where = " at a cut between layers, where sinks are told by hidden states" if deep else ""
+        raise InvalidOption(f"debias={debias!r}: method {pipeline.name!r} looks at no attention{where}")
     label = name if isinstance(name, str) else type(stage).__name__
     return replace(pipeline, name=f"{pipeline.name}+{label}", picks=picks, inside=inside)
 

@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtprune._checks import check_share
+from vtprune._checks import check_returned, check_share
 from vtprune._storing import from_plain, to_plain
 from vtprune.errors import InvalidOption, UnsupportedCall
 from vtprune.kernels import host
 from vtprune.kernels import reference as kernels
-from vtprune.protocols import Counter, Debiaser, EncoderStage, FrameBudget, Merger, Scorer, Selector
-from vtprune.readings import Glance, Reading
+from vtprune.protocols import AttentionEdit, Counter, Debiaser, EncoderStage, FrameBudget, Merger, Scorer, Selector
+from vtprune.readings import Glance, Reading, SinkReading
 from vtprune.types import Merged, Selection, VisualTokens
 
 FORMAT = 1
 _INF = float("inf")
-_WHOLE = ("merger", "counter", "frames", "encoder")
+_WHOLE = ("merger", "counter", "frames", "encoder", "attention")
 """Stages of a pipeline that belong to none of its picks."""
 _DEEP = ("inside", "before")
 """What a pipeline has where it cuts between decoder layers."""
@@ -58,6 +58,7 @@ class Pipeline:
     after one more wait too. `encoder` prunes inside the vision encoder already; the picks then take what it left.
     `inside` are cuts between decoder layers; with them the budget is the average over all layers, `before` is the share
     published for what the picks leave, and picks may be missing.
+    `attention` changes attention inside the language model, at any budget; with nothing beside it all tokens stay.
     A pipeline compares, prints and stores as a value: see `to_dict` and `from_dict`.
     """
 
@@ -67,13 +68,14 @@ class Pipeline:
     counter: Counter | None = None
     frames: FrameBudget | None = None
     encoder: EncoderStage | None = None
+    attention: AttentionEdit | None = None
     inside: tuple[LayerStage, ...] = ()
     before: float = 1.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.picks, tuple) or not all(isinstance(pick, Pick) for pick in self.picks):
             raise InvalidOption(f"picks of pipeline {self.name!r}: expected a tuple of Pick, got {self.picks!r}")
-        if not self.picks and not self.inside:
+        if not self.picks and not self.inside and self.attention is None:
             raise InvalidOption(f"pipeline {self.name!r} has no picks: it would keep nothing")
         if not isinstance(self.inside, tuple) or not all(isinstance(stage, LayerStage) for stage in self.inside):
             raise InvalidOption(
@@ -104,6 +106,11 @@ class Pipeline:
         return (*self.picks, *(pick for stage in self.inside for pick in stage.picks))
 
     @cached_property
+    def drops(self) -> bool:
+        """Whether it drops tokens; what does not takes no other budget than 1.0."""
+        return bool(self.picks or self.inside) and self.name != "identity"
+
+    @cached_property
     def adaptive(self) -> bool:
         """Whether what pictures hold decides how many tokens stay; the budget is the most then."""
         return self.counter is not None or any(stage.counter is not None for stage in self.inside)
@@ -120,8 +127,18 @@ class Pipeline:
 
     @cached_property
     def glances(self) -> dict[str, Glance]:
-        """How to take evidence from the language model at drop points, by name."""
+        """How to take evidence from attention of the language model at drop points, by name."""
         return {need.name: need for need in self._wanted if isinstance(need, Glance)}
+
+    @cached_property
+    def sinks(self) -> dict[str, SinkReading]:
+        """How to tell sinks by hidden states at drop points, by name."""
+        return {need.name: need for need in self._wanted if isinstance(need, SinkReading)}
+
+    @cached_property
+    def asked(self) -> frozenset[str]:
+        """Names of the evidence that is not taken from the language model."""
+        return self.needs - self.glances.keys() - self.sinks.keys()
 
     @cached_property
     def survivors(self) -> str | None:
@@ -129,7 +146,7 @@ class Pipeline:
         return next((name for name, reading in self.readings.items() if reading.rule.of == "cut"), None)
 
     @cached_property
-    def _wanted(self) -> frozenset[str | Reading | Glance]:
+    def _wanted(self) -> frozenset[str | Reading | Glance | SinkReading]:
         """What the stages need; only scorers must say so."""
         stages: list[Any] = [self.merger, self.counter, self.frames]
         for pick in self.picks:
@@ -165,7 +182,7 @@ class Pipeline:
                 continue
             taken = kernels.joined(chosen, dim=1) if chosen else None
             picked = self._pick(pick, tokens, count, taken)
-            _check(f"the selector of pick {pick.name!r}", picked, (S, count), torch.long)
+            check_returned(f"the selector of pick {pick.name!r}", picked, (S, count), torch.long)
             chosen.append(picked)
             stage.append(torch.full_like(picked, number))
         if not chosen:
@@ -192,7 +209,7 @@ class Pipeline:
             return None
         weights = self.merger(tokens, selection)
         S, N = tokens.features.shape[:2]
-        _check("the merger", weights, (S, selection.keep.shape[1], N))
+        check_returned("the merger", weights, (S, selection.keep.shape[1], N))
         share, into = weights.max(dim=1)
         own = torch.arange(weights.shape[1], device=into.device).expand_as(selection.keep)
         finite = tokens.features.float().nan_to_num(nan=0.0)
@@ -205,14 +222,14 @@ class Pipeline:
         """How many tokens (S,) stay where the method is adaptive, at most `k`."""
         assert self.counter is not None
         counts = self.counter(tokens, k)
-        _check("the counter", counts, tokens.features.shape[:1], torch.long)
+        check_returned("the counter", counts, tokens.features.shape[:1], torch.long)
         return counts.clamp(max=k)
 
     def share(self, tokens: VisualTokens, k: int) -> Tensor:
         """How many tokens (S, T) stay of every part, `k` together."""
         assert self.frames is not None
         counts = self.frames(tokens, k)
-        _check("the budget of frames", counts, (tokens.features.shape[0], len(tokens.parts)), torch.long)
+        check_returned("the budget of frames", counts, (tokens.features.shape[0], len(tokens.parts)), torch.long)
         return counts
 
     def to_dict(self) -> dict[str, Any]:
@@ -272,16 +289,9 @@ def _reads_the_cut(pick: Pick) -> bool:
     return any(isinstance(need, Reading) and need.rule.of == "cut" for need in pick.scorer.needs)
 
 
-def _check(who: str, tensor: object, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> None:
-    if not isinstance(tensor, Tensor) or tensor.shape != shape or dtype not in (None, tensor.dtype):
-        wanted = f"a tensor {tuple(shape)}" + (f" of {dtype}" if dtype is not None else "")
-        got = f"{tuple(tensor.shape)} of {tensor.dtype}" if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise UnsupportedCall(f"{who} returned {got}: expected {wanted}")
-
-
 def _checked(who: str, scores: Tensor, tokens: VisualTokens) -> Tensor:
     """Scores (S, N) without NaN: in host memory they raise, elsewhere they count as 0, since nothing may wait."""
-    _check(who, scores, tokens.features.shape[:2])
+    check_returned(who, scores, tokens.features.shape[:2])
     if not host.holds(scores):
         return scores.nan_to_num(nan=0.0, posinf=_INF, neginf=-_INF)
     if host.has_nan(scores):

@@ -103,6 +103,31 @@ class Glance:
         return f"{self.rows}_{self.rule.name}" + ("" if self.at == "before" else "@behind")
 
 
+class SinkRule(Protocol):
+    """Tells attention sinks by hidden states that enter a decoder layer.
+
+    `massive` says which channels (B, D) count, from the first token (B, D) of every prompt; the call which of tokens
+    (B, n, D) are sinks, (B, n) bool. `name` is that of the evidence.
+    """
+
+    @property
+    def name(self) -> str: ...
+    def massive(self, first: Tensor) -> Tensor: ...
+    def __call__(self, hidden: Tensor, massive: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class SinkReading:
+    """Evidence that is read off hidden states at a drop point: which tokens are sinks, (B, n) bool."""
+
+    rule: SinkRule
+
+    @property
+    def name(self) -> str:
+        """What the evidence is called."""
+        return self.rule.name
+
+
 class OfAttention:
     """Base of rules on the attention of a block, of any encoder unless they say `needs_cls`."""
 

@@ -45,6 +45,13 @@ def rows_attention(query: Tensor, key: Tensor, allowed: Tensor, *, scale: float)
     return torch.softmax(logits.masked_fill(hidden, float("-inf")), dim=-1).masked_fill(hidden, 0)
 
 
+def weighted_values(weights: Tensor, value: Tensor) -> Tensor:
+    """What rows (B, H, R, n) of attention make of values (B, G, n, d), over grouped heads: (B, H, R, d)."""
+    B, H, R, n = weights.shape
+    grouped = weights.to(value.dtype).reshape(B, value.shape[1], -1, n)
+    return (grouped @ value).view(B, H, R, -1)
+
+
 def attention_to(query: Tensor, key: Tensor, weights: Tensor, *, scale: float) -> Tensor:
     """Attention that each token gets from queries weighted with `weights` (B, H or 1, N): (B, H, N), fp32."""
     columns = torch.zeros(query.shape[:3], device=query.device)

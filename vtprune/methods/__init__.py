@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from vtprune.methods.adaptinfer import adaptinfer
 from vtprune.methods.atp import atp
+from vtprune.methods.attention_sink import attention_sink
 from vtprune.methods.cdpruner import cdpruner
 from vtprune.methods.dart import dart
 from vtprune.methods.divprune import divprune
@@ -74,6 +75,7 @@ METHODS: dict[str, Callable[..., Pipeline]] = {
     "information_horizon": information_horizon,
     "vflowopt": vflowopt,
     "todre": todre,
+    "attention_sink": attention_sink,
     "pool": pool,
     "random": random,
     "uniform": uniform,

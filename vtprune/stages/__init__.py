@@ -17,6 +17,7 @@ from vtprune.stages import (
     scorers,
     selectors,
     sensitivity,
+    sinks,
     spread,
     structured,
 )
@@ -83,6 +84,9 @@ STAGES: dict[str, type] = {
         counters.Mass,
         counters.AllOrNone,
         counters.Above,
+        sinks.MassiveActivations,
+        sinks.WithoutMassive,
+        sinks.Redistribute,
     )
 }
 """What a stored pipeline may be made of, by class name."""
