@@ -25,8 +25,10 @@ from tests.contracts.cases import (
     choices,
     distance,
     kept_tokens,
+    sinks_of,
     whole,
 )
+from tests.contracts.sinks import Told
 from tests.models import Prompt
 
 pytestmark = pytest.mark.law("7 turns")
@@ -52,12 +54,14 @@ class Conversation:
     pieces: list[oracle.Merged] = field(default_factory=list)
     grids: dict[str, list[Tensor]] = field(default_factory=dict)
     kept: list[int] = field(default_factory=list)
+    written: list[bool] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)
 
     def say(self, inputs: dict[str, Tensor]) -> None:
         """A prompt of one row."""
         ids = inputs["input_ids"][0].tolist()
         self.ids += ids
+        self.written += [False] * len(ids)
         self.types += inputs["mm_token_type_ids"][0].tolist() if "mm_token_type_ids" in inputs else [0] * len(ids)
         for name in GRIDS:
             self.grids.setdefault(name, []).extend(inputs.get(name, ()))
@@ -73,6 +77,7 @@ class Conversation:
         self.kept += range(len(self.ids), len(self.ids) + len(tokens))
         self.depths += [self.case.layers] * len(tokens)
         self.ids += tokens
+        self.written += [True] * (len(tokens) - 1) + [False]  # the last word is told with the next prompt
         self.types += [0] * len(tokens)
         embeds = self.case.model.get_input_embeddings()(torch.tensor([tokens])).detach()
         self.pieces.append(oracle.Merged(embeds=embeds, positions=torch.empty(1, 0)))
@@ -92,11 +97,12 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Turn:
-    """A reply, the reports of its prefill, and for each row the unpruned conversation before it and what is kept."""
+    """A reply, the reports of its prefill, and per row the unpruned conversation before it, what is kept, and where
+    its pictures are if the method changes attention to them."""
 
     reply: Answer
     reports: list[Any]
-    rows: list[tuple[oracle.Merged, Kept]]
+    rows: list[tuple[oracle.Merged, Kept, Told | None]]
 
 
 @dataclass
@@ -133,7 +139,8 @@ class Chat:
                 kept = kept_tokens(self.case, reports[0], row, ids)
             conversation.keep(kept, whole(self.case, prompts[row], kept.positions))
             so_far = Kept(positions=list(conversation.kept), depths=list(conversation.depths))
-            before.append((conversation.whole(), so_far))
+            told = sinks_of(self.case, conversation.ids, conversation.written)
+            before.append((conversation.whole(), so_far, told))
             conversation.reply(reply.tokens[row].tolist())
         self.cache = reply.cache
         said = torch.zeros_like(reply.tokens)
@@ -165,7 +172,7 @@ def check(case: Case, turns: Turns, positions: str) -> list[Turn]:
     """Every reply of the chat against the reference."""
     done = talk(case, turns, positions=positions)
     for turn in done:
-        for row, (before, kept) in enumerate(turn.rows):
+        for row, (before, kept, told) in enumerate(turn.rows):
             tokens, logits = oracle.decode(
                 case.model,
                 before,
@@ -174,6 +181,7 @@ def check(case: Case, turns: Turns, positions: str) -> list[Turn]:
                 compact=positions == "compact",
                 forbidden=case.forbidden,
                 depths=kept.depths,
+                sinks=told,
             )
             assert_close(turn.reply.logits[row], logits)
             assert turn.reply.tokens[row].tolist() == tokens

@@ -12,6 +12,7 @@ from transformers import StaticCache
 
 from tests.contracts import oracle
 from tests.contracts.cases import (
+    EDITING,
     IN_LAYERS,
     STEPS,
     Answer,
@@ -22,6 +23,7 @@ from tests.contracts.cases import (
     cells,
     choices,
     kept_tokens,
+    sinks_of,
     whole,
 )
 from vtprune.errors import UnsupportedCall
@@ -63,8 +65,9 @@ def test_equals_transformers_on_the_short_prompt(case: Case, mode: str) -> None:
     """With the positions whose continuation transformers can count: compact on one dimension, kept on (t, h, w)."""
     got, report = wrapped(case, "auto", **MODES[mode])
     shorts, depths = shortened(case, report)
+    sinks = [sinks_of(case, inputs["input_ids"][0].tolist()) for inputs in case.rows]
     torch.manual_seed(7)
-    expected = oracle.generate(case.model, shorts, depths, max_new_tokens=4, **MODES[mode])
+    expected = oracle.generate(case.model, shorts, depths, sinks, max_new_tokens=4, **MODES[mode])
     assert len(got.tokens) == len(case.prompts) * MODES[mode].get("num_return_sequences", 1)
     assert torch.equal(got.tokens, expected)
 
@@ -82,7 +85,7 @@ def test_without_a_cache(case: Case, mode: str, positions: str) -> None:
 @cells()
 @pytest.mark.parametrize("positions", ["keep", "compact"])
 def test_a_static_cache(case: Case, positions: str, refuses: Callable[..., Any]) -> None:
-    if case.method in IN_LAYERS:
+    if case.method in (*IN_LAYERS, *EDITING):
         expected, _ = wrapped(case, positions)
         with refuses(UnsupportedCall, "static cache"):
             wrapped(case, positions, cache_implementation="static")
