@@ -198,8 +198,8 @@ class SinkFinder:
     def _hold(self, name: str, module: nn.Module, args: Any, output: Tensor) -> None:
         """Hold queries of the rows that may change, keys and values where no cache does."""
         scene = self._thread.scene
-        if scene is None or not scene.edits:
-            return
+        if scene is None or not self._thread.given:
+            return  # nothing is edited, or a glance calls the projection by itself
         if name == "q_proj":
             self._thread.held[name] = kernels.cut_sequence(output, scene.now[2])
         elif self._thread.given.get("past_key_values") is None:

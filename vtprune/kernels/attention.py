@@ -39,7 +39,7 @@ def rows_attention(query: Tensor, key: Tensor, allowed: Tensor, *, scale: float)
     """
     B, H, R, d = query.shape
     G = key.shape[1]
-    grouped = query.float().view(B, G, H // G * R, d)
+    grouped = query.float().reshape(B, G, H // G * R, d)
     logits = (grouped @ key.float().transpose(-1, -2) * scale).view(B, H, R, -1)
     hidden = ~allowed[:, None]
     return torch.softmax(logits.masked_fill(hidden, float("-inf")), dim=-1).masked_fill(hidden, 0)
