@@ -59,7 +59,8 @@ def wrap(
         positions: `"compact"` closes the gaps that pruning leaves in the position ids, `"keep"` leaves the ids alone,
             `"auto"` compacts on 1-D RoPE and keeps on M-RoPE.
         backend: `"auto"`, `"torch"` or `"triton"`.
-        debias: to take off attention: True or `"recency"`, `"cubic"`, `"sinks"`, `"padding"`, `"trend"`, or a debiaser.
+        debias: to take off attention: True or `"recency"`, `"cubic"`, `"sinks"`, `"padding"`, `"trend"`, `"massive"`
+            (in methods that cut between layers), or a debiaser.
         calibration: a file of `vtprune calibrate`, for methods that cut between layers.
         on_report: called with the `PruneReport` of every prefill.
         history: how many reports `model.vtprune.history` remembers.

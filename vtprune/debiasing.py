@@ -43,11 +43,11 @@ def debiased(pipeline: Pipeline, debias: bool | str | Debiaser | None) -> Pipeli
         raise InvalidOption(f"debias={debias!r}: expected True, a debiaser, or one of {', '.join(DEBIASERS)}")
     if isinstance(stage, _OF_GRIDS) and any(map(_looks, (pick for deep in pipeline.inside for pick in deep.picks))):
         raise InvalidOption(f"debias={debias!r}: method {pipeline.name!r} cuts between layers, where grids have holes")
-    deep = any(isinstance(need, SinkReading) for need in getattr(stage, "needs", ()))
-    picks = pipeline.picks if deep else _all_debiased(pipeline.picks, stage)
+    by_states = any(isinstance(need, SinkReading) for need in getattr(stage, "needs", ()))
+    picks = pipeline.picks if by_states else _all_debiased(pipeline.picks, stage)
     inside = tuple(replace(deep, picks=_all_debiased(deep.picks, stage)) for deep in pipeline.inside)
     if (picks, inside) == (pipeline.picks, pipeline.inside):
-        where = " at a cut between layers, where sinks are told by hidden states" if deep else ""
+        where = " at a cut between layers, where sinks are told by hidden states" if by_states else ""
         raise InvalidOption(f"debias={debias!r}: method {pipeline.name!r} looks at no attention{where}")
     label = name if isinstance(name, str) else type(stage).__name__
     return replace(pipeline, name=f"{pipeline.name}+{label}", picks=picks, inside=inside)
