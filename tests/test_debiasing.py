@@ -26,6 +26,7 @@ from vtprune.stages.glances import MeanAttention, Undecayed
 from vtprune.stages.recency import WithoutRecency
 from vtprune.stages.scorers import Constant, Glanced, Importance, Mixed, Norm, Product
 from vtprune.stages.selectors import TopK
+from vtprune.stages.sinks import WithoutMassive
 from vtprune.types import Ordinal, Part, VisualTokens
 
 K = 4
@@ -63,7 +64,7 @@ def picks_of(pipeline: Pipeline) -> tuple[Pick, ...]:
     return (*pipeline.picks, *(pick for deep in pipeline.inside for pick in deep.picks))
 
 
-@pytest.mark.parametrize("name", DEBIASERS)
+@pytest.mark.parametrize("name", [name for name in DEBIASERS if name != "massive"])
 def test_a_name_is_the_debiaser_put_in_by_hand(model: nn.Module, name: str) -> None:
     """In the pipeline, in the choice, and in what the report calls it."""
     pick = Pick(name="cls", scorer=Importance(), debiasers=(DEBIASERS[name],), selector=TopK())
@@ -72,6 +73,17 @@ def test_a_name_is_the_debiaser_put_in_by_hand(model: nn.Module, name: str) -> N
     named, by_hand = report(model, "fastervlm", debias=name), report(model, own)
     assert named.method == by_hand.method == f"fastervlm+{name}"
     assert named.segments[0].keep.tolist() == by_hand.segments[0].keep.tolist()
+
+
+def test_massive_stands_at_cuts_between_layers_only() -> None:
+    """Of a method that looks at attention in front of the language model too, there it stays as it is."""
+    both = replace(build("fastv"), name="both", picks=build("fastervlm").picks, before=0.5)
+    found = debiased(both, "massive")
+    assert found.name == "both+massive"
+    assert found.picks == both.picks
+    assert [pick.debiasers for stage in found.inside for pick in stage.picks] == [(WithoutMassive(),)]
+    with pytest.raises(InvalidOption, match="at a cut between layers"):
+        debiased(build("fastervlm"), "massive")
 
 
 def test_true_is_recency() -> None:

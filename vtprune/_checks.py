@@ -1,11 +1,14 @@
-"""Checks of parameters; each raises `InvalidOption` with what was got and what was expected."""
+"""Checks, of parameters and of what stages return: each raises with what was got and what was expected."""
 
 from __future__ import annotations
 
 import math
 from numbers import Integral, Real
 
-from vtprune.errors import InvalidOption
+import torch
+from torch import Tensor
+
+from vtprune.errors import InvalidOption, UnsupportedCall
 
 
 def check_share(name: str, value: object, *, above: float | None = None, below: float | None = None) -> None:
@@ -35,3 +38,11 @@ def check_whole(name: str, value: object, *, least: int | None = None) -> None:
         raise InvalidOption(
             f"{name}={value!r}: expected a whole number" + ("" if least is None else f" from {least} on")
         )
+
+
+def check_returned(who: str, tensor: object, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> None:
+    """Raise `UnsupportedCall` where a stage returned something else than a tensor of this shape and dtype."""
+    if not isinstance(tensor, Tensor) or tensor.shape != shape or dtype not in (None, tensor.dtype):
+        wanted = f"a tensor {tuple(shape)}" + (f" of {dtype}" if dtype is not None else "")
+        got = f"{tuple(tensor.shape)} of {tensor.dtype}" if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise UnsupportedCall(f"{who} returned {got}: expected {wanted}")

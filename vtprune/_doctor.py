@@ -107,11 +107,12 @@ def _cache(skeleton: Any) -> str:
 
 def _methods(skeleton: Any) -> Iterator[tuple[str, str]]:
     import vtprune
+    from vtprune.catalog import build
 
     works, refused = [], []
     for name in vtprune.list_methods():
         try:
-            with vtprune.pruning(skeleton, name, keep=1.0 if name == "identity" else 0.5):
+            with vtprune.pruning(skeleton, name, keep=0.5 if build(name).drops else 1.0):
                 works.append(name)
         except VtpruneError as error:
             refused.append(f"{name}: {error}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cached_property
 
-from vtprune.readings import Glance, Need, Reading, StateGlance, Transition
+from vtprune.readings import Glance, Need, Reading, SinkReading, StateGlance, Transition
 
 
 class Reads:
@@ -41,9 +41,14 @@ class Reads:
         return {need.name: need for need in self.wanted if isinstance(need, Transition)}
 
     @cached_property
-    def read_inside(self) -> frozenset[str]:
-        """Names of the evidence that is read off the language model."""
-        return frozenset((*self.glances, *self.states, *self.transitions))
+    def sinks(self) -> dict[str, SinkReading]:
+        """How to tell sinks by hidden states at drop points, by name."""
+        return {need.name: need for need in self.wanted if isinstance(need, SinkReading)}
+
+    @cached_property
+    def asked(self) -> frozenset[str]:
+        """Names of the evidence that is not taken from the language model."""
+        return self.needs - {*self.glances, *self.states, *self.transitions, *self.sinks}
 
 
 class _ReadsNothing(Reads):

@@ -59,8 +59,8 @@ def wrap(
         positions: `"compact"` closes the gaps that pruning leaves in the position ids, `"keep"` leaves the ids alone,
             `"auto"` compacts on 1-D RoPE and keeps on M-RoPE.
         backend: `"auto"`, `"torch"` or `"triton"`.
-        debias: to take off attention: True or `"recency"`, `"cubic"`, `"sinks"`, `"padding"`, `"trend"`, `"rope"`, or a
-            debiaser.
+        debias: to take off attention: True or `"recency"`, `"cubic"`, `"sinks"`, `"padding"`, `"trend"`; in methods
+            that cut between layers also `"rope"` or `"massive"`; or a debiaser.
         calibration: a file of `vtprune calibrate`, for methods that cut between layers.
         on_report: called with the `PruneReport` of every prefill.
         history: how many reports `model.vtprune.history` remembers.
@@ -169,8 +169,15 @@ def _check_options(pipeline: Pipeline, budget: Budget, history: int, on_report: 
         raise InvalidOption(f"on_report={on_report!r}: expected a function that takes a PruneReport")
     if isinstance(history, bool) or not isinstance(history, int) or history < 0:
         raise InvalidOption(f"history={history!r}: expected how many reports to remember, 0 or more")
-    if pipeline.name == "identity" and not budget.keeps_all:
-        raise InvalidOption(f"method 'identity' keeps everything, got keep={budget.keep}: use keep=1.0")
+    if not pipeline.drops and not budget.keeps_all:
+        hint = (
+            ""
+            if pipeline.attention is None
+            else (", or put its `attention` into a pipeline that drops tokens, with dataclasses.replace")
+        )
+        raise InvalidOption(f"method {pipeline.name!r} keeps everything, got keep={budget.keep}: use keep=1.0{hint}")
+    if pipeline.attention is not None and getattr(pipeline.attention, "of", None) not in ("weights", "mask"):
+        raise InvalidOption(f"attention={pipeline.attention!r}: expected a stage that changes weights or masks")
 
 
 def _check_evidence(pipeline: Pipeline, budget: Budget, family: Family, inner: nn.Module) -> None:

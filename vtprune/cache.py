@@ -6,8 +6,8 @@ A cache becomes pruned in place, when the prefill that shortened it ends. It ref
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
@@ -44,6 +44,32 @@ class DeepState:
         return tuple(valid.shape[1] + later for valid in self.valid)
 
 
+@dataclass(frozen=True, kw_only=True)
+class SinkState:
+    """What layers that look for attention sinks know of cached tokens.
+
+    `marks` (B, 2, P) by layer: which tokens belong to pictures, and which are sinks. In front of the first drop point
+    they are of the first `covered` tokens; what comes after those was written by the model, and is neither. `massive`
+    (B, D) by layer and rule: the channels that tell sinks. `pictures` says whether there was any.
+    """
+
+    marks: Mapping[int, Tensor]
+    massive: Mapping[tuple[int, str], Tensor]
+    covered: int
+    pictures: bool
+
+    def select_rows(self, rows: Callable[[Tensor], Tensor]) -> SinkState:
+        """The same of a choice of batch rows."""
+        marks = {layer: rows(own) for layer, own in self.marks.items()}
+        return replace(self, marks=marks, massive={key: rows(own) for key, own in self.massive.items()})
+
+    def up_to(self, length: int) -> SinkState:
+        """The same where only the first `length` tokens are left in front of the first drop point."""
+        gone = max(0, self.covered - length)
+        marks = {layer: own[..., : own.shape[2] - gone] for layer, own in self.marks.items()}
+        return replace(self, marks=marks, covered=self.covered - gone)
+
+
 @dataclass
 class CacheState:
     """What decoding must know about earlier cuts.
@@ -52,7 +78,8 @@ class CacheState:
     ones and `padded` whether any is padding; `shift` (B, 1) is subtracted from later position ids; `pictures` (B,)
     counts the segments of the conversation per row. `stored` is the physical length, counted on the host, and
     `cut_length` what it was up to the last picture that was cut; `owner` names the pruner that made it. `deep` is there
-    where it cuts between layers too; all else is then about the layers in front of the first drop point.
+    where it cuts between layers too; all else is then about the layers in front of the first drop point. `sinks` is
+    there where layers look for attention sinks.
     """
 
     owner: str
@@ -65,6 +92,22 @@ class CacheState:
     pictures: Tensor
     entered: bool = False
     deep: DeepState | None = None
+    sinks: SinkState | None = None
+
+    @classmethod
+    def whole(cls, owner: str, valid: Tensor, pictures: Tensor, *, padded: bool) -> CacheState:
+        """That of a cache of the tokens `valid` (B, P), of which nothing was cut."""
+        stored = valid.shape[1]
+        return cls(
+            owner=owner,
+            removed=0,
+            stored=stored,
+            cut_length=0,
+            valid=valid,
+            padded=padded,
+            shift=None,
+            pictures=pictures,
+        )
 
     def select_rows(self, rows: Callable[[Tensor], Tensor]) -> None:
         """Apply a choice of batch rows to every tensor."""
@@ -74,6 +117,8 @@ class CacheState:
             self.shift = rows(self.shift)
         if self.deep is not None:
             self.deep.valid = each_once(rows, self.deep.valid)
+        if self.sinks is not None:
+            self.sinks = self.sinks.select_rows(rows)
 
 
 class _PrunedCache:
@@ -117,6 +162,7 @@ class _PrunedCache:
         super().crop(tokens_to_remove)  # type: ignore[misc]
         if state is not None:
             gone = max(0, state.valid.shape[1] - left)
+            state.sinks = None if state.sinks is None else state.sinks.up_to(int(left))
             state.valid = state.valid[:, :left]
             if state.deep is not None:
                 state.deep.valid = each_once(lambda valid: valid[:, : valid.shape[1] - gone], state.deep.valid)
@@ -166,9 +212,14 @@ class PrunedStaticCache(_PrunedCache, StaticCache):  # type: ignore[misc]
 _PRUNED: dict[type, type] = {DynamicCache: PrunedDynamicCache, StaticCache: PrunedStaticCache}
 
 
+def is_prunable(cache: object) -> bool:
+    """Whether a cache can hold a pruned prompt; so does none at all."""
+    return cache is None or isinstance(cache, _PrunedCache) or type(cache) in _PRUNED
+
+
 def check_prunable(cache: object) -> None:
     """Raise `UnsupportedCall` for a cache class that cannot hold a pruned prompt."""
-    if cache is not None and not isinstance(cache, _PrunedCache) and type(cache) not in _PRUNED:
+    if not is_prunable(cache):
         names = " or ".join(kind.__name__ for kind in _PRUNED)
         raise UnsupportedCall(f"cache of class {type(cache).__name__}: expected {names}, or leave past_key_values out")
 

@@ -56,7 +56,8 @@ class MethodCard:
     `parameters` holds defaults, `meanings` what each is for. `published` says per family what the authors set, as
     arguments of `wrap`, with ` | ` between several budgets. `adaptive` methods take the budget for the most they keep;
     those `in_encoder` drop patches while pictures are encoded, those `in_layers` between decoder layers: for these
-    `keep` is an average over layers.
+    `keep` is an average over layers. Those that do not `drop` keep every token; `in_attention` says that they change
+    attention inside the language model.
     """
 
     name: str
@@ -72,6 +73,8 @@ class MethodCard:
     adaptive: bool
     in_encoder: bool
     in_layers: bool
+    in_attention: bool
+    drops: bool
 
     @property
     def arxiv(self) -> str | None:
@@ -82,10 +85,14 @@ class MethodCard:
     def reads(self) -> str:
         """What it decides by, for people."""
         alone = "blocks of the encoder, which it cuts" if self.in_encoder else "features only"
+        if self.in_attention:
+            alone = "layers of the language model, whose attention it changes"
         return ", ".join(self.needs) or alone
 
     @property
     def _keeps(self) -> str:
+        if not self.drops:
+            return "everything: no other `keep` than 1.0 is taken"
         if self.adaptive:
             return "at most `keep`, as the picture says"
         return "`keep` on average over decoder layers" if self.in_layers else "exactly `keep`"
@@ -101,7 +108,7 @@ class MethodCard:
             f"keeps: {self._keeps}",
             f"parameters: {parameters or 'none'}",
             f"needs: {self.reads}",
-            f"picks: {' then '.join(self.picks)}",
+            f"picks: {' then '.join(self.picks) or 'none'}",
             f"published: {published or 'nothing known for the families here'}",
             f"deviations: {self.deviations}",
         )
@@ -132,6 +139,8 @@ def describe(name: str) -> MethodCard:
         adaptive=pipeline.adaptive,
         in_encoder=pipeline.encoder is not None,
         in_layers=bool(pipeline.inside),
+        in_attention=pipeline.attention is not None,
+        drops=pipeline.drops,
     )
 
 
@@ -172,4 +181,4 @@ def _nearest(name: object, known: Iterable[str]) -> str:
 
 def features_only() -> list[str]:
     """Methods that need no evidence."""
-    return [name for name, builder in METHODS.items() if not builder().needs]
+    return [name for name, builder in METHODS.items() if not builder().needs and builder().attention is None]

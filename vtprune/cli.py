@@ -108,7 +108,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", help="a picture (default: the bundled one)")
     parser.add_argument("--prompt", help="the question (default: one that fits the bundled picture)")
     parser.add_argument("--method", default="vtprune", help="a name from `vtprune methods` (default: %(default)s)")
-    parser.add_argument("--keep", help="share (0.25) or number (64) of visual tokens (default: 0.25, for identity 1.0)")
+    parser.add_argument("--keep", help="share (0.25) or number (64) of visual tokens (default: 0.25, or 1.0)")
     parser.add_argument("--per", choices=("image", "part", "prompt"), default="image", help="what --keep applies to")
     parser.add_argument(
         "--positions", choices=("auto", "compact", "keep"), default="auto", help="what becomes of the ids"
@@ -135,7 +135,8 @@ def _run(options: argparse.Namespace, console: Console) -> None:
         from vtprune.catalog import build
         from vtprune.types import Budget
 
-        build(options.method, parameters)
+        pipeline = build(options.method, parameters)
+        keep = (0.25 if pipeline.drops else 1.0) if keep is None else keep
         Budget(keep=keep, per=options.per)
         device = helpers.choose_device(options.device)
         helpers.quiet_transformers()
@@ -196,10 +197,9 @@ def _check(options: argparse.Namespace) -> None:
             check_writable(path)
 
 
-def _keep(options: argparse.Namespace) -> float | int:
-    if options.keep is None:
-        return 1.0 if options.method == "identity" else 0.25
-    return share_or_number(options.keep)
+def _keep(options: argparse.Namespace) -> float | int | None:
+    """What was asked for; None where nothing was."""
+    return None if options.keep is None else share_or_number(options.keep)
 
 
 def _parameters(pairs: Sequence[str]) -> dict[str, Any]:

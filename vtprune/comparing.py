@@ -49,7 +49,7 @@ def compare(
     Args:
         model: an unwrapped model; it is unwrapped again when this returns or raises.
         inputs: what the processor returned.
-        methods: names or pipelines; by default all but `identity` that need nothing but this model and go on from what
+        methods: names or pipelines; by default all that drop tokens, need nothing but this model and go on from what
             its encoder gives.
         keep: shares or numbers, as in `wrap`.
         on_row: called with every row as it comes (for a progress bar, say).
@@ -107,8 +107,8 @@ def _able(
 ) -> list[tuple[Pipeline, float | int]]:
     """Methods that run on the model without evidence from the user, behind the encoder, at the budgets they reach."""
     found = []
-    known = [build(name) for name in list_methods() if name != "identity"]
-    alone = [one for one in known if one.needs <= readings_of(one).keys() | one.read_inside]
+    known = [one for one in map(build, list_methods()) if one.drops]
+    alone = [one for one in known if one.asked <= readings_of(one).keys()]
     for pipeline, budget in itertools.product(alone, budgets):
         try:
             with pruning(model, pipeline, keep=budget, **options):

@@ -8,12 +8,13 @@ from typing import Any
 from vtprune.errors import InvalidOption
 from vtprune.pipeline import Pick, Pipeline
 from vtprune.protocols import Debiaser
-from vtprune.readings import Glance, Need, Reading, StateGlance, Transition
+from vtprune.readings import Glance, Need, Reading, SinkReading
 from vtprune.stages.debiasers import WithoutPadding, WithoutSinks, WithoutTrend
 from vtprune.stages.glances import Undecayed
 from vtprune.stages.recency import WithoutRecency
 from vtprune.stages.rules import NAMED_RULES, Keys
 from vtprune.stages.scorers import Glanced
+from vtprune.stages.sinks import WithoutMassive
 
 DEBIASERS: dict[str, Debiaser] = {
     "recency": WithoutRecency(),
@@ -21,6 +22,7 @@ DEBIASERS: dict[str, Debiaser] = {
     "sinks": WithoutSinks(),
     "padding": WithoutPadding(),
     "trend": WithoutTrend(),
+    "massive": WithoutMassive(),
 }
 """What `wrap(..., debias=...)` takes by name; True is the first."""
 ROPE = "rope"
@@ -35,8 +37,9 @@ def debiased(pipeline: Pipeline, debias: bool | str | Debiaser | None) -> Pipeli
     With `"rope"` picks between layers score by attention that is divided by the decay of the rotary embedding.
 
     Raises:
-        InvalidOption: for an unknown name, for a method that looks at no attention, and for a debiaser of whole grids
-            in a method that cuts between layers, where grids have holes.
+        InvalidOption: for an unknown name, for a method that looks at no attention, for a debiaser of whole grids in a
+            method that cuts between layers, where grids have holes, and for one that reads hidden states in a method
+            that does not.
     """
     if debias is None or debias is False:
         return pipeline
@@ -50,10 +53,12 @@ def debiased(pipeline: Pipeline, debias: bool | str | Debiaser | None) -> Pipeli
         raise InvalidOption(f"debias={debias!r}: expected True, a debiaser, or one of {_NAMES}")
     if isinstance(stage, _OF_GRIDS) and any(map(_looks, (pick for deep in pipeline.inside for pick in deep.picks))):
         raise InvalidOption(f"debias={debias!r}: method {pipeline.name!r} cuts between layers, where grids have holes")
-    picks = _all_debiased(pipeline.picks, stage)
+    by_states = any(isinstance(need, SinkReading) for need in getattr(stage, "needs", ()))
+    picks = pipeline.picks if by_states else _all_debiased(pipeline.picks, stage)
     inside = tuple(replace(deep, picks=_all_debiased(deep.picks, stage)) for deep in pipeline.inside)
     if (picks, inside) == (pipeline.picks, pipeline.inside):
-        raise InvalidOption(f"debias={debias!r}: method {pipeline.name!r} looks at no attention")
+        where = " at a cut between layers, where sinks are told by hidden states" if by_states else ""
+        raise InvalidOption(f"debias={debias!r}: method {pipeline.name!r} looks at no attention{where}")
     label = name if isinstance(name, str) else type(stage).__name__
     return replace(pipeline, name=f"{pipeline.name}+{label}", picks=picks, inside=inside)
 
@@ -101,7 +106,7 @@ def _looks(pick: Pick) -> bool:
 
 
 def _is_attention(need: Need) -> bool:
-    if isinstance(need, (Glance, StateGlance, Transition)):
+    if not isinstance(need, (str, Reading)):
         return isinstance(need, Glance)
     rule = need.rule if isinstance(need, Reading) else NAMED_RULES.get(need)
     return rule is not None and rule.of == "attention" and not isinstance(rule, Keys)

@@ -10,19 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtprune._checks import check_share, check_whole
+from vtprune._checks import check_returned, check_share, check_whole
 from vtprune._needs import Reads
 from vtprune._storing import from_plain, to_plain
 from vtprune.errors import InvalidOption, UnsupportedCall
 from vtprune.kernels import host
 from vtprune.kernels import reference as kernels
-from vtprune.protocols import Counter, Debiaser, EncoderStage, FrameBudget, Merger, Scorer, Selector
+from vtprune.protocols import AttentionEdit, Counter, Debiaser, EncoderStage, FrameBudget, Merger, Scorer, Selector
 from vtprune.readings import Glance, Need, Reading
 from vtprune.types import Merged, Selection, VisualTokens
 
 FORMAT = 1
 _INF = float("inf")
-_WHOLE = ("merger", "counter", "frames", "encoder", "cache")
+_WHOLE = ("merger", "counter", "frames", "encoder", "attention", "cache")
 """Stages of a pipeline that belong to none of its picks."""
 _DEEP = ("inside", "before", "trims")
 """What a pipeline has where it cuts between decoder layers."""
@@ -61,6 +61,7 @@ class Pipeline(Reads):
     published for what the picks leave, and picks may be missing. With `trims`, layers between these cuts lose from
     their caches what later ones dropped, once the prefill is over. `cache` leaves all tokens to all layers, and stores
     fewer of them.
+    `attention` changes attention inside the language model, at any budget; with nothing beside it all tokens stay.
     A pipeline compares, prints and stores as a value: see `to_dict` and `from_dict`.
     """
 
@@ -70,6 +71,7 @@ class Pipeline(Reads):
     counter: Counter | None = None
     frames: FrameBudget | None = None
     encoder: EncoderStage | None = None
+    attention: AttentionEdit | None = None
     inside: tuple[LayerStage, ...] = ()
     before: float = 1.0
     trims: bool = False
@@ -82,7 +84,9 @@ class Pipeline(Reads):
             raise InvalidOption(f"pipeline {self.name!r} trims caches of layers between cuts, and has none")
         if self.cache is not None and (self.picks or self.inside or any(getattr(self, name) for name in _WHOLE[:-1])):
             raise InvalidOption(f"pipeline {self.name!r} cuts the cache, and no other stage goes with that")
-        if not self.picks and not self.inside and self.cache is None:
+        if self.trims and self.attention is not None:
+            raise InvalidOption(f"pipeline {self.name!r} changes attention to cached tokens, and trims the cache")
+        if not self.picks and not self.inside and self.cache is None and self.attention is None:
             raise InvalidOption(f"pipeline {self.name!r} has no picks: it would keep nothing")
         if not isinstance(self.inside, tuple) or not all(isinstance(stage, LayerStage) for stage in self.inside):
             raise InvalidOption(
@@ -115,6 +119,11 @@ class Pipeline(Reads):
         """Its picks, those of the cuts between decoder layers and those of the cache."""
         deep = (*self.inside, *(() if self.cache is None else (self.cache,)))
         return (*self.picks, *(pick for stage in deep for pick in stage.picks))
+
+    @cached_property
+    def drops(self) -> bool:
+        """Whether it drops tokens; what does not takes no other budget than 1.0."""
+        return bool(self.picks or self.inside or self.cache) and self.name != "identity"
 
     @cached_property
     def adaptive(self) -> bool:
@@ -170,7 +179,7 @@ class Pipeline(Reads):
             taken = kernels.joined(chosen, dim=1) if chosen else None
             scores = self._scores(pick, tokens, taken)
             picked = pick.selector(tokens, scores, count, taken)
-            _check(f"the selector of pick {pick.name!r}", picked, (S, count), torch.long)
+            check_returned(f"the selector of pick {pick.name!r}", picked, (S, count), torch.long)
             chosen.append(picked)
             stage.append(torch.full_like(picked, number))
             seen[number] = scores
@@ -198,7 +207,7 @@ class Pipeline(Reads):
             return None
         weights = self.merger(tokens, selection)
         S, N = tokens.features.shape[:2]
-        _check("the merger", weights, (S, selection.keep.shape[1], N))
+        check_returned("the merger", weights, (S, selection.keep.shape[1], N))
         share, into = weights.max(dim=1)
         own = torch.arange(weights.shape[1], device=into.device).expand_as(selection.keep)
         finite = tokens.features.float().nan_to_num(nan=0.0)
@@ -211,14 +220,14 @@ class Pipeline(Reads):
         """How many tokens (S,) stay where the method is adaptive, at most `k`."""
         assert self.counter is not None
         counts = self.counter(tokens, k)
-        _check("the counter", counts, tokens.features.shape[:1], torch.long)
+        check_returned("the counter", counts, tokens.features.shape[:1], torch.long)
         return counts.clamp(max=k)
 
     def share(self, tokens: VisualTokens, k: int) -> Tensor:
         """How many tokens (S, T) stay of every part, `k` together."""
         assert self.frames is not None
         counts = self.frames(tokens, k)
-        _check("the budget of frames", counts, (tokens.features.shape[0], len(tokens.parts)), torch.long)
+        check_returned("the budget of frames", counts, (tokens.features.shape[0], len(tokens.parts)), torch.long)
         return counts
 
     def to_dict(self) -> dict[str, Any]:
@@ -321,16 +330,9 @@ def _reads_the_cut(pick: Pick) -> bool:
     return any(isinstance(need, Reading) and need.rule.of == "cut" for need in pick.scorer.needs)
 
 
-def _check(who: str, tensor: object, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> None:
-    if not isinstance(tensor, Tensor) or tensor.shape != shape or dtype not in (None, tensor.dtype):
-        wanted = f"a tensor {tuple(shape)}" + (f" of {dtype}" if dtype is not None else "")
-        got = f"{tuple(tensor.shape)} of {tensor.dtype}" if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise UnsupportedCall(f"{who} returned {got}: expected {wanted}")
-
-
 def _checked(who: str, scores: Tensor, tokens: VisualTokens) -> Tensor:
     """Scores (S, N) without NaN: in host memory they raise, elsewhere they count as 0, since nothing may wait."""
-    _check(who, scores, tokens.features.shape[:2])
+    check_returned(who, scores, tokens.features.shape[:2])
     if not host.holds(scores):
         return scores.nan_to_num(nan=0.0, posinf=_INF, neginf=-_INF)
     if host.has_nan(scores):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
 
-from vtprune.readings import BlockAttention, Need
+from vtprune.readings import BlockAttention, Need, SinkRule
 from vtprune.types import EncoderCut, Per, Selection, VisualTokens
 
 
@@ -77,3 +77,30 @@ class EncoderStage(Protocol):
     def needs_cls(self) -> bool: ...
     def counts(self, n: int, k: int, blocks: int) -> tuple[int, ...]: ...
     def __call__(self, seen: BlockAttention, patches: Tensor, count: int, memory: Tensor | None) -> EncoderCut: ...
+
+
+class AttentionEdit(Protocol):
+    """Changes attention inside the language model; no token is dropped.
+
+    `name` is for reports. `neutral` says that it changes nothing, so that nothing is hooked. What it changes is told by
+    `of`: see `WeightEdit` and `MaskEdit`.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def of(self) -> Literal["weights", "mask"]: ...
+    @property
+    def neutral(self) -> bool: ...
+
+
+class WeightEdit(AttentionEdit, Protocol):
+    """Changes what tokens of text attend to, in all decoder layers from the third to the last but one.
+
+    The call gets attention (B, H, R, n) of rows of text, which of the n keys belong to pictures and which `sinks` tells
+    from the others, (B, n) each, and returns attention whose rows have the same sums.
+    """
+
+    @property
+    def sinks(self) -> SinkRule: ...
+    def __call__(self, weights: Tensor, visual: Tensor, sinks: Tensor) -> Tensor: ...

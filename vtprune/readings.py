@@ -217,6 +217,31 @@ class Transition:
         return range(min(int(self.since * depth + 0.5), points[0] - 1), points[-1])
 
 
+class SinkRule(Protocol):
+    """Tells attention sinks by hidden states that enter a decoder layer.
+
+    `massive` says which channels (B, D) count, from the first token (B, D) of every prompt; the call which of tokens
+    (B, n, D) are sinks, (B, n) bool. `name` is that of the evidence.
+    """
+
+    @property
+    def name(self) -> str: ...
+    def massive(self, first: Tensor) -> Tensor: ...
+    def __call__(self, hidden: Tensor, massive: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class SinkReading:
+    """Evidence that is read off hidden states at a drop point: which tokens are sinks, (B, n) bool."""
+
+    rule: SinkRule
+
+    @property
+    def name(self) -> str:
+        """What the evidence is called."""
+        return self.rule.name
+
+
 class OfAttention:
     """Base of rules on the attention of a block, of any encoder unless they say `needs_cls`."""
 
@@ -287,5 +312,5 @@ class Reading:
         return range(block, block + 1)
 
 
-Need = str | Reading | Glance | StateGlance | Transition
+Need = str | Reading | Glance | StateGlance | Transition | SinkReading
 """What a stage reads: evidence by its name, or how it is taken."""

@@ -169,6 +169,7 @@ class PruneReport:
     `adaptive`: what the pictures hold decided how many tokens stay; the budget was only the most.
 
     `importance` names the evidence behind attention-guided choices (`cls_attention`, `received_attention`) or is None.
+    `attention` says what was changed in attention inside the language model, None where nothing was.
     `patches` counts those left of a picture or frame after each block of the encoder, where the method cuts there.
     `flops_before` and `flops_after` are estimates of the operations of the language model in the prefill, from lengths.
     `layers` is the number of decoder layers. `picks` are the names that `SegmentReport.taken` counts. `length_before`
@@ -191,6 +192,7 @@ class PruneReport:
     stopwatch: Stopwatch = field(compare=False, repr=False)
     adaptive: bool = False
     layers: int = 0
+    attention: str | None = None
     patches: tuple[int, ...] = ()
     flops_before: int = 0
     flops_after: int = 0
@@ -255,6 +257,7 @@ class PruneReport:
             "backend": self.backend,
             "positions": self.positions,
             "importance": self.importance,
+            "attention": self.attention,
             "picks": list(self.picks),
             "tokens": self.tokens,
             "kept": self.kept,
@@ -291,4 +294,6 @@ class PruneReport:
             average = f", {self.average:.0f} of them in the KV cache of a layer"
         kept = f"kept {self.kept} of {self.tokens} tokens{separators} of {pictures}{merged}{average}"
         method = f"{self.method} (adaptive)" if self.adaptive else self.method
-        return f"{method} on {self.family}: {kept}, {saved}"
+        edited = f", {self.attention}" if self.attention else ""
+        dropped = ", nothing dropped" if edited and self.average == self.tokens else ""
+        return f"{method} on {self.family}: {kept}{dropped}{edited}, {saved}"

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import vtprune
 from tests import models
-from tests.contracts import oracle
+from tests.contracts import oracle, sinks
 from tests.contracts.dense import Merge
 from tests.contracts.merges import merges_of, noted
 from tests.models import CLIPS, IMAGE_FAMILIES, ONE_AND_TWO, QWEN, VIDEO_FAMILIES, Prompt
@@ -62,9 +62,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "vflowopt": {"recycled": 0.4},
     "sparsevlm": {"recycled": 0.2},
     "dyvte": {"first": 1 / 6, "patience": 1, "below": 0.4},
+    "attention_sink": {"share": 0.2, "threshold": 1.9, "most": 0.8, "least": 0.05, "channels": (3, 17, 40)},
 }
-"""Parameters that are not the default ones: tiny pictures have too few tokens for the shares that are recycled, and of
-six layers too few are left for dyvte to find more than one layer to leave at."""
+"""Parameters that are not the default ones: tiny pictures have too few tokens for the shares that are recycled, of six
+layers too few are left for dyvte to find more than one layer to leave at, and tiny models have no massive activations.
+"""
 PIPELINES = {method: EXTRAS.get(method) or build(method.partition("-")[0], SETTINGS.get(method)) for method in METHODS}
 FAMILIES = IMAGE_FAMILIES
 CORE_FAMILIES = ("llava", "llava_onevision", "qwen2_5_vl")
@@ -78,8 +80,11 @@ CORE_METHODS = (
     "flowcut",
     "pyramiddrop",
 )
-NEUTRAL = ("identity",)
+NEUTRAL = tuple(method for method in METHODS if not PIPELINES[method].drops)
 """Methods that refuse any budget but 1.0."""
+EDITING = tuple(method for method in METHODS if PIPELINES[method].attention is not None)
+"""Those of them that change attention instead: at their neutral settings they change nothing."""
+NEUTRAL_SETTINGS: dict[str, dict[str, Any]] = {"attention_sink": {"share": 1.0}}
 IN_LAYERS = tuple(method for method in METHODS if PIPELINES[method].inside)
 """Methods that prune between the decoder layers."""
 LEAVING = tuple(m for m in IN_LAYERS if any(stage.counter is not None for stage in PIPELINES[m].inside))
@@ -136,14 +141,20 @@ class Case:
         return SETTINGS.get(self.method, {})
 
     @property
+    def neutral(self) -> dict[str, Any]:
+        """Parameters at which a method that changes attention changes nothing, none for any other."""
+        return NEUTRAL_SETTINGS.get(self.method, {})
+
+    @property
     def refused(self) -> bool:
         """The family's encoder cannot be pruned as the method does: only its neutral budget is taken."""
         return self.method in IN_TOWER and self.family not in CUT_TOWERS
 
     @property
     def layers(self) -> int:
-        """Decoder layers of the model: methods that prune between them need some before and behind each cut."""
-        return 6 if self.method in IN_LAYERS else 2
+        """Decoder layers of the model: methods that prune between them need some before and behind each cut, those
+        that change attention some before and behind what they change."""
+        return 6 if self.method in (*IN_LAYERS, *EDITING) else 2
 
     @property
     def keep(self) -> float:
@@ -490,4 +501,18 @@ def by_hand(
         depths=kept.depths,
         later=kept.stored if cached else None,
         merges=kept.merges,
+        sinks=sinks_of(case, case.inputs((prompt,))["input_ids"][0].tolist()),
     )
+
+
+def sinks_of(case: Case, ids: Sequence[int], written: Sequence[bool] | None = None) -> sinks.Told | None:
+    """What the reference has to know of the ids of a row where the method gives attention of sinks to the picture.
+
+    Args:
+        written: which of them the model wrote; None: nothing.
+    """
+    if case.method != "attention_sink":
+        return None
+    wanted = placeholders(case.model)
+    marks = sinks.Marks([token in wanted for token in ids], [not own for own in written or [False] * len(ids)])
+    return sinks.Told(marks, sinks.Edit(**case.settings))

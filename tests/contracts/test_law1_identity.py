@@ -1,4 +1,4 @@
-"""Law 1: keeping everything gives bit-equal logits and tokens, whatever the method."""
+"""Law 1: keeping everything, and changing nothing else, gives bit-equal logits and tokens, whatever the method."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.law("1 identity")
 @cells()
 def test_keeping_everything_is_bit_equal(case: Case) -> None:
     expected = unpruned(case)
-    with case.pruned(keep=1.0) as pruner:
+    with case.pruned(keep=1.0, **case.neutral) as pruner:
         got = answer(case.model, case.batch)
         report = pruner.last
     assert report.method == case.name
@@ -28,7 +28,7 @@ def test_keeping_everything_is_bit_equal(case: Case) -> None:
 @torch.no_grad()
 def test_plain_forward_is_bit_equal(case: Case) -> None:
     expected = case.model(**case.batch).logits
-    with case.pruned(keep=1.0):
+    with case.pruned(keep=1.0, **case.neutral):
         got = case.model(**case.batch).logits
     assert torch.equal(got, expected)
 

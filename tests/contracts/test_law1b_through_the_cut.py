@@ -14,7 +14,7 @@ pytestmark = pytest.mark.law("1b through the cut")
 @pytest.mark.parametrize("positions", ["keep", "compact"])
 def test_the_cut_of_nothing_changes_nothing(case: Case, positions: str) -> None:
     expected = unpruned(case)
-    with case.pruned(keep=1.0, positions=positions) as pruner:
+    with case.pruned(keep=1.0, positions=positions, **case.neutral) as pruner:
         answer(case.model, case.batch, steps=1)
         assert "cut" not in pruner.last.seconds, "unforced, there is nothing to cut"
         pruner._always_cut = True

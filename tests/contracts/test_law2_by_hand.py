@@ -15,6 +15,7 @@ import vtprune
 from tests.contracts import caches, oracle
 from tests.contracts.cases import (
     CACHING,
+    EDITING,
     IN_LAYERS,
     IN_TOWER,
     LEAVING,
@@ -125,7 +126,7 @@ def test_auto_compacts_one_dimensional_ids_and_keeps_mrope_ids(case: Case) -> No
     assert torch.equal(by_default.logits, asked_for.logits)
 
 
-@cells(methods=PRUNING_METHODS)
+@cells(methods=(*PRUNING_METHODS, *EDITING))
 def test_pruning_moves_the_logits_far_more_than_the_tolerance(case: Case) -> None:
     with case.pruned():
         got = answer(case.model, case.batch)

@@ -24,6 +24,7 @@ from tests.contracts.cases import (
     IN_LAYERS,
     IN_TOWER,
     LEAVING,
+    NEUTRAL,
     PIPELINES,
     PRUNING_METHODS,
     Case,
@@ -227,7 +228,7 @@ def test_an_adaptive_method_keeps_what_it_wants_but_at_most_the_budget(case: Cas
     assert any(wanted < counted(0.8, n) for n, wanted in most), "the budget is not what decides"
 
 
-@cells(methods=("identity",))
+@cells(methods=NEUTRAL)
 def test_the_neutral_method_keeps_every_token(case: Case) -> None:
     report = _prefill(case, MANY[case.kind], keep=1.0)
     assert [segment.keep.tolist() for segment in report.segments] == [list(range(s.n)) for s in report.segments]

@@ -13,10 +13,12 @@ import torch
 
 import vtprune
 from tests.contracts.cases import (
+    EDITING,
     FAMILIES,
     GIVEN,
     IN_LAYERS,
     IN_TOWER,
+    NEUTRAL,
     PIPELINES,
     PRUNING_METHODS,
     Case,
@@ -58,7 +60,7 @@ def test_options(case: Case, refuses: Refuses) -> None:
         assert snapshot(case.model) == before
 
 
-@cells(methods=("identity",))
+@cells(methods=NEUTRAL)
 def test_the_neutral_method_refuses_to_prune(case: Case, refuses: Refuses) -> None:
     with restored(case):
         for keep in (0.4, 5):
@@ -112,7 +114,7 @@ def test_embeddings_without_ids_or_pictures(case: Case, refuses: Refuses) -> Non
         case.model(inputs_embeds=embeds, attention_mask=case.batch["attention_mask"])
 
 
-@cells(methods=PRUNING_METHODS)
+@cells(methods=(*PRUNING_METHODS, *EDITING))
 def test_a_pruned_cache_elsewhere(case: Case, refuses: Refuses) -> None:
     with restored(case):
         with case.pruned(case.prompts[:1]):
@@ -124,7 +126,7 @@ def test_a_pruned_cache_elsewhere(case: Case, refuses: Refuses) -> None:
             case.model(input_ids=word, past_key_values=cache)
 
 
-@cells(methods=PRUNING_METHODS)
+@cells(methods=(*PRUNING_METHODS, *EDITING))
 def test_chunked_prefill(case: Case, refuses: Refuses) -> None:
     with restored(case), case.pruned(case.prompts[:1]):
         with refuses(UnsupportedCall, "prefill_chunk_size"):
@@ -156,7 +158,7 @@ def test_evidence_that_does_not_fit(case: Case, refuses: Refuses) -> None:
 def test_tokens_that_cannot_be_forced_between_layers(case: Case, refuses: Refuses) -> None:
     with restored(case), case.pruned(case.prompts[:1]) as pruner:
         first = answer(case.model, case.rows[0])
-        glances = {name: [torch.zeros(3)] for name in pruner.pipeline.read_inside}
+        glances = {name: [torch.zeros(3)] for name in pruner.pipeline.needs - pruner.pipeline.asked}
         for evidence in ({"mood": [torch.zeros(3)]}, *({name: scores} for name, scores in glances.items())):
             with refuses(InvalidOption, "does not read"), pruner.using(**evidence):
                 pass

@@ -27,9 +27,11 @@ from tests.contracts.cases import (
     choices,
     distance,
     kept_tokens,
+    sinks_of,
     whole,
 )
 from tests.contracts.dense import Merge
+from tests.contracts.sinks import Told
 from tests.models import Prompt
 
 pytestmark = pytest.mark.law("7 turns")
@@ -55,6 +57,7 @@ class Conversation:
     pieces: list[oracle.Merged] = field(default_factory=list)
     grids: dict[str, list[Tensor]] = field(default_factory=dict)
     kept: list[int] = field(default_factory=list)
+    written: list[bool] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)
     stored: list[int] = field(default_factory=list)
     since: list[int] = field(default_factory=list)
@@ -64,6 +67,7 @@ class Conversation:
         """A prompt of one row."""
         ids = inputs["input_ids"][0].tolist()
         self.ids += ids
+        self.written += [False] * len(ids)
         self.types += inputs["mm_token_type_ids"][0].tolist() if "mm_token_type_ids" in inputs else [0] * len(ids)
         for name in GRIDS:
             self.grids.setdefault(name, []).extend(inputs.get(name, ()))
@@ -86,6 +90,7 @@ class Conversation:
         self.stored += [self.case.layers] * len(tokens)
         self.since += [len(self.kept)] * len(tokens)
         self.ids += tokens
+        self.written += [True] * (len(tokens) - 1) + [False]  # the last word is told with the next prompt
         self.types += [0] * len(tokens)
         embeds = self.case.model.get_input_embeddings()(torch.tensor([tokens])).detach()
         self.pieces.append(oracle.Merged(embeds=embeds, positions=torch.empty(1, 0)))
@@ -105,14 +110,15 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Turn:
-    """A reply, the reports of its prefill, and for each row the unpruned conversation before it and what is kept.
+    """A reply, the reports of its prefill, and per row the unpruned conversation before it, what is kept, and where
+    its pictures are if the method changes attention to them.
 
     `since` says for every token of a row from which on it is only seen where it is stored; `ids` are the prompts.
     """
 
     reply: Answer
     reports: list[Any]
-    rows: list[tuple[oracle.Merged, Kept]]
+    rows: list[tuple[oracle.Merged, Kept, Told | None]]
     since: list[list[int]]
     ids: list[list[int]]
 
@@ -157,7 +163,8 @@ class Chat:
                 stored=list(conversation.stored),
                 merges=tuple(conversation.merges),
             )
-            before.append((conversation.whole(), so_far))
+            told = sinks_of(self.case, conversation.ids, conversation.written)
+            before.append((conversation.whole(), so_far, told))
             since.append(list(conversation.since))
             conversation.reply(reply.tokens[row].tolist())
         self.cache = reply.cache
@@ -194,7 +201,7 @@ def check(case: Case, turns: Turns, positions: str) -> list[Turn]:
             check_caches(case, row, done)
         return done
     for turn in done:
-        for row, (before, kept) in enumerate(turn.rows):
+        for row, (before, kept, told) in enumerate(turn.rows):
             tokens, logits = oracle.decode(
                 case.model,
                 before,
@@ -206,6 +213,7 @@ def check(case: Case, turns: Turns, positions: str) -> list[Turn]:
                 later=kept.stored,
                 since=turn.since[row],
                 merges=kept.merges,
+                sinks=told,
             )
             assert_close(turn.reply.logits[row], logits)
             assert turn.reply.tokens[row].tolist() == tokens

@@ -13,6 +13,7 @@ from transformers import StaticCache
 from tests.contracts import caches, oracle
 from tests.contracts.cases import (
     CACHING,
+    EDITING,
     IN_LAYERS,
     SHORTENING,
     STEPS,
@@ -26,6 +27,7 @@ from tests.contracts.cases import (
     cells,
     choices,
     kept_tokens,
+    sinks_of,
     whole,
 )
 from vtprune.errors import UnsupportedCall
@@ -69,9 +71,10 @@ def shortened(case: Case, report: Any) -> tuple[list[oracle.Merged], list[list[i
 def test_equals_transformers_on_the_short_prompt(case: Case, mode: str) -> None:
     """With the positions whose continuation transformers can count: compact on one dimension, kept on (t, h, w)."""
     got, report = wrapped(case, "auto", **MODES[mode])
+    sinks = [sinks_of(case, inputs["input_ids"][0].tolist()) for inputs in case.rows]
     shortly = shortened(case, report)
     torch.manual_seed(7)
-    expected = oracle.generate(case.model, *shortly, max_new_tokens=4, **MODES[mode])
+    expected = oracle.generate(case.model, *shortly, sinks, max_new_tokens=4, **MODES[mode])
     assert len(got.tokens) == len(case.prompts) * MODES[mode].get("num_return_sequences", 1)
     assert torch.equal(got.tokens, expected)
 
@@ -115,7 +118,7 @@ def test_without_a_cache(case: Case, mode: str, positions: str) -> None:
 @cells()
 @pytest.mark.parametrize("positions", ["keep", "compact"])
 def test_a_static_cache(case: Case, positions: str, refuses: Callable[..., Any]) -> None:
-    if case.method in (*IN_LAYERS, *CACHING):
+    if case.method in (*IN_LAYERS, *CACHING, *EDITING):
         expected, _ = wrapped(case, positions)
         with refuses(UnsupportedCall, "static cache"):
             wrapped(case, positions, cache_implementation="static")

@@ -25,7 +25,7 @@ from vtprune.types import Ordinal, Part, VisualTokens
 
 GRID, N, K, BLOCKS, DRAWS = (12, 12), 144, 36, 4, 3
 PARAMETERS = {"cdpruner": {"evidence": "importance"}}
-METHODS = [name for name in vtprune.list_methods() if name != "identity"]
+METHODS = [name for name in vtprune.list_methods() if build(name).drops]
 IN_ENCODER = [name for name in METHODS if build(name).encoder is not None]
 MERGING = [name for name in METHODS if build(name).merger is not None and not build(name).inside]
 HALVES = (torch.bfloat16, torch.float16)

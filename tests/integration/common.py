@@ -148,14 +148,21 @@ IN_LAYERS = tuple(method for method in vtprune.list_methods() if build(method).i
 """Methods that cut between decoder layers."""
 
 
+LOSSLESS = tuple(method for method in vtprune.list_methods() if not build(method).drops)
+"""Methods that drop nothing."""
+EDITING = tuple(method for method in LOSSLESS if build(method).attention is not None)
+"""Methods that change attention instead."""
+
+
 def room(method: str) -> dict[str, Any]:
-    """Options of a tiny model that the method can prune: cuts between layers need some in front and some behind."""
-    return {"layers": 6} if method in IN_LAYERS else {}
+    """Options of a tiny model that the method can prune: cuts between layers need some in front and some behind, and
+    so does what changes attention."""
+    return {"layers": 6} if method in (*IN_LAYERS, *EDITING) else {}
 
 
 def reachable(method: str) -> dict[str, Any]:
-    """A budget for `wrap` where six layers cannot have the default one on average."""
-    return {"keep": 0.6} if method in IN_LAYERS else {}
+    """A budget for `wrap` where six layers cannot have the default one on average, or the method takes no other."""
+    return {"keep": 0.6} if method in IN_LAYERS else {"keep": 1.0} if method in LOSSLESS else {}
 
 
 def llava(**options: Any) -> nn.Module:

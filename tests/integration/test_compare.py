@@ -14,6 +14,7 @@ import vtprune
 from tests import models
 from tests.integration.common import (
     FRAMES,
+    LOSSLESS,
     ONE,
     STEPS,
     TEXT,
@@ -76,12 +77,12 @@ def test_clips_are_encoded_once_too() -> None:
 
 
 def test_without_arguments_every_method_that_needs_only_the_model_is_compared() -> None:
-    """Not those that prune inside the encoder, nor those that need evidence from the user, or from decoder layers.
+    """Not those that drop nothing or prune inside the encoder, nor those that need evidence from the user.
 
     The others that cut between layers need some in front and behind: two are too few for the budgets.
     """
     model = llava(layers=6)
-    apart = {"identity", "cdpruner", "tome", "flowcut", "mustdrop_vision", "zero_tprune"}
+    apart = {*LOSSLESS, "cdpruner", "tome", "flowcut", "mustdrop_vision", "zero_tprune"}
     rows = vtprune.compare(model, models.inputs(model, ONE), max_new_tokens=2)
     assert [row.method for row in rows[:1]] == ["identity"]
     assert {row.method for row in rows[1:]} == set(vtprune.list_methods()) - apart

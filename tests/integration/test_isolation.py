@@ -146,7 +146,7 @@ RUNNING = [
 @pytest.mark.parametrize(("name", "method"), RUNNING)
 def test_every_later_generate_on_one_wrap_is_as_good_as_the_first(name: str, method: str) -> None:
     model = models.build(name, **room(method))
-    options = {"keep": 1.0} if method == "identity" else reachable(method)
+    options = reachable(method)
     prompts = [models.inputs(model, ONE), models.inputs(model), models.inputs(model, TEXT), models.inputs(model, OTHER)]
     expected = [expect(model, inputs, method, **options) for inputs in prompts]
     vtprune.wrap(model, method, **options)

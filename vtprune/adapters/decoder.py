@@ -38,6 +38,10 @@ class Decoder:
         heads = cos.new_ones(*cos.shape[:2], self.attention(number).head_dim, dtype=torch.float32)
         return _partly_turned(heads[:, None], cos.float(), sin.float())[:, 0]
 
+    def values(self, number: int, projected: Tensor) -> Tensor:
+        """Values (B, G, n, d) of one layer from what `v_proj` gave, (B, n, G d)."""
+        return projected.unflatten(-1, (-1, self.attention(number).head_dim)).transpose(1, 2)
+
     def attention(self, number: int) -> Host:
         """The attention of one layer."""
         return self.layers[number].self_attn
@@ -48,9 +52,9 @@ class Decoder:
         return layer.self_attn, layer.mlp
 
 
-def decoder_of(inner: Host, lm: Host, *, glances: bool, changes: bool = False) -> Decoder:
+def decoder_of(inner: Host, lm: Host, *, glances: bool, changes: bool = False, edits: bool = False) -> Decoder:
     """The decoder of a base model; `glances` says that attention of its layers is to be read, `changes` what their
-    modules make of tokens.
+    modules make of tokens, and `edits` that attention is to be changed.
 
     Raises:
         UnsupportedModel: where layers are of another kind or see a window only, or rotate in a way not known here.
@@ -69,6 +73,10 @@ def decoder_of(inner: Host, lm: Host, *, glances: bool, changes: bool = False) -
         )
     if changes and not all(isinstance(getattr(layer, "mlp", None), nn.Module) for layer in layers):
         raise UnsupportedModel(f"layers of {name} have no `mlp`, so it is not known what they make of tokens")
+    if edits and not all(_ends_in_values(layer.self_attn) for layer in layers):
+        raise UnsupportedModel(
+            f"it is not known what layers of {name} do to attention before `o_proj`, so it cannot be changed"
+        )
     implementation = lm.config._attn_implementation or "eager"
     if not implementation.startswith(_IMPLEMENTATIONS):
         raise UnsupportedModel(f"attn_implementation={implementation!r}: cuts between layers take sdpa, flash or eager")
@@ -80,6 +88,18 @@ def _is_plain(layer: Host) -> bool:
     attention = getattr(layer, "self_attn", None)
     names = ("q_proj", "k_proj", "head_dim", "scaling")
     return hasattr(layer, "input_layernorm") and all(hasattr(attention, name) for name in names)
+
+
+def _ends_in_values(attention: Host) -> bool:
+    """Whether `o_proj` gets the values, weighted by a softmax, and nothing but that."""
+    known = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "rotary_emb", "rotary_fn"}
+    children = {name for name, _ in attention.named_children()}
+    own = {name for name, _ in attention.named_parameters(recurse=False)}
+    softcap = any(getattr(attention, name, None) for name in ("attn_logit_softcapping", "softcap", "logit_soft_cap"))
+    if not {"q_proj", "k_proj", "v_proj", "o_proj"} <= children <= known or own or softcap:
+        return False
+    widths = [getattr(getattr(attention, name), "out_features", None) for name in ("q_proj", "k_proj", "v_proj")]
+    return bool(widths[0] == getattr(attention.o_proj, "in_features", None) and widths[1] == widths[2])
 
 
 def _rotates_halves(attention: Host) -> bool:

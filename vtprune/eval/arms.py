@@ -143,7 +143,8 @@ Step = tuple[str, float | int]
 
 
 def plan(methods: Sequence[str] | None, keep: Sequence[float | int]) -> tuple[Step, ...]:
-    """Every row of the table to be: those with all tokens, then every method and own arm at every budget.
+    """Every row of the table to be: those with all tokens, then every method and own arm at every budget. Methods that
+    drop nothing have one row.
 
     `methods` are names of `list_methods()`, by default all of them.
 
@@ -152,13 +153,12 @@ def plan(methods: Sequence[str] | None, keep: Sequence[float | int]) -> tuple[St
     """
     names = list_methods() if methods is None else list(methods)
     chosen = [name for name in dict.fromkeys(names) if name not in OWN and name not in WHOLE]
-    for name in chosen:
-        build(name)
+    pruning = [name for name in chosen if build(name).drops]
     budgets = {str(Budget(keep=value).keep): Budget(keep=value).keep for value in keep}
     if not budgets:
         raise InvalidOption("keep is empty: expected at least one share or number of tokens")
-    whole = [(name, 1.0) for name in WHOLE]
-    return (*whole, *((name, value) for name in (*chosen, *OWN) for value in budgets.values()))
+    whole = [(name, 1.0) for name in (*WHOLE, *(name for name in chosen if name not in pruning))]
+    return (*whole, *((name, value) for name in (*pruning, *OWN) for value in budgets.values()))
 
 
 def arm_of(name: str) -> Arm:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 from bisect import bisect_right
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +30,8 @@ class Passage:
     `walk` cuts in a prefill and is None later. `cached` counts, for every drop point, the tokens cached behind it.
     Where any of them is padding, `known` says per drop point which are real, (B, cached), and `known_first` in front
     of the first; in a call that cuts nothing `known` covers its own tokens too.
-    `padded` says that an earlier cut left padding behind a drop point.
+    `padded` says that an earlier cut left padding behind a drop point. `massive` (B, D) are channels that tell sinks,
+    by layer and rule.
     """
 
     walk: Walk | None
@@ -40,6 +42,7 @@ class Passage:
     rotary: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     masks: dict[tuple[int, bool], Any] = field(default_factory=dict)
     seen: dict[str, Tensor] = field(default_factory=dict)
+    massive: Mapping[tuple[int, str], Tensor] = field(default_factory=dict)
 
     @property
     def nothing_to_mend(self) -> bool:
@@ -104,6 +107,7 @@ class LayerCutter:
         self._decoder = decoder
         self._before = named(reads.glances, "before")
         self._behind = named(reads.glances, "behind")
+        self._sinks = reads.sinks
         self._implementation = implementation
         self._handles: list[RemovableHandle] = []
         self._thread = _Thread()
@@ -147,6 +151,11 @@ class LayerCutter:
         passage, self._thread.passage = self._thread.passage, None
         self._thread.projected.clear()
         return passage
+
+    @property
+    def passage(self) -> Passage | None:
+        """The call under way."""
+        return self._thread.passage
 
     def _walk(self) -> Walk | None:
         return None if self._thread.passage is None else self._thread.passage.walk
@@ -216,6 +225,8 @@ class LayerCutter:
             for name, glance in self._behind.items():
                 passage.seen[name] = self._ahead(number, passage, walk, hidden, kwargs, glance)
             passage.seen |= self._states.sensed(number, walk, hidden)
+            for name, reading in self._sinks.items():
+                passage.seen[name] = reading.rule(hidden.detach(), passage.massive[number, name])
         shorter = walk.cut(hidden, passage.seen)
         passage.seen.clear()
         return shorter

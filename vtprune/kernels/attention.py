@@ -39,10 +39,17 @@ def rows_attention(query: Tensor, key: Tensor, allowed: Tensor, *, scale: float)
     """
     B, H, R, d = query.shape
     G = key.shape[1]
-    grouped = query.float().view(B, G, H // G * R, d)
+    grouped = query.float().reshape(B, G, H // G * R, d)
     logits = (grouped @ key.float().transpose(-1, -2) * scale).view(B, H, R, -1)
     hidden = ~allowed[:, None]
     return torch.softmax(logits.masked_fill(hidden, float("-inf")), dim=-1).masked_fill(hidden, 0)
+
+
+def weighted_values(weights: Tensor, value: Tensor) -> Tensor:
+    """What rows (B, H, R, n) of attention make of values (B, G, n, d), over grouped heads: (B, H, R, d)."""
+    B, H, R, n = weights.shape
+    grouped = weights.to(value.dtype).reshape(B, value.shape[1], -1, n)
+    return (grouped @ value).view(B, H, R, -1)
 
 
 def attention_to(query: Tensor, key: Tensor, weights: Tensor, *, scale: float) -> Tensor:

@@ -39,6 +39,9 @@ class Caching:
         self._cutter = CacheCutter(decoder, self._stage, implementation)
         self._mender = LayerCutter(decoder, NOTHING, tuple(range(1, len(decoder.layers))), implementation)
 
+    passage: None = None
+    """Nothing is cut between layers."""
+
     def hook(self) -> None:
         """Register the hooks."""
         self._cutter.hook()

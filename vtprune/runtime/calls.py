@@ -28,6 +28,7 @@ class Call:
     `expected` names the kinds whose pixels it brings, `prefill` says that nothing was cached before it, `past` how
     much, `state` how it was pruned. `prompt` is its visual side, once every expected kind is encoded, `short` the
     shortened call of the language model, `pending` what its report needs where that has to wait for what layers cut.
+    `fresh` is the state of a cache that had none, of a call that cut nothing.
     """
 
     ids: Tensor | None
@@ -42,6 +43,7 @@ class Call:
     prompt: Prompt | None = None
     short: Shortened | None = None
     pending: tuple[Tensor, Any] | None = None
+    fresh: CacheState | None = None
 
     @classmethod
     def begin(cls, given: Mapping[str, Any], owner: str) -> Call:
@@ -112,13 +114,13 @@ class Call:
         if self.prefill or self.prompt is not None:
             self.stopwatch.start("prefill", like=embeds)
 
-    def leave_language_model(self) -> Shortened | None:
-        """Close the cache for updates and hand out the shortened call."""
+    def leave_language_model(self) -> tuple[Shortened | None, CacheState | None]:
+        """Close the cache for updates; the shortened call, and the state of a cache that gets a new one."""
         self.stopwatch.stop("prefill")
         if self.state is not None:
             self.state.entered = False
         short, self.short = self.short, None
-        return short
+        return short, self.fresh if short is None else short.state
 
 
 def bind(

@@ -247,7 +247,7 @@ def _evidence(prompt: Prompt, pipeline: Pipeline, given: Given | None, device: t
     readings = readings_of(pipeline)
     if pipeline.encoder is not None:
         found[HOLDERS] = [rows[:, 0] for rows in prompt.read(HOLDERS, device)]
-    for name in pipeline.needs - pipeline.read_inside:
+    for name in pipeline.asked:
         if given is not None and name in given.values:
             found[name] = given.scores(name, prompt.layout, device)
         elif name in readings:

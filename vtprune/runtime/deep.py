@@ -106,6 +106,11 @@ class Deep:
         padded = state is not None and state.deep is not None and state.deep.padded
         self.cutter.begin(Passage(walk=walk, cached=cached, known=known, known_first=first, padded=padded))
 
+    @property
+    def passage(self) -> Passage | None:
+        """The call under way."""
+        return self.cutter.passage
+
     def hook(self) -> None:
         """Register the hooks."""
         self.cutter.hook()

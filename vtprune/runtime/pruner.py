@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from vtprune.adapters.base import Family, language_model, rope_axes, sliding_window
+from vtprune.adapters.base import Family, language_model
 from vtprune.cache import check_prunable, mark_pruned
 from vtprune.inside.keeping import Keeping
 from vtprune.inside.walk import Walk
@@ -34,6 +34,7 @@ from vtprune.runtime.evidence import Given, readings_of
 from vtprune.runtime.placing import PromptReader
 from vtprune.runtime.reporting import Reports
 from vtprune.runtime.shorten import Scheme, resume, shorten
+from vtprune.runtime.sinks import Sinks
 from vtprune.schedule import AnySchedule, Front
 from vtprune.seam import HANDLE, refuse_copy
 from vtprune.types import Budget
@@ -85,6 +86,7 @@ class Pruner:
         self._tap.on_encoded = self._encoded_now
         self._schedule = schedule
         self._deep = _deep(pipeline, budget, schedule, inner, self._lm)
+        self._sinks = Sinks(pipeline, schedule, inner, self._lm, self._owner)
         self._reports = Reports(
             pipeline,
             inner.config.get_text_config(),  # type: ignore[union-attr, operator]
@@ -123,8 +125,7 @@ class Pruner:
             UnsupportedCall: in the call, where entries do not fit its prompts and pictures.
         """
         before = self._thread.given
-        reads = self.pipeline.needs - self.pipeline.read_inside
-        self._thread.given = Given.check(evidence, reads, outer=before)
+        self._thread.given = Given.check(evidence, self.pipeline.asked, outer=before)
         try:
             yield self
         finally:
@@ -150,14 +151,8 @@ class Pruner:
             schedule = self._schedule
             front = self.budget if schedule is None else Front(schedule=schedule, budget=self.budget)
             self._tap.install(readings_of(self.pipeline), stage=self.pipeline.encoder, budget=front)
-        rotary = getattr(lm, "rotary_emb", None)
-        self._scheme = Scheme(
-            owner=self._owner,
-            compact=self.positions == "compact",
-            axes=rope_axes(self._inner.config),
-            rotary=isinstance(rotary, nn.Module),
-            window=sliding_window(self._inner.config),
-        )
+        compact = self.positions == "compact"
+        self._scheme = Scheme.of(self._inner, lm, owner=self._owner, compact=compact)
         self._handles += [
             self._inner.register_forward_pre_hook(self._before_base, with_kwargs=True),
             self._inner.register_forward_hook(self._after_base, with_kwargs=True, always_call=True),
@@ -166,7 +161,9 @@ class Pruner:
         ]
         if self._deep is not None:
             self._deep.hook()
-        if isinstance(rotary, nn.Module):
+        self._sinks.hook()
+        if self._scheme.rotary:
+            rotary: Any = lm.rotary_emb
             self._handles.append(rotary.register_forward_pre_hook(self._before_rotary, with_kwargs=True))
 
     def remove(self) -> None:
@@ -181,6 +178,7 @@ class Pruner:
         self._handles.clear()
         if self._deep is not None:
             self._deep.remove()
+        self._sinks.remove()
         self._tap.remove()
 
     def __repr__(self) -> str:
@@ -225,6 +223,7 @@ class Pruner:
             changed = None if call.state is None else resume(given, call.state)
             if self._deep is not None:
                 self._deep.resume(changed, call.state)
+            self._sinks.resume(call, given)
         call.enter_language_model(embeds)
         return None if changed is None else ((), changed)
 
@@ -247,6 +246,7 @@ class Pruner:
         pictures = torch.from_numpy(prompt.pictures).to(embeds.device, non_blocking=True)
         whole = decision.row_lengths == prompt.layout.row_lengths
         if whole and self._deep is None and not self._always_cut:
+            self._sinks.prefill(call, given)
             if call.state is None:
                 return None
             call.state.pictures = pictures
@@ -263,6 +263,7 @@ class Pruner:
         if self._deep is not None:
             self._deep.prefill(prompt, decision, call.short, cache, call.state)
             call.pending = (embeds, decision)
+        self._sinks.prefill(call, given, call.short.cut, None if self._deep is None else self._deep.passage)
         return call.short.arguments
 
     @torch.compiler.disable
@@ -282,10 +283,11 @@ class Pruner:
         call = self._thread.call
         if call is None:
             return None
-        short = call.leave_language_model()
+        short, state = call.leave_language_model()
         cache = None if output is None else output.past_key_values
         passed = None if self._deep is None else self._deep.finish(None if short is None else short.state, cache)
-        if output is None or short is None:
+        self._sinks.finish(state or call.state, done=output is not None)
+        if output is None or state is None:
             return None
         if passed is not None:
             assert call.pending is not None
@@ -294,8 +296,9 @@ class Pruner:
             output.last_hidden_state = passed.restore(output.last_hidden_state)
         if output.past_key_values is not None:
             check_prunable(output.past_key_values)
-            mark_pruned(output.past_key_values, short.state)
-        output.last_hidden_state = short.cut.restore(output.last_hidden_state)
+            mark_pruned(output.past_key_values, state)
+        if short is not None:
+            output.last_hidden_state = short.cut.restore(output.last_hidden_state)
         return output
 
     def _publish(self, call: Call, embeds: Tensor, decision: Decision, passed: Walk | Keeping | None = None) -> None:

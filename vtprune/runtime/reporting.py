@@ -83,13 +83,15 @@ class Reports:
             segments = _segments(prompt, decision, passed)
             for entry in prompt.encoded.values():
                 stopwatch.absorb(entry.stopwatch)
+        edit = self._pipeline.attention
         return PruneReport(
             method=self._pipeline.name,
             family=self._family,
             backend=self._backend,
             positions=self._positions,
             importance=", ".join(sorted(_sources(prompt, self._pipeline, given))) or None,
-            picks=tuple(pick.name for pick in self._pipeline.all_picks),
+            attention=None if edit is None or edit.neutral else edit.name,
+            picks=tuple(pick.name for pick in self._pipeline.all_picks) or ("all",),
             segments=segments,
             length_before=before,
             length_after=after,

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import StaticCache
 
 from vtprune import masks
 from vtprune import positions as position_ids
+from vtprune.adapters.base import Host, rope_axes, sliding_window
 from vtprune.cache import CacheState, physical_length
 from vtprune.errors import UnsupportedCall
 from vtprune.kernels import reference as kernels
@@ -34,6 +35,17 @@ class Scheme:
     axes: int
     rotary: bool
     window: int | None = None
+
+    @classmethod
+    def of(cls, inner: Host, lm: nn.Module, *, owner: str, compact: bool) -> Scheme:
+        """That of a base model and its language model."""
+        return cls(
+            owner=owner,
+            compact=compact,
+            axes=rope_axes(inner.config),
+            rotary=isinstance(getattr(lm, "rotary_emb", None), nn.Module),
+            window=sliding_window(inner.config),
+        )
 
     def counts_text(self, positions: Tensor) -> bool:
         """Whether row 0 of `positions` counts text tokens, for masks only."""

@@ -19,6 +19,7 @@ from vtprune.stages import (
     scorers,
     selectors,
     sensitivity,
+    sinks,
     spread,
     states,
     structured,
@@ -99,6 +100,9 @@ STAGES: dict[str, type] = {
         filters.DualFilter,
         filters.Passing,
         counters.Above,
+        sinks.MassiveActivations,
+        sinks.WithoutMassive,
+        sinks.Redistribute,
     )
 }
 """What a stored pipeline may be made of, by class name."""

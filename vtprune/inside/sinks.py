@@ -1,0 +1,256 @@
+"""Hooks that tell attention sinks in decoder layers, and change the attention of text to them.
+
+Whatever attention the model runs goes on running. For a few rows at a time the weights are computed once more, and what
+changes in them is brought into the output of the attention before it is projected.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from vtprune.adapters.decoder import Decoder
+from vtprune.cache import SinkState
+from vtprune.errors import UnsupportedCall
+from vtprune.inside.walk import Walk
+from vtprune.kernels import attention as attentions
+from vtprune.kernels import reference as kernels
+from vtprune.protocols import WeightEdit
+from vtprune.readings import SinkRule
+from vtprune.seam import refuse_copy
+
+FIRST = 2
+"""The first layer whose attention is changed: what enters the layers before has no massive activations yet."""
+_ROWS = 64
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+
+
+@dataclass
+class Scene:
+    """One call of the language model, as the layers that look for sinks see it.
+
+    Of the K tokens that enter, `visual` (B, K) belong to pictures and `told` (B, K) are real and were not written by
+    the model. `rows` (B, R) is where the text is whose attention may change, `real` (B, R) False at what only fills up;
+    `edits` says that there is any. Sinks are looked for where `looks`; a word that is decoded is none. `known` is what
+    the cache knows, `walk` what is cut between layers.
+    """
+
+    visual: Tensor
+    told: Tensor
+    rows: Tensor
+    real: Tensor
+    looks: bool
+    edits: bool
+    known: SinkState
+    walk: Walk | None = None
+    marks: dict[int, Tensor] = field(default_factory=dict)
+    massive: dict[tuple[int, str], Tensor] = field(init=False)
+    _now: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.massive = dict(self.known.massive)
+
+    @property
+    def now(self) -> tuple[Tensor, Tensor, Tensor]:
+        """`visual`, `told` and `rows` of the sequence as it is, behind the cuts so far."""
+        walk = self.walk
+        cuts = 0 if walk is None else len(walk.slots)
+        if cuts not in self._now:
+            visual, told, rows = self.visual, self.told, self.rows
+            if walk is not None and cuts:
+                visual, told = (own.gather(1, walk.index) & walk.valid for own in (visual, told))
+                rows = functools.reduce(lambda places, slots: slots.gather(1, places), walk.slots, rows)
+            self._now[cuts] = (visual, told, rows)
+        return self._now[cuts]
+
+    def marks_of(self, number: int, keys: int) -> Tensor:
+        """Marks (B, 2, keys) of a layer that has so many keys, those of this call as far as there are any."""
+        found = self.marks.get(number, self.known.marks.get(number))
+        if found is None:
+            found = self.visual.new_zeros(len(self.visual), 2, 0)
+        return nn.functional.pad(found, (0, keys - found.shape[2]))
+
+
+class _Thread(threading.local):
+    """The call of one thread that is under way, and what the attention of a layer was given."""
+
+    scene: Scene | None = None
+
+    def __init__(self) -> None:
+        self.held: dict[str, Tensor] = {}
+        self.given: dict[str, Any] = {}
+
+
+class SinkFinder:
+    """Hooks of one pipeline on one decoder; `begin` and `end` enclose a call of the language model.
+
+    `edit` changes attention, `drops` are rules whose channels are needed in front of layers.
+    """
+
+    def __init__(self, decoder: Decoder, edit: WeightEdit | None, drops: Mapping[int, Iterable[SinkRule]]) -> None:
+        self._decoder = decoder
+        self._edit = edit
+        self.edited = range(FIRST, len(decoder.layers) - 1) if edit is not None else range(0)
+        self._rules = {number: list(rules) for number, rules in drops.items()}
+        if edit is not None:
+            for number in self.edited:
+                self._rules.setdefault(number, []).append(edit.sinks)
+        self._handles: list[RemovableHandle] = []
+        self._hooked: dict[int, list[nn.Module]] = {}
+        self._thread = _Thread()
+
+    __deepcopy__ = refuse_copy
+    __reduce_ex__ = refuse_copy  # type: ignore[assignment]
+
+    def hook(self) -> None:
+        """Register the hooks; channels are looked for in front of a cut, sinks behind it."""
+        for number in self._rules:
+            choose = functools.partial(self._choose, number)
+            layer = self._decoder.layers[number]
+            self._handles.append(layer.register_forward_pre_hook(choose, prepend=True, with_kwargs=True))
+        for number in self.edited:
+            self._hook_attention(number)
+
+    def _hook_attention(self, number: int) -> None:
+        attention = self._decoder.attention(number)
+        self._hooked[number] = [getattr(attention, name) for name in (*_PROJECTIONS, "o_proj")]
+        *projections, last = self._hooked[number]
+        find, attend, change = (functools.partial(step, number) for step in (self._find, self._attend, self._change))
+        self._handles += [
+            self._decoder.layers[number].register_forward_pre_hook(find, with_kwargs=True),
+            attention.register_forward_pre_hook(attend, with_kwargs=True),
+            last.register_forward_pre_hook(change),
+        ]
+        for name, module in zip(_PROJECTIONS, projections, strict=True):
+            self._handles.append(module.register_forward_hook(functools.partial(self._hold, name)))
+
+    def remove(self) -> None:
+        """Undo `hook`."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def begin(self, scene: Scene) -> None:
+        """Look for sinks, or change attention, in the call that comes now."""
+        self._thread.scene = scene
+
+    def end(self) -> Scene | None:
+        """Leave the call alone that comes next; returns what there was."""
+        scene, self._thread.scene = self._thread.scene, None
+        self._clear()
+        return scene
+
+    def _clear(self) -> None:
+        self._thread.held.clear()
+        self._thread.given.clear()
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def _choose(self, number: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Which channels tell sinks in front of a layer, where that is not known of the conversation."""
+        scene = self._thread.scene
+        if scene is None or not scene.looks:
+            return
+        hidden = _hidden(args, kwargs)
+        first = scene.now[1].int().argmax(dim=1, keepdim=True)
+        for rule in self._rules[number]:
+            if (number, rule.name) not in scene.massive:
+                scene.massive[number, rule.name] = rule.massive(kernels.cut_sequence(hidden, first)[:, 0])
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def _find(self, number: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Which of the tokens that enter a layer are sinks; a cache remembers it."""
+        scene = self._thread.scene
+        if scene is None or not scene.looks:
+            return
+        assert self._edit is not None
+        rule, hidden, cache = self._edit.sinks, _hidden(args, kwargs), kwargs.get("past_key_values")
+        visual, told, _ = scene.now
+        sinks = rule(hidden, scene.massive[number, rule.name]) & told
+        stored = 0 if cache is None or number >= len(cache.layers) else cache.layers[number].get_seq_length()
+        before = scene.marks_of(number, stored)
+        scene.marks[number] = torch.cat([before, torch.stack([visual, sinks], dim=1)], dim=2)
+
+    @torch.compiler.disable
+    def _attend(self, number: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        scene = self._thread.scene
+        if scene is None or not scene.edits:
+            return
+        names = (*_PROJECTIONS, "o_proj")
+        for name, hooked in zip(names, self._hooked[number], strict=True):
+            if getattr(module, name) is not hooked:
+                raise UnsupportedCall(
+                    f"{name} of a decoder layer was replaced after wrap (by an adapter, say), so its attention cannot "
+                    "be changed: unwrap, change the model, then wrap it again"
+                )
+        self._clear()
+        self._thread.given.update(kwargs)
+
+    @torch.compiler.disable
+    def _hold(self, name: str, module: nn.Module, args: Any, output: Tensor) -> None:
+        """Hold queries of the rows that may change, keys and values where no cache does."""
+        scene = self._thread.scene
+        if scene is None or not self._thread.given:
+            return  # nothing is edited, or a glance calls the projection by itself
+        if name == "q_proj":
+            self._thread.held[name] = kernels.cut_sequence(output, scene.now[2])
+        elif self._thread.given.get("past_key_values") is None:
+            self._thread.held[name] = output
+
+    @torch.compiler.disable
+    def _change(self, number: int, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """The output (B, K, H d) of the attention with what changes in it, row by row."""
+        scene = self._thread.scene
+        if scene is None or not scene.edits:
+            return None
+        output, rows = args[0], scene.now[2]
+        B, K, _ = output.shape
+        with kernels.exact(output.device):
+            changes = torch.cat(list(self._changes(number, scene, rows, K)), dim=2) * scene.real[:, None, :, None]
+        at = rows + torch.arange(0, B * K, K, device=rows.device)[:, None]
+        flat = changes.transpose(1, 2).reshape(at.numel(), -1).to(output.dtype)
+        self._clear()
+        return (output.reshape(B * K, -1).index_add(0, at.flatten(), flat).view(output.shape), *args[1:])
+
+    def _changes(self, number: int, scene: Scene, rows: Tensor, K: int) -> Iterator[Tensor]:
+        """What changes in the output of some rows after the other, (B, H, rows, d) each."""
+        edit, decoder, given, held = self._edit, self._decoder, self._thread.given, self._thread.held
+        assert edit is not None
+        rotary, cache = given["position_embeddings"], given.get("past_key_values")
+        if cache is None:
+            keys = decoder.keys(number, held["k_proj"], *rotary)
+            values = decoder.values(number, held["v_proj"])
+        else:
+            keys, values = cache.layers[number].keys, cache.layers[number].values
+        visual, sinks = scene.marks_of(number, keys.shape[2]).unbind(dim=1)
+        cos, sin = (kernels.cut_sequence(table.expand(len(rows), -1, -1), rows) for table in rotary)
+        queries = decoder.queries(number, held["q_proj"], cos, sin)
+        for start in range(0, rows.shape[1], _ROWS):
+            tile = slice(start, start + _ROWS)
+            allowed = _allowed(given.get("attention_mask"), rows[:, tile], K, keys.shape[2])
+            scale = decoder.attention(number).scaling
+            weights = attentions.rows_attention(queries[:, :, tile], keys, allowed, scale=scale)
+            yield attentions.weighted_values(edit(weights, visual, sinks) - weights, values)
+
+
+def _hidden(args: Any, kwargs: dict[str, Any]) -> Tensor:
+    found: Tensor = args[0] if args else kwargs["hidden_states"]
+    return found
+
+
+def _allowed(mask: Any, rows: Tensor, K: int, keys: int) -> Tensor:
+    """(B, R, keys) bool: what the mask that a layer was given, of any form, lets rows of its K tokens see."""
+    if torch.is_tensor(mask) and mask.ndim == 4:
+        own = mask.expand(len(rows), *mask.shape[1:])[:, 0, :, :keys]
+        own = own.gather(1, rows[..., None].expand(-1, -1, keys))
+        return own if own.dtype == torch.bool else own >= 0
+    causal = torch.arange(keys, device=rows.device) <= rows[..., None] + (keys - K)
+    return causal & mask[:, None].bool() if torch.is_tensor(mask) else causal
