@@ -284,6 +284,21 @@ def test_named_positions_are_honoured(model: nn.Module, scheme: str) -> None:
     assert model.vtprune.last.positions == scheme
 
 
+@pytest.mark.parametrize(
+    ("method", "scheme"), [("fastv", "keep"), ("pyramiddrop", "keep"), ("information_horizon", "compact")]
+)
+def test_positions_have_no_gaps_where_all_cuts_lie_between_layers(method: str, scheme: str) -> None:
+    """The report says what becomes of the ids, and nothing without effect can be asked for."""
+    model = vtprune.wrap(models.build("llava", layers=6), method, keep=0.6)
+    write(model, models.inputs(model, ONE))
+    assert model.vtprune.positions == model.vtprune.last.positions == scheme
+    vtprune.unwrap(model)
+    if scheme == "keep":
+        with pytest.raises(InvalidOption, match=f"positions='compact': method '{method}' cuts between decoder layers"):
+            vtprune.wrap(model, method, keep=0.6, positions="compact")
+    vtprune.wrap(model, method, keep=0.6, positions=scheme)
+
+
 @pytest.mark.parametrize("name", vtprune.list_methods())
 def test_every_listed_method_is_described(name: str) -> None:
     card = vtprune.describe(name)

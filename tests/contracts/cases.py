@@ -73,6 +73,8 @@ NEUTRAL = ("identity",)
 """Methods that refuse any budget but 1.0."""
 IN_LAYERS = tuple(method for method in METHODS if PIPELINES[method].inside)
 """Methods that prune between the decoder layers."""
+ONLY_IN_LAYERS = tuple(method for method in IN_LAYERS if not PIPELINES[method].picks)
+"""Those of them that drop nothing in front of the language model: position ids have no gaps that could be closed."""
 LEAVING = tuple(m for m in IN_LAYERS if any(stage.counter is not None for stage in PIPELINES[m].inside))
 """Those of them that let all tokens of a picture go or not: the budget is only the most."""
 MERGING = tuple(method for method in METHODS if PIPELINES[method].merger is not None)
@@ -146,7 +148,11 @@ class Case:
     @property
     def positions(self) -> str:
         """The position mode that `auto` stands for."""
-        return "keep" if self.mrope else "compact"
+        return "keep" if self.mrope or not self.honours("compact") else "compact"
+
+    def honours(self, positions: str) -> bool:
+        """Whether the method takes a position mode, or refuses it as one without effect."""
+        return positions != "compact" or self.method not in ONLY_IN_LAYERS
 
     @property
     def model(self) -> nn.Module:

@@ -172,6 +172,24 @@ def test_tokens_that_cannot_be_forced_between_layers(case: Case, refuses: Refuse
 
 
 @cells(methods=IN_LAYERS, kinds=("image",))
+def test_gaps_that_there_are_not(case: Case, refuses: Refuses) -> None:
+    """Tokens that leave between layers have had their position ids; only what goes before leaves gaps to close."""
+    with restored(case):
+        if case.honours("compact"):
+            with case.pruned(positions="compact") as pruner:
+                answer(case.model, case.batch)
+            assert pruner.last.positions == pruner.positions == "compact"
+            return
+        for keep in (case.keep, 1.0):
+            with refuses(InvalidOption, "positions='compact': method .* cuts between decoder layers only"):
+                case.wrap(case.model, keep=keep, positions="compact")
+        for positions in ("auto", "keep"):
+            with case.pruned(positions=positions) as pruner:
+                answer(case.model, case.batch)
+            assert pruner.last.positions == pruner.positions == "keep"
+
+
+@cells(methods=IN_LAYERS, kinds=("image",))
 def test_an_average_out_of_reach(case: Case, refuses: Refuses) -> None:
     """Layers in front of the first cut see all tokens, unless some are dropped before the language model."""
     keep = 0.16
