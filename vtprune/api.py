@@ -223,8 +223,8 @@ def _compacts(positions: str, pipeline: Pipeline, inner: nn.Module) -> bool:
     if not pipeline.picks:
         if positions == "compact":
             raise InvalidOption(
-                f"positions='compact': method {pipeline.name!r} cuts between decoder layers only, where every token has "
-                "its position id already: leave positions out, or say 'keep'"
+                f"positions='compact': method {pipeline.name!r} cuts between decoder layers only, where tokens "
+                "have their position ids already: leave positions out, or say 'keep'"
             )
         return False
     return positions == "compact" or (positions == "auto" and not rope_axes(inner.config))

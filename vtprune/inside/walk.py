@@ -36,7 +36,8 @@ class Entry:
 class LayerStack:
     """Equal pictures: `at` (S, n) are the places of their tokens, counted through all B * K of the sequence.
 
-    `origin` (S, n) says which of the N tokens at first they are, `counts` how many stay behind each drop point.
+    `origin` (S, n) says which of the N tokens at first they are, ascending, `counts` how many stay behind each drop
+    point, `protect` (S, m) which of the N stay behind all.
     `depths` (S, N) is how many layers each token has gone through, as far as that is decided; `numbers` are those of
     the pictures.
     """
@@ -50,6 +51,12 @@ class LayerStack:
     counts: tuple[int, ...]
     depths: Tensor
     numbers: tuple[int, ...]
+    protect: Tensor | None = None
+
+    @property
+    def least(self) -> int:
+        """How many tokens stay at every drop point, whatever is decided there."""
+        return 0 if self.protect is None else self.protect.shape[1]
 
     def stays(self, number: int) -> int:
         """How many tokens stay behind a drop point."""
@@ -59,6 +66,8 @@ class LayerStack:
         """What stages see of hidden states (B, K, D), with evidence (B, K) of the drop point and that of before."""
         seen = {name: values.reshape(-1)[self.at] for name, values in glances.items()}
         early = {name: _at_origin(values, self.origin) for name, values in self.evidence.items()}
+        if self.protect is not None:
+            early["protect"] = torch.searchsorted(self.origin.contiguous(), self.protect)
         return VisualTokens(
             features=kernels.take_rows(hidden, self.at),
             parts=self.parts,
@@ -76,6 +85,7 @@ class LayerStack:
             prompt_rows=tuple(self.prompt_rows[row] for row in rows),
             ordinals=tuple(self.ordinals[row] for row in rows),
             evidence={name: values[chosen] for name, values in self.evidence.items()},
+            protect=None if self.protect is None else self.protect[chosen],
             counts=(*self.counts[:number], count, *self.counts[number + 1 :]),
             depths=self.depths[chosen],
             numbers=tuple(self.numbers[row] for row in rows),
@@ -218,7 +228,7 @@ class Walk:
         counter, most = self.stages[number].counter, stack.stays(number)
         assert counter is not None
         with kernels.exact(hidden.device):
-            wanted = counter(stack.tokens(hidden, glances), most).clamp(0, most)
+            wanted = counter(stack.tokens(hidden, glances), most).clamp(stack.least, most)
         rows: dict[int, list[int]] = {}
         for row, count in enumerate(host.read_counts(wanted)):
             rows.setdefault(count, []).append(row)
