@@ -15,6 +15,7 @@ from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM
 import vtprune
 from tests import models
 from tests.integration.common import FRAMES, ONE, fingerprint, hooks_of, write
+from vtprune.catalog import _picks, build
 from vtprune.errors import BackendUnavailable, InvalidOption, MissingEvidence, UnsupportedModel, VtpruneError
 
 NAN = float("nan")
@@ -308,6 +309,32 @@ def test_every_listed_method_is_described(name: str) -> None:
     assert card.title
     assert card.summary
     assert card.deviations
+
+
+@pytest.mark.parametrize(
+    ("name", "cuts", "picks"),
+    [
+        ("identity", "nowhere", "all"),
+        ("visionzip", "before the language model", "dominant then contextual"),
+        ("tome", "inside the encoder", "merged"),
+        ("fastv", "between layers", "attended in front of layer 6.25 % of the depth"),
+        ("pyramiddrop", "between layers", "attended in front of layers 25 %, 50 %, 75 % of the depth"),
+        ("atp", "between layers", "attended then spread in front of layers 12.5 %, 43.8 %, 75 % of the depth"),
+        (
+            "vflowopt",
+            "before the language model and between layers",
+            "best then recycled then deep in front of layers 32.1 %, 64.3 % of the depth",
+        ),
+    ],
+)
+def test_a_description_tells_where_a_method_cuts_and_names_every_pick_once(name: str, cuts: str, picks: str) -> None:
+    lines = str(vtprune.describe(name)).splitlines()
+    assert f"cuts: {cuts}" in lines
+    assert f"picks: {picks}" in lines
+
+
+def test_a_layer_that_has_a_number_is_told_by_it() -> None:
+    assert _picks(build("fastv", {"layer": 2})) == ("attended in front of layer 2",)
 
 
 def test_a_description_gives_parameters_with_their_defaults() -> None:

@@ -53,7 +53,8 @@ def list_families() -> list[str]:
 class MethodCard:
     """What `describe` tells; `str(card)` is for people.
 
-    `parameters` holds defaults, `meanings` what each is for. `published` says per family what the authors set, as
+    `parameters` holds defaults, `meanings` what each is for. `cuts` says where tokens leave, `picks` what chooses those
+    that stay, between layers with the places where it does. `published` says per family what the authors set, as
     arguments of `wrap`, with ` | ` between several budgets. `adaptive` methods take the budget for the most they keep;
     those `in_encoder` drop patches while pictures are encoded, those `in_layers` between decoder layers: for these
     `keep` is an average over layers.
@@ -66,6 +67,7 @@ class MethodCard:
     parameters: Mapping[str, Any]
     meanings: Mapping[str, str]
     needs: tuple[str, ...]
+    cuts: tuple[str, ...]
     picks: tuple[str, ...]
     published: Mapping[str, str]
     deviations: str
@@ -85,6 +87,11 @@ class MethodCard:
         return ", ".join(self.needs) or alone
 
     @property
+    def where(self) -> str:
+        """Where tokens leave, for people."""
+        return " and ".join(self.cuts) or "nowhere"
+
+    @property
     def _keeps(self) -> str:
         if self.adaptive:
             return "at most `keep`, as the picture says"
@@ -99,6 +106,7 @@ class MethodCard:
             f"{self.name}: {self.title} ({self.source})",
             self.summary,
             f"keeps: {self._keeps}",
+            f"cuts: {self.where}",
             f"parameters: {parameters or 'none'}",
             f"needs: {self.reads}",
             f"picks: {' then '.join(self.picks)}",
@@ -126,13 +134,42 @@ def describe(name: str) -> MethodCard:
         parameters=defaults,
         meanings=sections["Args"],
         needs=tuple(sorted(pipeline.needs - {pipeline.survivors})),
-        picks=tuple(pick.name for pick in pipeline.all_picks),
+        cuts=_cuts(pipeline),
+        picks=_picks(pipeline),
         published=sections["Published"],
         deviations=sections[""]["Deviations"],
         adaptive=pipeline.adaptive,
         in_encoder=pipeline.encoder is not None,
         in_layers=bool(pipeline.inside),
     )
+
+
+def _cuts(pipeline: Pipeline) -> tuple[str, ...]:
+    """Where tokens leave."""
+    if pipeline.name == "identity":
+        return ()
+    front = "before the language model" if pipeline.encoder is None else "inside the encoder"
+    return (*([front] if pipeline.picks else []), *(["between layers"] if pipeline.inside else []))
+
+
+def _picks(pipeline: Pipeline) -> tuple[str, ...]:
+    """What chooses: names, and those that choose at the same drop points together, with the layers."""
+    points: dict[str, list[float | int]] = {}
+    for stage in pipeline.inside:
+        for name in dict.fromkeys(pick.name for pick in stage.picks):
+            points.setdefault(name, []).append(stage.at)
+    together: dict[tuple[float | int, ...], list[str]] = {}
+    for name, own in points.items():
+        together.setdefault(tuple(own), []).append(name)
+    inside = (f"{' then '.join(names)} in front of {_layers(own)}" for own, names in together.items())
+    return (*(pick.name for pick in pipeline.picks), *inside)
+
+
+def _layers(points: tuple[float | int, ...]) -> str:
+    """Layers by their number or their share of the depth, for people."""
+    told = [str(at) if isinstance(at, int) else f"{100 * at:.3g} %" for at in points]
+    share = " of the depth" if isinstance(points[-1], float) else ""
+    return f"layer{'s' if len(points) > 1 else ''} {', '.join(told)}{share}"
 
 
 def _read_docstring(text: str) -> tuple[str, dict[str, dict[str, str]]]:
