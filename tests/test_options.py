@@ -15,6 +15,7 @@ from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM
 import vtprune
 from tests import models
 from tests.integration.common import FRAMES, ONE, fingerprint, hooks_of, write
+from vtprune.catalog import _picks, build
 from vtprune.errors import BackendUnavailable, InvalidOption, MissingEvidence, UnsupportedModel, VtpruneError
 
 NAN = float("nan")
@@ -284,6 +285,21 @@ def test_named_positions_are_honoured(model: nn.Module, scheme: str) -> None:
     assert model.vtprune.last.positions == scheme
 
 
+@pytest.mark.parametrize(
+    ("method", "scheme"), [("fastv", "keep"), ("pyramiddrop", "keep"), ("information_horizon", "compact")]
+)
+def test_positions_have_no_gaps_where_all_cuts_lie_between_layers(method: str, scheme: str) -> None:
+    """The report says what becomes of the ids, and nothing without effect can be asked for."""
+    model = vtprune.wrap(models.build("llava", layers=6), method, keep=0.6)
+    write(model, models.inputs(model, ONE))
+    assert model.vtprune.positions == model.vtprune.last.positions == scheme
+    vtprune.unwrap(model)
+    if scheme == "keep":
+        with pytest.raises(InvalidOption, match=f"positions='compact': method '{method}' cuts between decoder layers"):
+            vtprune.wrap(model, method, keep=0.6, positions="compact")
+    vtprune.wrap(model, method, keep=0.6, positions=scheme)
+
+
 @pytest.mark.parametrize("name", vtprune.list_methods())
 def test_every_listed_method_is_described(name: str) -> None:
     card = vtprune.describe(name)
@@ -293,6 +309,32 @@ def test_every_listed_method_is_described(name: str) -> None:
     assert card.title
     assert card.summary
     assert card.deviations
+
+
+@pytest.mark.parametrize(
+    ("name", "cuts", "picks"),
+    [
+        ("identity", "nowhere", "all"),
+        ("visionzip", "before the language model", "dominant then contextual"),
+        ("tome", "inside the encoder", "merged"),
+        ("fastv", "between layers", "attended in front of layer 6.25 % of the depth"),
+        ("pyramiddrop", "between layers", "attended in front of layers 25 %, 50 %, 75 % of the depth"),
+        ("atp", "between layers", "attended then spread in front of layers 12.5 %, 43.8 %, 75 % of the depth"),
+        (
+            "vflowopt",
+            "before the language model and between layers",
+            "best then recycled then deep in front of layers 32.1 %, 64.3 % of the depth",
+        ),
+    ],
+)
+def test_a_description_tells_where_a_method_cuts_and_names_every_pick_once(name: str, cuts: str, picks: str) -> None:
+    lines = str(vtprune.describe(name)).splitlines()
+    assert f"cuts: {cuts}" in lines
+    assert f"picks: {picks}" in lines
+
+
+def test_a_layer_that_has_a_number_is_told_by_it() -> None:
+    assert _picks(build("fastv", {"layer": 2})) == ("attended in front of layer 2",)
 
 
 def test_a_description_gives_parameters_with_their_defaults() -> None:

@@ -280,6 +280,22 @@ def test_no_option_adds_a_read(name: str, options: dict[str, Any], monkeypatch: 
     assert sum(waits.ours.values()) == 1, waits.ours
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_forced_tokens_are_read_where_they_are_given_and_not_at_every_cut(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They come from the host, so that a method of three cuts reads no more of them than one of a single cut."""
+    found = []
+    for method in ("random", "pyramiddrop"):
+        model = wrapped(name, method)
+        inputs = models.inputs(model, ONE)
+        with watched(monkeypatch) as waits, model.vtprune.using(protect=[[1, 2]], forbid=[[3]]):
+            logits(model, inputs)
+        assert {1, 2} <= set(model.vtprune.last.segments[0].keep.tolist())
+        found.append(sum(waits.ours.values()))
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("name", VIDEO_FAMILIES)
 def test_a_prefill_of_clips_reads_the_device_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = wrapped(name, "vtprune")

@@ -210,7 +210,7 @@ def mebibytes(count: int) -> str:
     return f"{count / 2**20:.2f} MiB"
 
 
-METHOD_COLUMNS = ("method", "what it does", "source", "needs", "parameters")
+METHOD_COLUMNS = ("method", "what it does", "cuts", "source", "needs", "parameters")
 FAMILY_COLUMNS = ("family", "model types", "inputs", "notes", "tested on")
 
 
@@ -222,7 +222,7 @@ def method_rows() -> list[tuple[str, ...]]:
     for name in list_methods():
         card = describe(name)
         parameters = ", ".join(f"{key}={value!r}" for key, value in card.parameters.items()) or "-"
-        rows.append((name, card.summary.rstrip("."), card.source, card.reads, parameters))
+        rows.append((name, card.summary.rstrip("."), card.where, card.source, card.reads, parameters))
     return rows
 
 

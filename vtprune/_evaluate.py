@@ -26,11 +26,13 @@ _KEEP = ("0.5", "0.25", "0.11", "0.05")
 _FOR_CLIPS = ("llava_next_video", "video_llava")
 _EXAMPLES = """Drawn scenes with questions whose answers are known: how often is the model right from fewer tokens?
 Always in the table: the unpruned model (identity), random and uniform tokens, averages (pool), a smaller picture
-(downsample), tokens chosen by who knows where the things are (oracle), and another picture (blind).
+(downsample), tokens chosen by who knows where the things are (oracle), and another picture (blind). Beside methods that
+cut between layers: random tokens at the same cuts (random@ and the layers; 0 is in front of the language model).
 
   vtprune eval --samples 20                            a first look at the bundled model
   vtprune eval --csv out.csv --markdown out.md --plot out.png
   vtprune eval --model ./my-llava --methods divprune vtprune --keep 0.25 64 --csv mine.csv
+  vtprune eval --methods fastv pyramiddrop --keep 0.5 0.33 0.25 --markdown cuts.md
   vtprune eval --split dev --seed 1 --samples 500 --csv dev.csv
   vtprune eval --from-csv out.csv --markdown out.md    the page again, nothing is run
 
@@ -223,18 +225,19 @@ def _shown(rows: Sequence[Row]) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    from vtprune.eval.markdown import INSIDE, best_lines, main_cells, main_kind
+    from vtprune.eval.markdown import INSIDE, best_lines, gap, in_order, main_cells, main_kind, without_a_number
 
     kind = main_kind(rows)
-    names = ("method", "keep", "tokens", "accuracy %", "objects %", "above random")
+    chance = ["above chance"] if any(row["control"] for row in rows) else []
+    names = ("method", "keep", "tokens", "accuracy %", "objects %", "above random", *chance)
     table = Table(header_style="bold", box=None, pad_edge=False, title=f"{kind}, 95 % intervals", title_justify="left")
     for name in names:
         table.add_column(name, overflow="fold")
-    for row in rows:
-        if row["kind"] == kind:
-            table.add_row(*(Text(cell) for cell in (row["method"], row["keep"], *_few(main_cells(row)))))
+    for row in in_order([row for row in rows if row["kind"] == kind]):
+        cells = (row["method"], row["keep"], *_few(main_cells(row)), *([gap(row, "minus_control")] if chance else []))
+        table.add_row(*map(Text, cells))
     lines = [f"{INSIDE}: inside the noise", *(line.replace("`", "") for line in best_lines(rows, kind))]
-    reasons = dict.fromkeys(f"{row['method']}: {row['reason']}" for row in rows if row["note"])
+    reasons = [f"{row['method']}: {row['reason']}" for row in without_a_number(rows)]
     return Group(table, *(Text(line) for line in (*lines, *reasons)))
 
 

@@ -57,7 +57,7 @@ def wrap(
         per: what `keep` applies to: each `"image"` (a clip counts as one), each `"part"` (crop, tile, frame), or the
             whole `"prompt"`.
         positions: `"compact"` closes the gaps that pruning leaves in the position ids, `"keep"` leaves the ids alone,
-            `"auto"` compacts on 1-D RoPE and keeps on M-RoPE.
+            `"auto"` compacts on 1-D RoPE and keeps on M-RoPE. Cuts between decoder layers always keep them.
         backend: `"auto"`, `"torch"` or `"triton"`.
         debias: to take off attention: True or `"recency"`, `"cubic"`, `"sinks"`, `"padding"`, `"trend"`; in methods
             that cut between layers also `"rope"` or `"massive"`; or a debiaser.
@@ -83,7 +83,7 @@ def wrap(
     inner = find_base(model)
     _check_options(pipeline, budget, history, on_report)
     _warn_of_one(keep)
-    options = {"compact": _compacts(positions, inner), "backend": choose_backend(backend)}
+    options = {"compact": _compacts(positions, pipeline, inner), "backend": choose_backend(backend)}
     pruner = _pruner(inner, pipeline, budget, measured, on_report=on_report, history=history, **options)
     pruner.install(shells(model, inner))
     return model
@@ -224,7 +224,15 @@ def _check_encoder(method: str, stage: EncoderStage, tower: Tower, encoder: str)
         raise UnsupportedModel(f"method {method!r} prunes by the CLS token, and {encoder} has none")
 
 
-def _compacts(positions: str, inner: nn.Module) -> bool:
+def _compacts(positions: str, pipeline: Pipeline, inner: nn.Module) -> bool:
+    """Whether gaps in the position ids are closed; there are none where no token leaves before the language model."""
     if positions not in ("auto", "compact", "keep"):
         raise InvalidOption(f"positions={positions!r}: expected 'auto', 'compact' or 'keep'")
+    if (pipeline.inside or pipeline.cache) and not pipeline.picks:
+        if positions == "compact":
+            raise InvalidOption(
+                f"positions='compact': method {pipeline.name!r} cuts nothing in front of the language model, and inside "
+                "tokens have their position ids already: leave positions out, or say 'keep'"
+            )
+        return False
     return positions == "compact" or (positions == "auto" and not rope_axes(inner.config))

@@ -53,11 +53,12 @@ def list_families() -> list[str]:
 class MethodCard:
     """What `describe` tells; `str(card)` is for people.
 
-    `parameters` holds defaults, `meanings` what each is for. `published` says per family what the authors set, as
+    `parameters` holds defaults, `meanings` what each is for. `cuts` says where tokens leave, `picks` what chooses those
+    that stay, between layers with the places where it does. `published` says per family what the authors set, as
     arguments of `wrap`, with ` | ` between several budgets. `adaptive` methods take the budget for the most they keep;
     those `in_encoder` drop patches while pictures are encoded, those `in_layers` between decoder layers: for these
-    `keep` is an average over layers. Those that do not `drop` keep every token; `in_attention` says that they change
-    attention inside the language model.
+    `keep` is an average over layers. Those `in_cache` only store fewer. Those that do not `drop` keep every token;
+    `in_attention` says that they change attention inside the language model.
     """
 
     name: str
@@ -67,6 +68,7 @@ class MethodCard:
     parameters: Mapping[str, Any]
     meanings: Mapping[str, str]
     needs: tuple[str, ...]
+    cuts: tuple[str, ...]
     picks: tuple[str, ...]
     published: Mapping[str, str]
     deviations: str
@@ -74,6 +76,7 @@ class MethodCard:
     in_encoder: bool
     in_layers: bool
     in_attention: bool
+    in_cache: bool
     drops: bool
 
     @property
@@ -90,11 +93,18 @@ class MethodCard:
         return ", ".join(self.needs) or alone
 
     @property
+    def where(self) -> str:
+        """Where tokens leave, for people."""
+        return " and ".join(self.cuts) or "nowhere"
+
+    @property
     def _keeps(self) -> str:
         if not self.drops:
             return "everything: no other `keep` than 1.0 is taken"
         if self.adaptive:
             return "at most `keep`, as the picture says"
+        if self.in_cache:
+            return "everything; the KV cache of every layer stores `keep`"
         return "`keep` on average over decoder layers" if self.in_layers else "exactly `keep`"
 
     def __str__(self) -> str:
@@ -106,6 +116,7 @@ class MethodCard:
             f"{self.name}: {self.title} ({self.source})",
             self.summary,
             f"keeps: {self._keeps}",
+            f"cuts: {self.where}",
             f"parameters: {parameters or 'none'}",
             f"needs: {self.reads}",
             f"picks: {' then '.join(self.picks) or 'none'}",
@@ -133,15 +144,47 @@ def describe(name: str) -> MethodCard:
         parameters=defaults,
         meanings=sections["Args"],
         needs=tuple(sorted(pipeline.needs - {pipeline.survivors})),
-        picks=tuple(pick.name for pick in pipeline.all_picks),
+        cuts=_cuts(pipeline),
+        picks=_picks(pipeline),
         published=sections["Published"],
         deviations=sections[""]["Deviations"],
         adaptive=pipeline.adaptive,
         in_encoder=pipeline.encoder is not None,
         in_layers=bool(pipeline.inside),
         in_attention=pipeline.attention is not None,
+        in_cache=pipeline.cache is not None,
         drops=pipeline.drops,
     )
+
+
+def _cuts(pipeline: Pipeline) -> tuple[str, ...]:
+    """Where tokens leave."""
+    if pipeline.name == "identity":
+        return ()
+    front = "before the language model" if pipeline.encoder is None else "inside the encoder"
+    places = {front: pipeline.picks, "between layers": pipeline.inside, "in the KV cache": pipeline.cache}
+    return tuple(place for place, cut in places.items() if cut)
+
+
+def _picks(pipeline: Pipeline) -> tuple[str, ...]:
+    """What chooses: names, and those that choose at the same drop points together, with the layers."""
+    points: dict[str, list[float | int]] = {}
+    for stage in pipeline.inside:
+        for name in dict.fromkeys(pick.name for pick in stage.picks):
+            points.setdefault(name, []).append(stage.at)
+    together: dict[tuple[float | int, ...], list[str]] = {}
+    for name, own in points.items():
+        together.setdefault(tuple(own), []).append(name)
+    inside = (f"{' then '.join(names)} in front of {_layers(own)}" for own, names in together.items())
+    cached = () if pipeline.cache is None else (f"{pick.name} in every layer" for pick in pipeline.cache.picks)
+    return (*(pick.name for pick in pipeline.picks), *inside, *cached)
+
+
+def _layers(points: tuple[float | int, ...]) -> str:
+    """Layers by their number or their share of the depth, for people."""
+    told = [str(at) if isinstance(at, int) else f"{100 * at:.3g} %" for at in points]
+    share = " of the depth" if isinstance(points[-1], float) else ""
+    return f"layer{'s' if len(points) > 1 else ''} {', '.join(told)}{share}"
 
 
 def _read_docstring(text: str) -> tuple[str, dict[str, dict[str, str]]]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vtprune.errors import UnsupportedCall
 from vtprune.types import Modality, Part
 
-DROPPED = -2
+DROPPED, PROTECTED = -2, -1
 NOT_FINITE = (
     "{} of the pictures hold NaN or infinity: nothing can be chosen by them. Look at the pixels, or run the "
     "encoder in a wider dtype (bfloat16 or float32 instead of float16)"

@@ -87,6 +87,8 @@ EDITING = tuple(method for method in METHODS if PIPELINES[method].attention is n
 NEUTRAL_SETTINGS: dict[str, dict[str, Any]] = {"attention_sink": {"share": 1.0}}
 IN_LAYERS = tuple(method for method in METHODS if PIPELINES[method].inside)
 """Methods that prune between the decoder layers."""
+ONLY_INSIDE = tuple(method for method, one in PIPELINES.items() if (one.inside or one.cache) and not one.picks)
+"""Methods that drop nothing in front of the language model: position ids have no gaps that could be closed."""
 LEAVING = tuple(m for m in IN_LAYERS if any(stage.counter is not None for stage in PIPELINES[m].inside))
 """Those of them that let all tokens of a picture go or not: the budget is only the most."""
 FILTERING = tuple(m for m in LEAVING if any(isinstance(s.counter, Passing) for s in PIPELINES[m].inside))
@@ -186,7 +188,11 @@ class Case:
     @property
     def positions(self) -> str:
         """The position mode that `auto` stands for."""
-        return "keep" if self.mrope else "compact"
+        return "keep" if self.mrope or not self.honours("compact") else "compact"
+
+    def honours(self, positions: str) -> bool:
+        """Whether the method takes a position mode, or refuses it as one without effect."""
+        return positions != "compact" or self.method not in ONLY_INSIDE
 
     @property
     def model(self) -> nn.Module:

@@ -11,7 +11,7 @@ import torch
 import vtprune
 from tests.contracts import cases
 from tests.contracts.state import snapshot
-from vtprune.errors import UnsupportedModel
+from vtprune.errors import InvalidOption, UnsupportedModel
 
 
 @pytest.fixture(autouse=True)
@@ -28,14 +28,20 @@ def _leave_models_unwrapped(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
     """Where the library refuses to prune a case, a test may end in that refusal, and is counted as refused."""
-    case = getattr(pyfuncitem, "callspec", None) and pyfuncitem.callspec.params.get("case")
-    if not isinstance(case, cases.Case) or not case.refused:
+    params = pyfuncitem.callspec.params if hasattr(pyfuncitem, "callspec") else {}
+    case = params.get("case")
+    if not isinstance(case, cases.Case):
+        return (yield)
+    said = "inside the encoder" if case.refused else ""
+    if not case.honours(params.get("positions", "auto")):
+        said = "cuts nothing in front of the language model"
+    if not said:
         return (yield)
     before = snapshot(case.model)
     try:
         return (yield)
-    except UnsupportedModel as error:
-        if "inside the encoder" not in str(error):
+    except (UnsupportedModel, InvalidOption) as error:
+        if said not in str(error):
             raise
         pyfuncitem.user_properties.append(("refused", str(error)))
         assert snapshot(case.model) == before

@@ -155,22 +155,45 @@ def test_evidence_that_does_not_fit(case: Case, refuses: Refuses) -> None:
 
 
 @cells(methods=IN_LAYERS)
-def test_tokens_that_cannot_be_forced_between_layers(case: Case, refuses: Refuses) -> None:
+def test_evidence_that_does_not_fit_between_layers(case: Case, refuses: Refuses) -> None:
+    """Glances cannot be given, and tokens are forced only as far as every cut can honour it."""
     with restored(case), case.pruned(case.prompts[:1]) as pruner:
         first = answer(case.model, case.rows[0])
+        n = pruner.last.segments[0].n
         glances = {name: [torch.zeros(3)] for name in pruner.pipeline.needs - pruner.pipeline.asked}
         for evidence in ({"mood": [torch.zeros(3)]}, *({name: scores} for name, scores in glances.items())):
             with refuses(InvalidOption, "does not read"), pruner.using(**evidence):
                 pass
-        for evidence in ({"protect": [torch.tensor([1])]}, {"forbid": [torch.tensor([1])]}):
-            with refuses(UnsupportedCall, "no token can be forced"), pruner.using(**evidence):
+        for evidence, message in (
+            ({"protect": [torch.arange(n)]}, f"{n} tokens protected, but only"),
+            ({"protect": [torch.tensor([10_000])]}, "indices must lie"),
+            ({"forbid": [torch.arange(n)]}, f"{n} of {n} tokens forbidden"),
+        ):
+            with refuses(UnsupportedCall, message), pruner.using(**evidence):
                 answer(case.model, case.rows[0])
-        five = {name: [torch.tensor([1])] * 5 for name in pruner.pipeline.needs - glances.keys()}
-        if five:
-            with refuses(UnsupportedCall, "5 rows"), pruner.using(**five):
-                answer(case.model, case.rows[0])
+        five = {name: [torch.tensor([1])] * 5 for name in ("protect", *(pruner.pipeline.needs - glances.keys()))}
+        with refuses(UnsupportedCall, "5 rows"), pruner.using(**five):
+            answer(case.model, case.rows[0])
         again = answer(case.model, case.rows[0])
         assert torch.equal(again.logits, first.logits)
+
+
+@cells(methods=IN_LAYERS, kinds=("image",))
+def test_gaps_that_there_are_not(case: Case, refuses: Refuses) -> None:
+    """Tokens that leave between layers have had their position ids; only what goes before leaves gaps to close."""
+    with restored(case):
+        if case.honours("compact"):
+            with case.pruned(positions="compact") as pruner:
+                answer(case.model, case.batch)
+            assert pruner.last.positions == pruner.positions == "compact"
+            return
+        for keep in (case.keep, 1.0):
+            with refuses(InvalidOption, "positions='compact': method .* cuts between decoder layers only"):
+                case.wrap(case.model, keep=keep, positions="compact")
+        for positions in ("auto", "keep"):
+            with case.pruned(positions=positions) as pruner:
+                answer(case.model, case.batch)
+            assert pruner.last.positions == pruner.positions == "keep"
 
 
 @cells(methods=IN_LAYERS, kinds=("image",))

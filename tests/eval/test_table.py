@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import itertools
 from pathlib import Path
@@ -128,6 +129,19 @@ def test_the_csv_holds_everything(tmp_path: Path) -> None:
     assert path.read_text().splitlines()[0] == ",".join(COLUMNS)
     assert read_csv(path) == ROWS
     assert as_markdown(read_csv(path)) == as_markdown(ROWS)
+
+
+def test_a_table_from_before_chance_at_cuts_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    older = [column for column in COLUMNS if "control" not in column]
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, older, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(ROWS)
+    assert read_csv(path) == ROWS
+    path.write_text(path.read_text().replace("minus_best_high,", "minus_best_high,minus_control,"))
+    with pytest.raises(InvalidOption, match="is no table of"):
+        read_csv(path)
 
 
 @pytest.mark.parametrize("text", ["", "a,b\n1,2\n", ",".join(COLUMNS) + "\n", ",".join(COLUMNS) + "\n1,2\n"])

@@ -164,20 +164,6 @@ def test_where_picks_come_first_any_share_can_be_had(method):
     assert abs(pruner.last.average - 0.05 * 16) <= 0.5
 
 
-FORCED = [(method, name) for name in ("protect", "forbid") for method in BUDGETS]
-
-
-@pytest.mark.parametrize(("method", "forced"), FORCED)
-def test_tokens_cannot_be_forced(method, forced):
-    model = model_of("llava")
-
-    def refused():
-        with model.vtprune.using(**{forced: [[0, 1]]}):
-            answer(model, models.inputs(model, ONE))
-
-    right_after(model, method, refused, UnsupportedCall, "cuts between layers")
-
-
 def test_what_is_read_in_the_layers_cannot_be_given():
     model = model_of("llava")
     with pruned(model, "fastv") as pruner:

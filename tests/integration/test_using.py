@@ -57,7 +57,7 @@ BETWEEN = [
 ]
 """Methods that prune between encoder and language model and need no evidence but the model's.
 
-Inside either of them no token can be forced: see law 6.
+Inside the encoder no token can be forced, see law 6; inside the language model see `tests/inside/test_forced.py`.
 """
 
 

@@ -50,7 +50,7 @@ def random(batch: Batch, keep: float | int) -> Answers:
         chosen: list[int] = build("random", {"seed": item.seed}).run(tokens, k).keep[0].tolist()
         return chosen
 
-    return batch.answer("random", keep, protect=[drawn(item) for item in batch.items])
+    return batch.answer("random", keep, evidence={"protect": [drawn(item) for item in batch.items]})
 
 
 def oracle(batch: Batch, keep: float | int) -> Answers:
@@ -58,7 +58,7 @@ def oracle(batch: Batch, keep: float | int) -> Answers:
     evenly over the rest. It is told where the things are, not what is asked."""
     k = batch.count(keep)
     chosen = [in_turn(coverage(item.views, batch.parts))[:k] for item in batch.items]
-    return batch.answer("uniform", keep, protect=chosen)
+    return batch.answer("uniform", keep, evidence={"protect": chosen})
 
 
 def downsample(batch: Batch, keep: float | int) -> Answers:

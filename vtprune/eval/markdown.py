@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from vtprune.eval.arms import OWN, WHOLE, about
+from vtprune.eval.controls import ABOUT, is_control
 from vtprune.eval.intervals import FEW
 from vtprune.eval.questions import OBJECT_SHARE
-from vtprune.eval.runner import NO_EVIDENCE
+from vtprune.eval.runner import NO_EVIDENCE, OUT_OF_REACH
 from vtprune.eval.table import ALL, ALL_BUT_COUNT, TOLD, Row
 from vtprune.tiny.scenes import KINDS
 
@@ -36,10 +37,11 @@ def as_markdown(rows: Sequence[Row], plot: str | None = None) -> str:
         *_legend(),
         *(f"- {line}" for line in best_lines(rows, main)),
         "",
+        *_against_chance([row for row in rows if row["kind"] == main]),
     ]
     for keep in budgets(rows):
         lines += [f"## Every kind, keep {keep}", "", *_kind_table(rows, keep), ""]
-    reasons = dict.fromkeys(f"- `{row['method']}`, {row['note']}: {row['reason']}" for row in rows if row["note"])
+    reasons = [f"- `{row['method']}`, {row['note']}: {row['reason']}" for row in without_a_number(rows)]
     lines += ["## Without a number", "", *reasons, ""] if reasons else []
     lines += ["## What methods are measured against", "", *_arms(rows)]
     return "\n".join(lines) + "\n"
@@ -76,28 +78,76 @@ def _main_table(rows: Sequence[Row], kind: str) -> Iterator[str]:
         "| object tokens kept % | points above `random` |"
     )
     yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
+    for row in in_order([row for row in rows if row["kind"] == kind]):
+        cells = [f"`{row['method']}`", row["keep"], *main_cells(row)]
+        yield f"| {' | '.join(cells)} |"
+
+
+def in_order(rows: Sequence[Row]) -> list[Row]:
+    """Rows of one kind as they are shown: last those without a number, one for all budgets that share a note."""
+    bare: dict[tuple[str, str], Row] = {}
     for row in rows:
-        if row["kind"] == kind:
-            cells = [f"`{row['method']}`", row["keep"], *main_cells(row)]
-            yield f"| {' | '.join(cells)} |"
+        if row["note"]:
+            before = bare.get((row["method"], row["note"]))
+            keep = row["keep"] if before is None else f"{before['keep']}, {row['keep']}"
+            bare[row["method"], row["note"]] = {**row, "keep": keep}
+    return [*(row for row in rows if not row["note"]), *bare.values()]
+
+
+def without_a_number(rows: Sequence[Row]) -> list[Row]:
+    """One row for every reason why there is none; that an average is out of reach is one reason for all budgets."""
+    found: dict[tuple[str, ...], Row] = {}
+    for row in rows:
+        if row["note"]:
+            reason = "" if row["note"].startswith(OUT_OF_REACH) else row["reason"]
+            found.setdefault((row["method"], row["note"], reason), row)
+    return list(found.values())
 
 
 def main_cells(row: Row) -> list[str]:
     """Tokens, accuracy, share, agreement, recall and the difference to `random`, for people."""
     if row["note"]:
         return ["", row["note"], *[""] * 4]
-    accuracy = f"{_percent(row['accuracy'])} [{_percent(row['low'])}, {_percent(row['high'])}]"
     kept = f"{row['kept']} of {row['tokens']}"
+    accuracy = _accuracy(row)
     others = [_percent(row[name]) if row[name] else "" for name in ("share", "agreement", "object_recall")]
-    return [kept, accuracy, *others, _gap(row)]
+    return [kept, accuracy, *others, gap(row)]
 
 
-def _gap(row: Row) -> str:
-    if not row["minus_random"] or row["method"] == "random":
+def _accuracy(row: Row) -> str:
+    return f"{_percent(row['accuracy'])} [{_percent(row['low'])}, {_percent(row['high'])}]"
+
+
+def gap(row: Row, other: str = "minus_random") -> str:
+    """The paired difference to another row, for people; empty where there is none."""
+    if not row[other] or row["method"] == "random":
         return ""
-    interval = f"[{_signed(row['minus_random_low'])}, {_signed(row['minus_random_high'])}]"
-    mark = f"{INSIDE} " if inside_noise(row, "minus_random") else ""
-    return f"{mark}{_signed(row['minus_random'])} {interval}"
+    interval = f"[{_signed(row[f'{other}_low'])}, {_signed(row[f'{other}_high'])}]"
+    mark = f"{INSIDE} " if inside_noise(row, other) else ""
+    return f"{mark}{_signed(row[other])} {interval}"
+
+
+def _against_chance(rows: Sequence[Row]) -> Iterator[str]:
+    """Of rows of one kind, methods that cut between layers, each beside chance at the same cuts."""
+    found = {(row["method"], row["keep"]): row for row in rows if not row["note"]}
+    methods = [row for row in rows if row["control"]]
+    if not methods:
+        return
+    yield "## Cuts between layers, and chance at the same cuts"
+    yield ""
+    yield (
+        "Behind `random@` are the layers that are cut in front of, 0 being the front of the language model: as many "
+        "tokens leave there as with the method, but chance decides which. Tokens are averages over layers, as measured."
+    )
+    yield ""
+    yield "| method | keep | tokens in a layer | accuracy % | chance | accuracy of chance % | points above chance |"
+    yield "| --- | --- | --- | --- | --- | --- | --- |"
+    for row in in_order(methods):
+        other = found.get((row["control"], row["keep"]))
+        cells = main_cells(row)[:2]
+        cells += [f"`{row['control']}`", _accuracy(other) if other else "", gap(row, "minus_control")]
+        yield f"| `{row['method']}` | {row['keep']} | {' | '.join(cells)} |"
+    yield ""
 
 
 def inside_noise(row: Row, difference: str) -> bool:
@@ -141,7 +191,7 @@ def _kind_table(rows: Sequence[Row], keep: str) -> Iterator[str]:
     yield f"| accuracy % | {' | '.join(f'{kind} ({asked.get(kind, 0)})' for kind in kinds)} |"
     yield f"| --- {'| --- ' * len(kinds)}|"
     shown = [row for row in rows if row["method"] in WHOLE or row["keep"] == keep]
-    for method in dict.fromkeys(row["method"] for row in shown):
+    for method in dict.fromkeys(row["method"] for row in sorted(shown, key=lambda row: bool(row["note"]))):
         cells = {row["kind"]: _cell(row) for row in shown if row["method"] == method}
         yield f"| `{method}` | {' | '.join(cells[kind] for kind in kinds)} |"
 
@@ -157,6 +207,8 @@ def _arms(rows: Sequence[Row]) -> Iterator[str]:
     for method in (*WHOLE, *OWN):
         if about(method) and any(row["method"] == method for row in rows):
             yield f"- `{method}`: {about(method)}"
+    if any(is_control(row["method"]) for row in rows):
+        yield f"- `random@` and layers: {ABOUT}"
     if any(row["note"] == NO_EVIDENCE for row in rows):
         yield f"- {NO_EVIDENCE}: the method reads something that this model does not give."
 

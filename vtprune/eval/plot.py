@@ -9,6 +9,7 @@ from typing import Any
 
 from vtprune.errors import BackendUnavailable, InvalidOption
 from vtprune.eval.arms import OWN, WHOLE
+from vtprune.eval.controls import is_control
 from vtprune.eval.markdown import main_kind
 from vtprune.eval.table import Row
 
@@ -32,18 +33,21 @@ def check_plot(path: Path) -> None:
 
 def draw_plot(rows: Sequence[Row], path: Path) -> None:
     """Accuracy with 95 % intervals: a line for each method, or, of many methods, a panel for each budget with a row for
-    each, the best at the smallest budget on top. The unpruned and the blind model go across.
+    each, the best at the smallest budget on top and those that do not reach it below, the best at the next one first.
+    The unpruned and the blind model go across.
 
     Raises:
         BackendUnavailable: where matplotlib is not installed.
     """
     check_plot(path)
     kind = main_kind(rows)
-    shown = [row for row in rows if row["kind"] == kind and not row["note"]]
+    every = [row for row in rows if row["kind"] == kind]
+    shown = [row for row in every if not row["note"]]
     methods = [method for method in dict.fromkeys(row["method"] for row in shown) if method not in WHOLE]
-    draw = _draw_lines if len(methods) <= _MOST_LINES else _draw_panels
     title = f"{rows[0]['model']}, {rows[0]['scenes']} {rows[0]['split']} {rows[0]['about']}, {kind}"
-    draw(shown, methods, title).savefig(path, metadata={"Software": None})
+    few = len(methods) <= _MOST_LINES
+    figure = _draw_lines(shown, methods, title) if few else _draw_panels(every, methods, title)
+    figure.savefig(path, metadata={"Software": None})
 
 
 def _draw_lines(shown: Sequence[Row], methods: Sequence[str], title: str) -> Any:
@@ -76,9 +80,9 @@ def _draw_panels(shown: Sequence[Row], methods: Sequence[str], title: str) -> An
     budgets = list(dict.fromkeys(row["keep"] for row in pruned))
     found = {(row["method"], row["keep"]): row for row in pruned}
 
-    def worth(method: str) -> float:
-        row = found.get((method, budgets[-1]))
-        return -1.0 if row is None else float(row["accuracy"])
+    def worth(method: str) -> list[float]:
+        rows = [found.get((method, budget)) for budget in reversed(budgets)]
+        return [float(row["accuracy"]) if row is not None and not row["note"] else -1.0 for row in rows]
 
     order = sorted(methods, key=worth)
     figure = Figure(figsize=(3 * len(budgets) + 1.5, 0.22 * len(order) + 1.2), dpi=120, layout="constrained")
@@ -89,10 +93,7 @@ def _draw_panels(shown: Sequence[Row], methods: Sequence[str], title: str) -> An
         for place, method in enumerate(order):
             row = found.get((method, budget))
             if row is not None:
-                at, low, high = (100 * float(row[name]) for name in ("accuracy", "low", "high"))
-                colour = "0.45" if method in OWN else "C0"
-                axes.hlines(place, low, high, color=colour, linewidth=1.2)
-                axes.plot(at, place, "D" if method in OWN else "o", color=colour, markersize=4)
+                _draw_row(axes, place, row)
         axes.set_title(f"keep {budget}", fontsize=9)
         axes.set_yticks(range(len(order)), order, fontsize=8)
         axes.set_xlabel("accuracy, %", fontsize=8)
@@ -100,6 +101,18 @@ def _draw_panels(shown: Sequence[Row], methods: Sequence[str], title: str) -> An
     panels[0].legend(fontsize=7, loc="lower left")
     figure.suptitle(title, fontsize=10)
     return figure
+
+
+def _draw_row(axes: Any, place: int, row: Row) -> None:
+    """Accuracy and interval of one method at one budget, or why there is none."""
+    if row["note"]:
+        side = axes.get_yaxis_transform()
+        axes.text(0.02, place, row["note"], transform=side, fontsize=6, color="0.5", va="center")
+        return
+    at, low, high = (100 * float(row[name]) for name in ("accuracy", "low", "high"))
+    measure = row["method"] in OWN or is_control(row["method"])
+    axes.hlines(place, low, high, color="0.45" if measure else "C0", linewidth=1.2)
+    axes.plot(at, place, "D" if measure else "o", color="0.45" if measure else "C0", markersize=4)
 
 
 def _levels(shown: Sequence[Row]) -> list[tuple[str, str, float]]:
@@ -120,7 +133,7 @@ def _draw_line(axes: Any, rows: Sequence[Row], number: int, lines: int) -> None:
         [accuracy for _, accuracy, _, _ in points],
         yerr=[below, above],
         label=method,
-        linestyle=_DASHES.get(method, "-"),
+        linestyle=":" if is_control(method) else _DASHES.get(method, "-"),
         marker=_MARKS[number % len(_MARKS)],
         color=f"C{number % 10}",
         markersize=4,

@@ -8,25 +8,32 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vtprune.catalog import build
-from vtprune.errors import MissingEvidence, UnsupportedCall, VtpruneError
-from vtprune.eval.arms import OWN, REVISION, WHOLE, Step, arm_of, readings
+from vtprune.errors import InvalidOption, MissingEvidence, UnsupportedCall, VtpruneError
+from vtprune.eval.arms import OWN, REVISION, WHOLE, Arm, Step, arm_of, readings
+from vtprune.eval.controls import Control, controlled, controls
 from vtprune.eval.questions import Item, object_tokens
 from vtprune.eval.store import Record, Store
 from vtprune.eval.subject import Answers, Batch, Subject
 from vtprune.seam import find_base
 
 NO_EVIDENCE, NOT_POSSIBLE = "no evidence", "not possible"
+OUT_OF_REACH = f"{NOT_POSSIBLE}, reaches"
+"""Goes on with the lowest and the highest average over layers there is."""
 
 
 @dataclass(kw_only=True)
 class Result:
-    """A row of the plan over all questions; where it could not be run, `note` says so in two words and `reason` why."""
+    """A row of the plan over all questions; where it could not be run, `note` says so in few words and `reason` why.
+
+    `control` names the row of chance at the cuts of a method that cuts between layers.
+    """
 
     method: str
     keep: float | int
     words: list[str] = field(default_factory=list)
-    kept: list[int] = field(default_factory=list)
+    kept: list[float] = field(default_factory=list)
     recall: list[float | None] = field(default_factory=list)
+    control: str = ""
     note: str = ""
     reason: str = ""
 
@@ -40,7 +47,9 @@ def evaluate(
     store: Store | None = None,
     on_step: Callable[[int, int, str], None] | None = None,
 ) -> list[Result]:
-    """Answer every question under every step of the plan.
+    """Answer every question under every step of the plan, and by chance at the cuts of its methods between layers.
+
+    Chance at averages that those cuts do not reach has no row: that of the method says so.
 
     Args:
         items: from `draw_items`.
@@ -52,33 +61,40 @@ def evaluate(
     Raises:
         The errors of `wrap` where the unpruned model cannot be run; those of methods and arms become notes.
     """
-    find_base(subject.model)
     store = Store(None, {}) if store is None else store
-    results = [Result(method=method, keep=keep) for method, keep in steps]
-    wanted, total, done = readings(steps), math.ceil(len(items) / batch) * len(steps), 0
+    known = controls(find_base(subject.model), [method for method, _ in steps])
+    arms = {control.name: control for control in known.values()}
+    results = [
+        Result(method=method, keep=keep, control=known[method].name if method in known else "")
+        for method, keep in controlled(steps, known)
+    ]
+    wanted, total, done = readings(steps), math.ceil(len(items) / batch) * len(results), 0
     for first in range(0, len(items), batch):
         asked = Batch(subject=subject, items=tuple(items[first : first + batch]), readings=wanted)
         for result in results:
             if not result.note:
-                _run(result, asked, first, store)
+                control = known.get(result.method) or arms.get(result.method)
+                _run(result, asked, first, store, control)
             done += 1
             if on_step is not None:
                 on_step(done, total, result.method)
-    return results
+    return [result for result in results if result.method not in arms or not result.note.startswith(OUT_OF_REACH)]
 
 
-def _run(result: Result, asked: Batch, first: int, store: Store) -> None:
-    """Add the answers of one batch to a result, or the reason why there are none."""
-    recipe = _recipe(result.method)
+def _run(result: Result, asked: Batch, first: int, store: Store, control: Control | None) -> None:
+    """Add the answers of one batch to a result, or the reason why there are none; a control is its own."""
+    own = control if control is not None and control.name == result.method else None
+    recipe = _recipe(result.method, own)
     record = store.find(result.method, result.keep, first, recipe)
     if record is None:
         try:
-            answers = arm_of(result.method)(asked, result.keep)
+            arm: Arm = own or arm_of(result.method)
+            answers = arm(asked, result.keep)
             recall = _recall(answers, asked)
         except VtpruneError as error:
             if result.method == "identity":
                 raise
-            _give_up(result, error)
+            _give_up(result, error, asked, control)
             return
         record = Record(
             method=result.method,
@@ -95,12 +111,16 @@ def _run(result: Result, asked: Batch, first: int, store: Store) -> None:
     result.recall += record.recall
 
 
-def _recipe(method: str) -> Mapping[str, Any]:
+def _recipe(method: str, control: Control | None) -> Mapping[str, Any]:
+    if control is not None:
+        return {"revision": REVISION, "pipeline": control.pipeline.to_dict()}
     return {"revision": REVISION} if method in OWN or method in WHOLE else build(method).to_dict()
 
 
-def _give_up(result: Result, error: VtpruneError) -> None:
+def _give_up(result: Result, error: VtpruneError, asked: Batch, control: Control | None) -> None:
     result.note = NO_EVIDENCE if isinstance(error, MissingEvidence) else NOT_POSSIBLE
+    if control is not None and isinstance(error, InvalidOption) and not control.reaches(result.keep, asked.n):
+        result.note = f"{OUT_OF_REACH} {control.reach}"
     result.reason = str(error)
     for numbers in (result.words, result.kept, result.recall):
         numbers.clear()  # type: ignore[attr-defined]

@@ -22,14 +22,14 @@ class Record:
     """What one row of the plan said to the questions from number `first` on.
 
     `recall` is None where a picture shows nothing or the tokens are not those of the picture; `recipe` is the stored
-    pipeline of a method.
+    pipeline of a method, or what else an arm is known by.
     """
 
     method: str
     keep: float | int
     first: int
     words: tuple[str, ...]
-    kept: tuple[int, ...]
+    kept: tuple[float, ...]
     recall: tuple[float | None, ...]
     recipe: Mapping[str, Any] | None = None
 

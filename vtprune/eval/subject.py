@@ -34,7 +34,7 @@ class Answers:
     """
 
     words: tuple[str, ...]
-    kept: tuple[int, ...]
+    kept: tuple[float, ...]
     tokens: tuple[Tensor, ...] | None
 
 
@@ -118,7 +118,7 @@ class Subject:
             raise UnsupportedCall("expected one picture for each prompt, all of them packed in the same way")
         answers = Answers(
             words=tuple(judged(text) for text in texts),
-            kept=tuple(round(report.average_of(segment)) for segment in report.segments),
+            kept=tuple(report.average_of(segment) for segment in report.segments),
             tokens=None if report.merged or pruner.pipeline.inside else tuple(one.keep for one in report.segments),
         )
         return answers, parts.pop()
@@ -163,10 +163,10 @@ class Batch:
         return Budget(keep=keep).resolve(self.n)
 
     def answer(
-        self, method: str | Pipeline, keep: float | int, *, protect: Sequence[Sequence[int]] | None = None
+        self, method: str | Pipeline, keep: float | int, *, evidence: Mapping[str, Sequence[Any]] | None = None
     ) -> Answers:
-        """Answers from the tokens of the pictures that a method keeps, `protect` being some to keep of each."""
-        evidence: dict[str, Sequence[Any]] = {} if protect is None else {"protect": [list(own) for own in protect]}
+        """Answers from the tokens of the pictures that a method keeps, with `evidence` for `using`."""
+        evidence = dict(evidence or {})
         if "relevance" in build(method).needs and self.subject.relevance is not None:
             evidence["relevance"] = list(self.relevance)
         inputs = self.shared() if build(method).encoder is None else self.inputs

@@ -34,9 +34,14 @@ NUMBERS = (
     "minus_best",
     "minus_best_low",
     "minus_best_high",
+    "minus_control",
+    "minus_control_low",
+    "minus_control_high",
 )
 ABOUT = ("model", "weights", "about", "split", "seed", "scenes", "positions", "versions")
-COLUMNS = ("method", "keep", "kind", *NUMBERS, "note", "reason", *ABOUT)
+COLUMNS = ("method", "keep", "kind", *NUMBERS, "control", "note", "reason", *ABOUT)
+"""`control` names the rows of chance at the cuts of a method that cuts between layers."""
+_OLDER = tuple(column for column in COLUMNS if "control" not in column)
 Row = dict[str, str]
 
 
@@ -52,7 +57,7 @@ def tabulate(results: Sequence[Result], items: Sequence[Item], about: Mapping[st
     rows = []
     for result in results:
         for kind, chosen in answers.kinds.items():
-            row = {"method": result.method, "keep": str(result.keep), "kind": kind}
+            row = {"method": result.method, "keep": str(result.keep), "kind": kind, "control": result.control}
             row |= {"note": result.note, "reason": result.reason, **{name: str(about[name]) for name in ABOUT}}
             row |= {} if result.note else answers.numbers(result, kind, chosen)
             rows.append({column: row.get(column, "") for column in COLUMNS})
@@ -95,6 +100,7 @@ class _Answers:
             rivals = {other.method: other for other in self._results if str(other.keep) == str(result.keep)}
             row |= self._difference("minus_random", right, rivals.get("random"), chosen)
             row |= self._difference("minus_best", right, self._best(rivals, chosen), chosen)
+            row |= self._difference("minus_control", right, rivals.get(result.control), chosen)
         return row
 
     def _best(self, rivals: Mapping[str, Result], chosen: NDArray[np.bool_]) -> Result | None:
@@ -138,6 +144,6 @@ def read_csv(path: Path) -> list[Row]:
             columns = tuple(reader.fieldnames or ())
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InvalidOption(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
-    if columns != COLUMNS or not rows or any(None in row or None in row.values() for row in rows):
+    if columns not in (COLUMNS, _OLDER) or not rows or any(None in row or None in row.values() for row in rows):
         raise InvalidOption(f"{path} is no table of `vtprune eval`: expected rows of the columns {', '.join(COLUMNS)}")
-    return rows
+    return [{column: row.get(column, "") for column in COLUMNS} for row in rows]

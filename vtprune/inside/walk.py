@@ -36,7 +36,8 @@ class Entry:
 class LayerStack:
     """Equal pictures: `at` (S, n) are the places of their tokens, counted through all B * K of the sequence.
 
-    `origin` (S, n) says which of the N tokens at first they are, `counts` how many stay behind each drop point.
+    `origin` (S, n) says which of the N tokens at first they are, ascending, `counts` how many stay behind each drop
+    point, `protect` (S, m) which of the N stay behind all.
     `depths` (S, N) is how many layers each token has gone through, as far as that is decided; `numbers` are those of
     the pictures, `wishes` (S,) each what counters said last. `into` (S, N), where the method merges, says which of the
     N holds each of them by now, -1 where it is lost.
@@ -53,6 +54,12 @@ class LayerStack:
     numbers: tuple[int, ...]
     into: Tensor | None = None
     wishes: tuple[Tensor, ...] = ()
+    protect: Tensor | None = None
+
+    @property
+    def least(self) -> int:
+        """How many tokens stay at every drop point, whatever is decided there."""
+        return 0 if self.protect is None else self.protect.shape[1]
 
     def stays(self, number: int) -> int:
         """How many tokens stay behind a drop point."""
@@ -62,6 +69,8 @@ class LayerStack:
         """What stages see of hidden states (B, K, D), with evidence (B, K) of the drop point and that of before."""
         seen = {name: values.reshape(-1)[self.at] for name, values in glances.items()}
         early = {name: _at_origin(values, self.origin) for name, values in self.evidence.items()}
+        if self.protect is not None:
+            early["protect"] = torch.searchsorted(self.origin.contiguous(), self.protect)
         return VisualTokens(
             features=kernels.take_rows(hidden, self.at),
             parts=self.parts,
@@ -82,6 +91,7 @@ class LayerStack:
             prompt_rows=tuple(self.prompt_rows[row] for row in rows),
             ordinals=tuple(self.ordinals[row] for row in rows),
             evidence={name: values[chosen] for name, values in self.evidence.items()},
+            protect=None if self.protect is None else self.protect[chosen],
             counts=counts,
             depths=self.depths[chosen],
             numbers=tuple(self.numbers[row] for row in rows),
@@ -292,7 +302,7 @@ class Walk:
         if not most:
             return [stack]
         with kernels.exact(hidden.device):
-            wanted = stage.counter(stack.tokens(hidden, glances), most).clamp(0, most)
+            wanted = stage.counter(stack.tokens(hidden, glances), most).clamp(stack.least, most)
         stack = replace(stack, wishes=(*stack.wishes, wanted)[-stage.patience :])
         if len(stack.wishes) < stage.patience:
             return [stack]

@@ -52,9 +52,9 @@ class Caching:
         self._cutter.remove()
         self._mender.remove()
 
-    def before(self, n: int) -> int:
+    def counts(self, n: int) -> tuple[int, ...]:
         """Of `n` tokens of a picture, how many enter the language model: all."""
-        return n
+        return (n,)
 
     def prefill(
         self, prompt: Prompt, decision: Decision, short: Shortened, cache: Any, state: CacheState | None

@@ -13,7 +13,7 @@ from vtprune.errors import MissingEvidence, UnsupportedCall
 from vtprune.kernels import host
 from vtprune.kernels import reference as kernels
 from vtprune.pipeline import Pipeline
-from vtprune.report import DROPPED
+from vtprune.report import DROPPED, PROTECTED
 from vtprune.runtime.encoder_cut import HOLDERS
 from vtprune.runtime.evidence import Forced, Given, forced_tokens, readings_of
 from vtprune.runtime.reading import Prompt
@@ -84,27 +84,30 @@ def decide(
     pipeline: Pipeline,
     budget: Budget,
     given: Given | None,
-    resolve: Callable[[int], int] | None = None,
+    counts: Callable[[int], tuple[int, ...]] | None = None,
 ) -> Decision:
     """Run the pipeline on every stack of equal units; counts are known from shapes, nothing waits for the device.
 
     Args:
         embeds: (B, L, D), what the language model is about to get.
         given: evidence from the user.
-        resolve: how many of n tokens stay, where that is not what the budget says.
+        counts: where cuts lie between layers, how many of n tokens enter the language model and stay behind each cut.
 
     Raises:
         UnsupportedCall: on the CPU where features or evidence hold NaN or infinity; elsewhere `Decision.sound` says so.
     """
     layout = prompt.layout
     units = make_units(layout, budget, prompt.seen)
-    if resolve is not None:
-        units = [replace(unit, k=resolve(len(unit.at))) for unit in units]
-    if (pipeline.inside or pipeline.cache) and not budget.keeps_all:
+    if counts is not None:
+        units = [replace(unit, k=counts(len(unit.at))[0]) for unit in units]
+    if not budget.keeps_all:
         _check_evidence_fits(pipeline, given)
-    forced = forced_tokens(units, given, layout)
-    if pipeline.encoder is not None and not budget.keeps_all:
-        _check_evidence_fits(pipeline, given)
+
+    def cuts(unit: Unit) -> tuple[int, ...]:
+        every = (unit.k,) if counts is None else counts(len(unit.at))
+        return every if pipeline.picks else every[1:] or every
+
+    forced = forced_tokens(units, given, layout, cuts)
     adaptive = pipeline.counter is not None and not budget.keeps_all
     deep = bool(pipeline.inside) and not budget.keeps_all
     pruned = adaptive or deep or any(unit.k < len(unit.at) for unit in units)
@@ -114,7 +117,7 @@ def decide(
         units = _counted(pipeline, budget, units, forced, stacker)
     if pruned and pipeline.frames is not None:
         units = _shared(pipeline, units, stacker)
-        forced = forced_tokens(units, given, layout)
+        forced = forced_tokens(units, given, layout, cuts)
     chosen = []
     for numbers in stacks_of(units, forced):
         stack = stacker.stack([units[number] for number in numbers], [forced[number] for number in numbers])
@@ -159,12 +162,12 @@ def _collected(layout: Layout, units: list[Unit], chosen: list[Chosen], device: 
 
 
 def _check_evidence_fits(pipeline: Pipeline, given: Given | None) -> None:
-    """Raise `UnsupportedCall` where tokens are forced that nobody can: patches gone already, or cuts in layers."""
-    forced = given is not None and bool({"protect", "forbid"} & given.values.keys())
-    if (pipeline.inside or pipeline.cache) and forced:
-        where = "between layers" if pipeline.inside else "the cache"
-        raise UnsupportedCall(f"using(...): method {pipeline.name!r} cuts {where}, where no token can be forced")
-    if pipeline.encoder is not None and given is not None and (forced or pipeline.survivors in given.values):
+    """Raise `UnsupportedCall` where tokens are forced that nobody can: patches are gone already, or stored by heads."""
+    if pipeline.cache is not None and given is not None and {"protect", "forbid"} & given.values.keys():
+        raise UnsupportedCall(f"using(...): method {pipeline.name!r} cuts the cache, where no token can be forced")
+    if pipeline.encoder is None or given is None:
+        return
+    if {"protect", "forbid", pipeline.survivors} & given.values.keys():
         raise UnsupportedCall(
             f"using(...): method {pipeline.name!r} prunes inside the encoder, before a token can be forced in or out"
         )
@@ -208,7 +211,10 @@ def _choose(pipeline: Pipeline, stack: Stack) -> Choice:
     if stack.k == stack.at.shape[1]:
         own = torch.arange(stack.k, device=stack.at.device).expand(stack.at.shape)
         sound = soundness(stack.tokens) if pipeline.inside else ()
-        return Choice(stages=stages.zero_(), keep=own, into=own if pipeline.merges else None, sound=sound)
+        stages.zero_()
+        if "protect" in stack.tokens.evidence:
+            stages.scatter_(1, stack.tokens.evidence["protect"], PROTECTED)
+        return Choice(stages=stages, keep=own, into=own if pipeline.merges else None, sound=sound)
     sound = soundness(stack.tokens)
     with kernels.exact(stack.at.device):
         with torch.no_grad():

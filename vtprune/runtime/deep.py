@@ -119,9 +119,9 @@ class Deep:
         """Undo `hook`."""
         self.cutter.remove()
 
-    def before(self, n: int) -> int:
-        """Of `n` tokens of a picture, how many enter the language model."""
-        return self.schedule.counts(n, self._budget)[0]
+    def counts(self, n: int) -> tuple[int, ...]:
+        """Of `n` tokens of a picture, how many enter the language model and how many stay behind each drop point."""
+        return self.schedule.counts(n, self._budget)
 
     def resume(self, arguments: Mapping[str, Any] | None, state: CacheState | None) -> None:
         """Let the layers mend their masks in a call that cuts nothing, where an earlier one cut between them."""
@@ -150,14 +150,17 @@ class Deep:
         at = stack.at.gather(1, keep)
         n = stack.at.shape[1]
         depths = torch.zeros_like(stack.at).scatter(1, keep, self.schedule.depth)
+        evidence = dict(stack.tokens.evidence)
+        protect = evidence.pop("protect", None)
         return LayerStack(
             at=at // L * K + short.cut.slots.reshape(-1)[at],
             origin=keep,
             prompt_rows=one.prompt_rows,
             parts=stack.tokens.parts,
             ordinals=stack.tokens.ordinals,
-            evidence={name: value for name, value in stack.tokens.evidence.items() if value.shape[:2] == (len(at), n)},
-            counts=self.schedule.counts(n, self._budget)[1:],
+            evidence={name: value for name, value in evidence.items() if value.shape[:2] == (len(at), n)},
+            protect=protect,
+            counts=self.counts(n)[1:],
             depths=depths,
             numbers=tuple(one.numbers),
             into=one.choice.into,

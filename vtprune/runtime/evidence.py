@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -136,12 +136,18 @@ class Forced:
         return (len(self.protect), len(self.forbid))
 
 
-def forced_tokens(units: list[Unit], given: Given | None, layout: Layout) -> list[Forced]:
-    """What the user forced in and out, per unit; raises `UnsupportedCall` where the budget cannot honour it."""
+def forced_tokens(
+    units: list[Unit], given: Given | None, layout: Layout, cuts: Callable[[Unit], tuple[int, ...]]
+) -> list[Forced]:
+    """What the user forced in and out, per unit; raises `UnsupportedCall` where the budget cannot honour it.
+
+    `cuts` tells how many tokens of a unit stay at each cut, one after the other: protected ones stay at all of them,
+    forbidden ones leave at the first.
+    """
     if given is None:
         return [Forced()] * len(units)
     protect, forbid = given.indices("protect", layout), given.indices("forbid", layout)
-    return [_check_forced(unit, _in_unit(unit, protect), _in_unit(unit, forbid)) for unit in units]
+    return [_check_forced(unit, _in_unit(unit, protect), _in_unit(unit, forbid), cuts(unit)) for unit in units]
 
 
 def _in_unit(unit: Unit, per_segment: list[tuple[int, ...]]) -> tuple[int, ...]:
@@ -154,12 +160,14 @@ def _in_unit(unit: Unit, per_segment: list[tuple[int, ...]]) -> tuple[int, ...]:
     return tuple(found)
 
 
-def _check_forced(unit: Unit, protect: tuple[int, ...], forbid: tuple[int, ...]) -> Forced:
-    n = len(unit.at)
+def _check_forced(unit: Unit, protect: tuple[int, ...], forbid: tuple[int, ...], cuts: tuple[int, ...]) -> Forced:
+    n, first, last = len(unit.at), cuts[0], cuts[-1]
     if set(protect) & set(forbid):
         raise UnsupportedCall("using(...): a token is both protected and forbidden")
-    if len(protect) > unit.k:
-        raise UnsupportedCall(f"using(protect=...): {len(protect)} tokens protected, but only {unit.k} of {n} are kept")
-    if n - len(forbid) < unit.k:
-        raise UnsupportedCall(f"using(forbid=...): {len(forbid)} of {n} tokens forbidden, but {unit.k} must be kept")
+    if len(protect) > last:
+        cut = "are kept" if len(cuts) == 1 else "stay behind the last cut"
+        raise UnsupportedCall(f"using(protect=...): {len(protect)} tokens protected, but only {last} of {n} {cut}")
+    if n - len(forbid) < first:
+        cut = "be kept" if len(cuts) == 1 else "stay at the first cut"
+        raise UnsupportedCall(f"using(forbid=...): {len(forbid)} of {n} tokens forbidden, but {first} must {cut}")
     return Forced(protect=protect, forbid=forbid)

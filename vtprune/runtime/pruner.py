@@ -116,13 +116,14 @@ class Pruner:
         Blocks may be nested; the inner one adds to the outer one, and wins where both name the same.
 
         An entry is a list of numbers or a tensor for the picture of the row, a list of these for several pictures, or
-        None. `protect` and `forbid` hold token indices: tokens to keep and tokens to drop whatever the method says. Any
-        other name must be evidence that the method reads, as scores per token or per part; they take the place of the
-        encoder's.
+        None. `protect` and `forbid` hold token indices: tokens to keep and tokens to drop whatever the method says, of
+        several cuts to keep at all of them and to drop at the first. Any other name must be evidence that the method
+        reads, as scores per token or per part; they take the place of the encoder's.
 
         Raises:
             InvalidOption: for a name the method does not read, lists of different length, or what is no number.
-            UnsupportedCall: in the call, where entries do not fit its prompts and pictures.
+            UnsupportedCall: in the call, where entries do not fit its prompts and pictures, or a cut leaves fewer
+                tokens than are protected, as where a method lets all leave.
         """
         before = self._thread.given
         self._thread.given = Given.check(evidence, self.pipeline.asked, outer=before)
@@ -239,7 +240,7 @@ class Pruner:
                 pipeline=self.pipeline,
                 budget=self.budget,
                 given=self._thread.given,
-                resolve=None if self._deep is None else self._deep.before,
+                counts=None if self._deep is None else self._deep.counts,
             )
         if self._deep is None:
             self._publish(call, embeds, decision)
