@@ -35,3 +35,12 @@ def check_whole(name: str, value: object, *, least: int | None = None) -> None:
         raise InvalidOption(
             f"{name}={value!r}: expected a whole number" + ("" if least is None else f" from {least} on")
         )
+
+
+def check_descending(name: str, values: object, count: int) -> None:
+    """`values` must be so many shares in (0, 1), none above the one before it."""
+    given = list(values) if isinstance(values, (tuple, list)) else []
+    shares = [float(value) for value in given if isinstance(value, Real) and not isinstance(value, bool)]
+    inside = len(shares) == len(given) == count and all(0 < share < 1 for share in shares)
+    if not inside or shares != sorted(shares, reverse=True):
+        raise InvalidOption(f"{name}={values!r}: expected {count} shares in (0, 1), none above the one before it")

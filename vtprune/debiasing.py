@@ -27,8 +27,8 @@ def debiased(pipeline: Pipeline, debias: bool | str | Debiaser | None) -> Pipeli
     """The pipeline with a debiaser in front of every pick that scores by attention, of the encoder or of the layers.
 
     Raises:
-        InvalidOption: for an unknown name, for a method that looks at no attention, and for a debiaser of whole grids
-            in a method that cuts between layers, where grids have holes.
+        InvalidOption: for an unknown name, for a method that looks at no attention or at that inside the encoder
+            only, and for a debiaser of whole grids in a method that cuts between layers, where grids have holes.
     """
     if debias is None or debias is False:
         return pipeline
@@ -43,7 +43,10 @@ def debiased(pipeline: Pipeline, debias: bool | str | Debiaser | None) -> Pipeli
     picks = _all_debiased(pipeline.picks, stage)
     inside = tuple(replace(deep, picks=_all_debiased(deep.picks, stage)) for deep in pipeline.inside)
     if (picks, inside) == (pipeline.picks, pipeline.inside):
-        raise InvalidOption(f"debias={debias!r}: method {pipeline.name!r} looks at no attention")
+        where = " that debiasers reach: it chooses inside the encoder, and they work behind it"
+        raise InvalidOption(
+            f"debias={debias!r}: method {pipeline.name!r} looks at no attention{where if pipeline.encoder else ''}"
+        )
     label = name if isinstance(name, str) else type(stage).__name__
     return replace(pipeline, name=f"{pipeline.name}+{label}", picks=picks, inside=inside)
 

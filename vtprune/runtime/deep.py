@@ -26,8 +26,8 @@ from vtprune.schedule import Schedule
 from vtprune.types import Budget
 
 
-def schedule_of(pipeline: Pipeline, inner: Host, lm: nn.Module) -> Schedule:
-    """The drop points of a pipeline on a model.
+def schedule_of(pipeline: Pipeline, inner: Host, lm: nn.Module, measured: tuple[str, ...] = ()) -> Schedule:
+    """The drop points of a pipeline on a model; `measured` names parameters that a calibration brought.
 
     Raises:
         InvalidOption: for one in front of a layer the model has not.
@@ -35,7 +35,9 @@ def schedule_of(pipeline: Pipeline, inner: Host, lm: nn.Module) -> Schedule:
     """
     decoder = decoder_of(inner, lm, glances=bool(pipeline.glances))
     points = [(stage.at, stage.keep) for stage in pipeline.inside]
-    return Schedule.of(points, depth=len(decoder.layers), first=decoder.first, before=pipeline.before)
+    return Schedule.of(
+        points, depth=len(decoder.layers), first=decoder.first, before=pipeline.before, measured=measured
+    )
 
 
 class Deep:
