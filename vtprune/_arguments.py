@@ -24,20 +24,20 @@ def share_or_number(text: str) -> float | int:
         raise InvalidOption(f"--keep {text}: expected a share such as 0.25 or a number of tokens such as 64") from None
 
 
-def add_attention(parser: argparse.ArgumentParser, *, whose: str) -> None:
-    """The options `--debias` and `--calibration`."""
+def add_attention(parser: argparse.ArgumentParser, *, then: str = "") -> None:
+    """The options `--debias` and `--calibration`; `then` tells what more becomes of them."""
     parser.add_argument(
         "--debias",
         metavar="NAME",
-        help=f"take off what attention {whose} has for other reasons than the question: recency (late tokens), cubic "
-        "(the same, of another form), sinks (a few far above all), padding (bars at the edges), trend (of rows and "
-        "columns)",
+        help="take off attention what is there for other reasons than the question: recency (late tokens), cubic (the "
+        "same, of another form), sinks (a few tokens far above all), padding (bars at the edges), trend (of rows and "
+        "columns)" + then,
     )
     parser.add_argument(
         "--calibration",
         metavar="FILE",
         help="a file of `vtprune calibrate` for this model: trends for --debias between decoder layers, layers for "
-        "adaptinfer and information_horizon, shares for vflowopt",
+        "adaptinfer and information_horizon, shares for vflowopt" + then,
     )
 
 

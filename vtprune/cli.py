@@ -120,7 +120,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "--positions", choices=("auto", "compact", "keep"), default="auto", help="what becomes of the ids"
     )
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the method")
-    add_attention(parser, whose="that the method goes by")
+    add_attention(parser)
     parser.add_argument("--max-new-tokens", type=int, help="longest answer (default: 4 for the tiny model, else 64)")
     parser.add_argument("--report", metavar="OUT.jsonl", help="append the report of the pruned run")
     parser.add_argument("--overlay", metavar="OUT.png", help="save the picture, dim where dropped, framed by pick")

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vtprune.catalog import build
 from vtprune.errors import MissingEvidence, UnsupportedCall, VtpruneError
 from vtprune.eval.arms import OWN, REVISION, WHOLE, Step, arm_of, readings
 from vtprune.eval.questions import Item, object_tokens
@@ -55,7 +54,7 @@ def evaluate(
     find_base(subject.model)
     store = Store(None, {}) if store is None else store
     results = [Result(method=method, keep=keep) for method, keep in steps]
-    wanted, total, done = readings(steps), math.ceil(len(items) / batch) * len(steps), 0
+    wanted, total, done = readings(steps, subject.variants), math.ceil(len(items) / batch) * len(steps), 0
     for first in range(0, len(items), batch):
         asked = Batch(subject=subject, items=tuple(items[first : first + batch]), readings=wanted)
         for result in results:
@@ -69,7 +68,7 @@ def evaluate(
 
 def _run(result: Result, asked: Batch, first: int, store: Store) -> None:
     """Add the answers of one batch to a result, or the reason why there are none."""
-    recipe = _recipe(result.method)
+    recipe = _recipe(result, asked.subject)
     record = store.find(result.method, result.keep, first, recipe)
     if record is None:
         try:
@@ -95,8 +94,9 @@ def _run(result: Result, asked: Batch, first: int, store: Store) -> None:
     result.recall += record.recall
 
 
-def _recipe(method: str) -> Mapping[str, Any]:
-    return {"revision": REVISION} if method in OWN or method in WHOLE else build(method).to_dict()
+def _recipe(result: Result, subject: Subject) -> Mapping[str, Any]:
+    own = result.method in OWN or result.method in WHOLE
+    return {"revision": REVISION} if own else subject.variants.recipe(result.method, result.keep)
 
 
 def _give_up(result: Result, error: VtpruneError) -> None:
