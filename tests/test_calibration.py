@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import warnings
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 import vtprune
 from tests import models
-from vtprune.calibration import Calibration, Trend, quick_fingerprint
+from tests.models import Prompt
+from vtprune.adapters import family_of
+from vtprune.adapters.base import no_tower
+from vtprune.calibration import FEW, Calibration, Setting, Trend, quick_fingerprint
+from vtprune.catalog import build
 from vtprune.cli import main
 from vtprune.errors import InvalidOption
 from vtprune.eval.calibrating import cubic_of, exponential_of, inflections_of, resampled
 
 PLACES = np.linspace(0, 1, 128)
+SETTINGS = tuple(
+    Setting(
+        keep=keep,
+        kept=16 * keep,
+        shares=(1.2 * keep, keep, 0.8 * keep),
+        threshold=threshold,
+        recycled=0.25,
+        cosine=0.9,
+        published=0.8,
+        trials=3,
+    )
+    for keep, threshold in ((0.5, 5.0), (0.125, 7.0))
+)
 
 
 def made(model, **changes):
@@ -29,7 +49,7 @@ def made(model, **changes):
         model="mine",
         fingerprint=quick_fingerprint(model.model),
         data="some",
-        pictures=3,
+        pictures=64,
         versions="none",
         depth=6,
         trends=tuple(trends),
@@ -52,6 +72,45 @@ def path(llava, tmp_path):
 
 def test_a_file_reads_as_it_was_written(llava, path):
     assert Calibration.read(path) == made(llava)
+    made(llava, settings=SETTINGS).write(path)
+    assert Calibration.read(path) == made(llava, settings=SETTINGS)
+    assert json.loads(path.read_text())["pictures"] == 64
+
+
+def test_a_file_from_before_settings_were_searched_has_none(llava, path):
+    old = json.loads(path.read_text())
+    del old["settings"]
+    path.write_text(json.dumps({**old, "format": 1}))
+    assert Calibration.read(path) == made(llava)
+    with pytest.raises(InvalidOption, match="'vflowopt' uses nothing of it"):
+        vtprune.wrap(llava, "vflowopt", keep=0.5, calibration=path)
+    path.write_text(json.dumps({**old, "format": 3}))
+    with pytest.raises(InvalidOption, match=r"format 3, this version reads 1 and 2.*vtprune calibrate"):
+        vtprune.wrap(llava, "fastv", keep=0.6, debias=True, calibration=path)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"shares": [0.3, 0.4, 0.2]},
+        {"shares": [0.3, 0.2]},
+        {"shares": 0.3},
+        {"threshold": 0.0},
+        {"recycled": 1.0},
+        {"keep": 1.0},
+        {"kept": 0.0},
+        {"cosine": float("nan")},
+        {"more": 1},
+    ],
+    ids=str,
+)
+def test_settings_that_the_method_does_not_take_are_refused(llava, path, wrong):
+    made(llava, settings=SETTINGS).write(path)
+    data = json.loads(path.read_text())
+    data["settings"][1].update(wrong)
+    path.write_text(json.dumps(data))
+    with pytest.raises(InvalidOption, match="cannot be read"):
+        Calibration.read(path)
 
 
 @pytest.mark.parametrize(
@@ -83,6 +142,108 @@ def test_what_was_measured_is_the_default_of_parameters(llava, path):
     with vtprune.pruning(llava, "information_horizon", keep=0.3, calibration=path) as pruner:
         assert pruner._deep.schedule.layers == (2, 4)
         assert pruner._deep.schedule.shares[-1] == 0
+
+
+@pytest.mark.parametrize(
+    ("keep", "number"), [(0.5, 0), (0.9, 0), (0.26, 0), (0.25, 0), (0.24, 1), (0.01, 1), (8, 0), (5, 0), (3, 1), (1, 1)]
+)
+@pytest.mark.filterwarnings("ignore:keep=1 keeps a single token")
+def test_vflowopt_gets_the_settings_found_for_the_nearest_budget(llava, path, keep, number):
+    """By ratio: 0.25 lies in the middle of 0.125 and 0.5, and of 2 and 8 tokens of 16 each 4."""
+    made(llava, settings=SETTINGS).write(path)
+    with vtprune.pruning(llava, "vflowopt", keep=keep, calibration=path) as pruner:
+        assert pruner.pipeline == build("vflowopt", SETTINGS[number].parameters)
+
+
+def test_the_settings_hold_the_average_and_can_be_overruled(llava, path):
+    made(llava, settings=SETTINGS).write(path)
+    inputs = models.inputs(llava, (Prompt(images=((32, 32),), seed=1),))
+    with torch.no_grad(), vtprune.pruning(llava, "vflowopt", keep=0.5, calibration=path) as pruner:
+        llava(**inputs)
+        assert abs(pruner.last.average - 8) <= 0.5
+        assert pruner.pipeline.before == 0.6
+    with vtprune.pruning(llava, "vflowopt", keep=0.5, calibration=path, threshold=3.0) as pruner:
+        assert pruner.pipeline == build("vflowopt", {**SETTINGS[0].parameters, "threshold": 3.0})
+    with vtprune.pruning(llava, "vflowopt", keep=0.5, calibration=path, debias=True) as pruner:
+        assert (pruner.method, pruner.pipeline.before) == ("vflowopt+recency", 0.6)
+    with pytest.raises(InvalidOption, match="one of mine"):
+        vtprune.wrap(models.build("llava", layers=6, seed=1), "vflowopt", keep=0.5, calibration=path)
+
+
+def test_a_pipeline_has_its_parameters_already(llava, path):
+    made(llava, settings=SETTINGS).write(path)
+    for method in ("vflowopt", "adaptinfer", "information_horizon"):
+        with pytest.raises(InvalidOption, match="uses nothing of it"):
+            vtprune.wrap(llava, build(method), keep=0.5, calibration=path)
+
+
+def test_a_file_of_few_pictures_warns_once(llava, path):
+    made(llava, pictures=FEW - 1).write(path)
+    with pytest.warns(UserWarning) as caught:
+        vtprune.wrap(llava, "fastv", keep=0.6, debias=True, calibration=path)
+    (warning,) = caught
+    assert f"mine.json' was measured on {FEW - 1} pictures" in str(warning.message)
+    assert warning.filename == __file__
+    llava(**models.inputs(llava, (Prompt(images=((32, 32),), seed=1),)))
+    vtprune.unwrap(llava)
+    made(llava, pictures=FEW).write(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        vtprune.wrap(llava, "fastv", keep=0.6, debias=True, calibration=path)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "says"),
+    [
+        (
+            "information_horizon",
+            {"keep": 0.9},
+            r"reaches .* to 0.6667. Its horizon came from the calibration: take a smaller keep, or pass horizon=...",
+        ),
+        (
+            "adaptinfer",
+            {"keep": 0.1},
+            r"reaches 0.1667 to 1. Its points came from the calibration: take a larger keep, or pass points=...",
+        ),
+        (
+            "information_horizon",
+            {"keep": 0.3, "deep": 0.8},
+            r"above deep=0.8, below 1. Of the calibration: horizon=0.66.*; pass your own, or leave yours out",
+        ),
+    ],
+)
+def test_errors_tell_what_came_from_the_calibration(llava, path, method, options, says):
+    with pytest.raises(InvalidOption, match=says):
+        vtprune.wrap(llava, method, **options, calibration=path)
+    assert "vtprune" not in llava.__dict__
+
+
+def test_so_does_one_that_comes_with_the_prompt(llava, path):
+    vtprune.wrap(llava, "adaptinfer", keep=2, calibration=path)
+    with pytest.raises(
+        InvalidOption, match=r"that is 3 at least. Its points came from .* a larger keep, or pass points"
+    ):
+        llava(**models.inputs(llava, (Prompt(images=((32, 32),), seed=1),)))
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("information_horizon", {"keep": 0.9, "horizon": 0.667}),
+        ("adaptinfer", {"keep": 0.1, "points": (0.5, 0.7, 0.9)}),
+        ("information_horizon", {"keep": 0.9, "horizon": 0.1, "deep": 0.5}),
+        ("adaptinfer", {"keep": 0.6, "pints": (0.5, 0.7, 0.9)}),
+    ],
+)
+def test_what_was_given_is_not_blamed_on_the_calibration(llava, path, method, options):
+    with pytest.raises(InvalidOption) as caught:
+        vtprune.wrap(llava, method, **options, calibration=path)
+    assert "calibration" not in str(caught.value)
+
+
+def test_another_model_is_told_before_a_budget_out_of_reach(path):
+    with pytest.raises(InvalidOption, match="one of mine"):
+        vtprune.wrap(models.build("llava", layers=6, seed=1), "adaptinfer", keep=0.1, calibration=path)
 
 
 def test_another_model_is_refused(path):
@@ -129,13 +290,52 @@ def test_attention_that_turns_is_an_inflection():
 
 def test_the_command_writes_a_file_that_its_model_takes(tmp_path, capsys):
     out = tmp_path / "tiny.json"
-    assert main(["calibrate", "--samples", "3", "--batch", "3", "--out", str(out)]) == 0
+    arguments = ["--samples", "3", "--batch", "3", "--keep", "0.25", "0.5", "0.25", "--trials", "2"]
+    assert main(["calibrate", *arguments, "--out", str(out)]) == 0
     told = capsys.readouterr().out
     assert "attention shifts in front of layers" in told
+    assert "3 pictures are few" in told
+    assert "vflowopt, keep 0.5: cosine 0.9" in told
     data = json.loads(out.read_text())
     assert (data["model"], data["pictures"], data["depth"], len(data["trends"])) == ("tiny:llava", 3, 8, 14)
+    assert [(own["keep"], own["trials"]) for own in data["settings"]] == [(0.25, 2), (0.5, 2)]
+    assert all(own["cosine"] >= own["published"] > 0.9 for own in data["settings"])
     model, _ = vtprune.load_tiny("llava")
-    vtprune.wrap(model, "fastv", keep=0.5, debias=True, calibration=out)
+    with pytest.warns(UserWarning, match="measured on 3 pictures"):
+        vtprune.wrap(model, "fastv", keep=0.5, debias=True, calibration=out)
+
+
+@pytest.fixture
+def without_evidence(monkeypatch):
+    monkeypatch.setattr("vtprune.api.family_of", lambda config: dataclasses.replace(family_of(config), tower=no_tower))
+
+
+@pytest.mark.usefixtures("without_evidence")
+def test_a_model_that_does_not_bear_the_method_is_measured_without_it(tmp_path, capsys):
+    """Unless the search was asked for, which is refused before any work."""
+    out = tmp_path / "tiny.json"
+    asked = ["calibrate", "--samples", "1", "--out", str(out)]
+    assert main([*asked, "--trials", "4"]) == 2
+    assert "'vflowopt' needs" in capsys.readouterr().err
+    assert not out.exists()
+    assert main(asked) == 0
+    assert "warning: no settings of vflowopt are searched: method 'vflowopt' needs" in capsys.readouterr().err
+    assert Calibration.read(out).settings == ()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "trouble"),
+    [
+        (["--keep", "1.0"], "--keep 1.0: expected a share of the tokens above 0 and below 1"),
+        (["--keep", "0.5", "64"], "--keep 64: expected a share of the tokens"),
+        (["--keep", "lots"], "--keep lots: expected a share such as 0.25"),
+        (["--trials", "-1"], "--seed and --trials: expected 0 or more"),
+        (["--seed", "-1"], "--seed and --trials: expected 0 or more"),
+    ],
+)
+def test_the_command_names_what_is_wrong_with_a_search(tmp_path, capsys, arguments, trouble):
+    assert main(["calibrate", *arguments, "--out", str(tmp_path / "out.json")]) == 2
+    assert trouble in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 import vtprune
+from tests.test_calibration import SETTINGS, made
 from vtprune import _console as console
 from vtprune.cli import main
 from vtprune.tiny import PICTURE, loading
@@ -57,6 +58,46 @@ def test_run_with_everything(capsys: pytest.CaptureFixture[str], tmp_path: Path)
     assert len(report.read_text().splitlines()) == 2
 
 
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A calibration of the bundled model that was made up."""
+    model, _ = vtprune.load_tiny("llava")
+    path = tmp_path_factory.mktemp("calibrated") / "tiny.json"
+    made(model, settings=SETTINGS, depth=8, horizon=5, pictures=3).write(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "method", "told"),
+    [
+        (["--method", "fastervlm", "--debias", "trend"], "fastervlm+trend", ""),
+        (["--method", "fastv", "--keep", "0.5", "--debias", "recency"], "fastv+recency", "measured on 3 pictures"),
+        (["--method", "vflowopt"], "vflowopt", "measured on 3 pictures"),
+    ],
+)
+def test_attention_is_debiased_and_what_was_measured_is_used(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, calibrated: Path, arguments: list[str], method: str, told: str
+) -> None:
+    report = tmp_path / "runs.jsonl"
+    known = ["--calibration", str(calibrated)] if told else []
+    assert main(["run", *arguments, *known, "--max-new-tokens", "1", "--report", str(report)]) == 0
+    captured = capsys.readouterr()
+    assert row(captured.out, "")[:3] == ["all", "tokens", method] or method in captured.out
+    assert captured.err.count("warning") == bool(told) and told in captured.err
+    assert json.loads(report.read_text())["method"] == method
+
+
+def test_a_calibration_that_is_not_used_is_refused(capsys: pytest.CaptureFixture[str], calibrated: Path) -> None:
+    """By the method, and by another model."""
+    assert "'divprune' uses nothing of it" in failure(
+        capsys, "run", "--method", "divprune", "--calibration", str(calibrated)
+    )
+    arguments = ["--model", "tiny:qwen2_5_vl", "--method", "adaptinfer", "--keep", "0.5"]
+    assert "one of mine, and this is another model" in failure(
+        capsys, "run", *arguments, "--calibration", str(calibrated)
+    )
+
+
 def test_a_model_in_a_directory(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "--model", str(loading.tiny_folder("llava")), "--max-new-tokens", "4"]) == 0
     assert row(capsys.readouterr().out, "answer") == ["orange", "orange"]
@@ -102,6 +143,18 @@ def test_a_prompt_that_holds_the_image_token_is_taken_as_it_is(capsys: pytest.Ca
         (["--prompt", ""], "--prompt is empty: expected a question"),
         (["--prompt", " \t"], "--prompt is empty"),
         (["--prompt", "<image> <image> what ?"], "the processor does not take this"),
+        (["--debias", "sink"], "--debias sink: expected one of recency, cubic, sinks, padding, trend"),
+        (["--debias", "True"], "--debias True: expected one of"),
+        (["--debias", "sinks", "--method", "divprune"], "method 'divprune' looks at no attention"),
+        (
+            ["--debias", "sinks", "--method", "flowcut"],
+            "no attention that debiasers reach: it chooses inside the encod",
+        ),
+        (["--debias", "trend", "--method", "fastv"], "cuts between layers, where grids have holes"),
+        (["--calibration", "nowhere.json"], "calibration='nowhere.json' cannot be read"),
+        (["--calibration", ""], "--calibration is empty: expected the name of a file"),
+        (["--calibration", "a.json", "--report", "./a.json"], "this is the file of --calibration"),
+        (["--calibration", str(PICTURE)], "write one with `vtprune calibrate`"),
     ],
 )
 def test_mistakes_are_told_in_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], says: str) -> None:
@@ -264,7 +317,14 @@ def test_doctor_on_a_model_without_a_seam(capsys: pytest.CaptureFixture[str], tm
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments, says in ((["--help"], "vtprune run --method random"), (["run", "--help"], "--set lam=0.3")):
+    teaching = (
+        (["--help"], "vtprune run --method random"),
+        (["run", "--help"], "--set lam=0.3"),
+        (["run", "--help"], "--debias recency --calibration"),
+        (["calibrate", "--help"], "--keep 0.5 0.25 0.1 --trials 48"),
+        (["eval", "--help"], "with and without"),
+    )
+    for arguments, says in teaching:
         with pytest.raises(SystemExit) as stop:
             main(arguments)
         assert stop.value.code == 0

@@ -52,7 +52,7 @@ def test_mistakes_that_need_no_torch_are_told_without_it(tmp_path: Path) -> None
     code = """
 import sys
 from vtprune.cli import main
-for wrong in ("--keep=lots", "--prompt=", "--image=nowhere", "--model=tiny:x", "--overlay=x.psd"):
+for wrong in ("--keep=lots", "--prompt=", "--image=nowhere", "--model=tiny:x", "--overlay=x.psd", "--calibration="):
     assert main(["run", wrong]) == 2
 print([name for name in ("torch", "transformers") if name in sys.modules])
 """

@@ -135,6 +135,15 @@ def test_a_method_that_looks_at_no_attention_is_refused(method: str, debias: Any
         debiased(build(method), debias)
 
 
+@pytest.mark.parametrize("method", ["flowcut", "tome", "zero_tprune", "divprune", "information_horizon"])
+def test_of_a_method_inside_the_encoder_it_is_said_where_it_looks(method: str) -> None:
+    """That attention is out of reach; elsewhere there is none."""
+    with pytest.raises(InvalidOption) as caught:
+        debiased(build(method), "sinks")
+    inside = "that debiasers reach: it chooses inside the encoder, and they work behind it" in str(caught.value)
+    assert inside == (build(method).encoder is not None)
+
+
 def test_so_does_wrap(model: nn.Module) -> None:
     with pytest.raises(InvalidOption, match="'divprune' looks at no attention"):
         vtprune.wrap(model, "divprune", debias=True)

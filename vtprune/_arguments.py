@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,6 +22,31 @@ def share_or_number(text: str) -> float | int:
         return int(text) if re.fullmatch(r"[+-]?\d+", text) else float(text)
     except ValueError:
         raise InvalidOption(f"--keep {text}: expected a share such as 0.25 or a number of tokens such as 64") from None
+
+
+def add_attention(parser: argparse.ArgumentParser, *, then: str = "") -> None:
+    """The options `--debias` and `--calibration`; `then` tells what more becomes of them."""
+    parser.add_argument(
+        "--debias",
+        metavar="NAME",
+        help="take off attention what is there for other reasons than the question: recency (late tokens), cubic (the "
+        "same, of another form), sinks (a few tokens far above all), padding (bars at the edges), trend (of rows and "
+        "columns)" + then,
+    )
+    parser.add_argument(
+        "--calibration",
+        metavar="FILE",
+        help="a file of `vtprune calibrate` for this model: trends for --debias between decoder layers, layers for "
+        "adaptinfer and information_horizon, shares for vflowopt" + then,
+    )
+
+
+def check_debias(name: str | None) -> None:
+    """Raise `InvalidOption` for what `--debias` does not know."""
+    from vtprune.debiasing import DEBIASERS
+
+    if name is not None and name not in DEBIASERS:
+        raise InvalidOption(f"--debias {name}: expected one of {', '.join(DEBIASERS)}")
 
 
 def check_writable(path: Path) -> None:

@@ -46,3 +46,12 @@ def check_returned(who: str, tensor: object, shape: tuple[int, ...], dtype: torc
         wanted = f"a tensor {tuple(shape)}" + (f" of {dtype}" if dtype is not None else "")
         got = f"{tuple(tensor.shape)} of {tensor.dtype}" if isinstance(tensor, Tensor) else type(tensor).__name__
         raise UnsupportedCall(f"{who} returned {got}: expected {wanted}")
+
+
+def check_descending(name: str, values: object, count: int) -> None:
+    """`values` must be so many shares in (0, 1), none above the one before it."""
+    given = list(values) if isinstance(values, (tuple, list)) else []
+    shares = [float(value) for value in given if isinstance(value, Real) and not isinstance(value, bool)]
+    inside = len(shares) == len(given) == count and all(0 < share < 1 for share in shares)
+    if not inside or shares != sorted(shares, reverse=True):
+        raise InvalidOption(f"{name}={values!r}: expected {count} shares in (0, 1), none above the one before it")

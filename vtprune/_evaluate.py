@@ -8,7 +8,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vtprune._arguments import check_writable, share_or_number, versions, write_outputs
+from vtprune._arguments import (
+    add_attention,
+    check_debias,
+    check_writable,
+    share_or_number,
+    versions,
+    write_outputs,
+)
 from vtprune.errors import InvalidOption
 
 if TYPE_CHECKING:
@@ -33,6 +40,7 @@ cut between layers: random tokens at the same cuts (random@ and the layers; 0 is
   vtprune eval --csv out.csv --markdown out.md --plot out.png
   vtprune eval --model ./my-llava --methods divprune vtprune --keep 0.25 64 --csv mine.csv
   vtprune eval --methods fastv pyramiddrop --keep 0.5 0.33 0.25 --markdown cuts.md
+  vtprune eval --methods fastv vflowopt --debias recency --calibration my.json    with and without what was measured
   vtprune eval --split dev --seed 1 --samples 500 --csv dev.csv
   vtprune eval --from-csv out.csv --markdown out.md    the page again, nothing is run
 
@@ -49,6 +57,7 @@ def add_eval(add: Callable[..., argparse.ArgumentParser]) -> None:
         "--model", default="tiny:llava", help="tiny:NAME, a directory or a hub id (default: %(default)s)"
     )
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="names from `vtprune methods` (default: all)")
+    add_attention(parser, then="; methods that take it come twice, with and without")
     parser.add_argument("--keep", nargs="+", default=_KEEP, help=f"shares or numbers (default: {' '.join(_KEEP)})")
     parser.add_argument(
         "--about",
@@ -109,12 +118,16 @@ def _check(options: argparse.Namespace) -> None:
 
         if options.model.startswith("tiny:"):
             tiny_folder(options.model.removeprefix("tiny:"))
-        options.steps = plan(options.methods, options.keep)
+        from vtprune.eval.variants import Variants
+
+        check_debias(options.debias)
+        options.variants = Variants(debias=options.debias, calibration=options.calibration)
+        options.steps = plan(options.methods, options.keep, options.variants)
 
 
 def _check_files(options: argparse.Namespace) -> None:
     files: dict[str, str] = {}
-    for name in ("from_csv", "csv", "markdown", "plot", "resume_file"):
+    for name in ("from_csv", "calibration", "csv", "markdown", "plot", "resume_file"):
         text, flag = getattr(options, name), name.replace("_", "-")
         if text is None:
             continue
@@ -126,7 +139,7 @@ def _check_files(options: argparse.Namespace) -> None:
         same = files.setdefault(os.path.realpath(text), flag)
         if same != flag:
             raise InvalidOption(f"--{flag} {text}: this is the file of --{same}, expected another one")
-        if name != "from_csv":
+        if name not in ("from_csv", "calibration"):
             check_writable(Path(text))
 
 
@@ -171,6 +184,7 @@ def _run(options: argparse.Namespace) -> list[Row]:
             max_new_tokens=length,
             instruction=options.instruction,
             relevance=_relevance(options.model),
+            variants=options.variants,
         )
         weights = fingerprint(model)
         settings = {"weights": weights, "dtype": str(model.dtype), "device": device.type, "max-new-tokens": length}

@@ -6,6 +6,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +15,7 @@ from torch import nn
 from vtprune.adapters import family_of
 from vtprune.adapters.base import Family, Tower, language_model, rope_axes
 from vtprune.adapters.plain import plain_tower
-from vtprune.calibration import Calibration
+from vtprune.calibration import FEW, LAYERS, Calibration
 from vtprune.catalog import build, features_only, list_methods
 from vtprune.debiasing import debiased
 from vtprune.errors import InvalidOption, MissingEvidence, UnsupportedModel
@@ -61,7 +62,7 @@ def wrap(
         backend: `"auto"`, `"torch"` or `"triton"`.
         debias: to take off attention: True or `"recency"`, `"cubic"`, `"sinks"`, `"padding"`, `"trend"`; in methods
             that cut between layers also `"rope"` or `"massive"`; or a debiaser.
-        calibration: a file of `vtprune calibrate`, for methods that cut between layers.
+        calibration: a file of `vtprune calibrate`, for methods that cut between layers. One of few pictures warns.
         on_report: called with the `PruneReport` of every prefill.
         history: how many reports `model.vtprune.history` remembers.
         **parameters: parameters of the method, see `describe(method)`.
@@ -73,7 +74,7 @@ def wrap(
         BackendUnavailable: for `backend="triton"`, which this version does not have.
     """
     budget = Budget(keep=keep, per=per)
-    measured = None if calibration is None else Calibration.read(calibration)
+    measured = None if calibration is None else _measured(calibration, method, parameters, budget)
     pipeline = _pipeline(method, parameters, debias, measured)
     tower = plain_tower(model) if isinstance(model, nn.Module) else None
     if tower is not None:
@@ -86,39 +87,69 @@ def wrap(
     options = {"compact": _compacts(positions, pipeline, inner), "backend": choose_backend(backend)}
     pruner = _pruner(inner, pipeline, budget, measured, on_report=on_report, history=history, **options)
     pruner.install(shells(model, inner))
+    _warn_of_few(measured)
     return model
 
 
-def _pruner(
-    inner: nn.Module, pipeline: Pipeline, budget: Budget, measured: Calibration | None, **options: Any
-) -> Pruner:
+@dataclass(frozen=True, kw_only=True)
+class _Measured:
+    """A calibration, what it says of the parameters of a method, and what of that is taken: what nobody gave."""
+
+    calibration: Calibration
+    path: str
+    said: dict[str, Any]
+    taken: dict[str, Any]
+
+
+def _measured(path: str | Path, method: str | Pipeline, parameters: dict[str, Any], budget: Budget) -> _Measured:
+    calibration = Calibration.read(path)
+    said = calibration.parameters(method, budget.keep) if isinstance(method, str) else {}
+    taken = {name: value for name, value in said.items() if name not in parameters}
+    return _Measured(calibration=calibration, path=str(path), said=said, taken=taken)
+
+
+def _pruner(inner: nn.Module, pipeline: Pipeline, budget: Budget, measured: _Measured | None, **options: Any) -> Pruner:
     """The handle of a model, which does not hook yet."""
     family = family_of(inner.config)
     _check_evidence(pipeline, budget, family, inner)
-    schedule = _schedule(pipeline, budget, inner)
     if measured is not None:
-        measured.check(inner)
+        measured.calibration.check(inner)
+    schedule = _schedule(pipeline, budget, inner, measured)
+    if measured is not None:
         pipeline = _calibrated(pipeline, measured, schedule)
     return Pruner(inner, family=family, pipeline=pipeline, budget=budget, schedule=schedule, **options)
 
 
-def _calibrated(pipeline: Pipeline, measured: Calibration, schedule: AnySchedule | None) -> Pipeline:
+def _calibrated(pipeline: Pipeline, measured: _Measured, schedule: AnySchedule | None) -> Pipeline:
     """The pipeline with what was measured; raises `InvalidOption` where it can use none of it."""
-    found = measured.applied(pipeline, schedule)
-    if schedule is None or (found == pipeline and not measured.parameters(pipeline.name.partition("+")[0])):
+    applied = measured.calibration.applied(pipeline, schedule)
+    if schedule is None or (applied == pipeline and not measured.said):
         raise InvalidOption(
             f"calibration: method {pipeline.name!r} uses nothing of it. Methods that cut between layers take trends "
-            "with debias=True, adaptinfer and information_horizon take layers"
+            "with debias=True; adaptinfer and information_horizon take layers, vflowopt its shares, if they were found"
         )
-    return found
+    return applied
 
 
-def _pipeline(
-    method: str | Pipeline, parameters: dict[str, Any], debias: Any, measured: Calibration | None
-) -> Pipeline:
+def _pipeline(method: str | Pipeline, parameters: dict[str, Any], debias: Any, measured: _Measured | None) -> Pipeline:
     """The method with its parameters, those that were measured where none are given, debiased where asked."""
-    found = {} if measured is None or not isinstance(method, str) else measured.parameters(method)
-    return debiased(build(method, {**found, **parameters}, options=inspect.signature(wrap).parameters), debias)
+    pipeline = build(method, parameters, options=inspect.signature(wrap).parameters)
+    if measured is not None and measured.taken:
+        try:
+            pipeline = build(method, {**measured.taken, **parameters})
+        except InvalidOption as error:
+            own = ", ".join(f"{name}={value!r}" for name, value in measured.taken.items())
+            raise InvalidOption(f"{error}. Of the calibration: {own}; pass your own, or leave yours out") from error
+    return debiased(pipeline, debias)
+
+
+def _warn_of_few(measured: _Measured | None) -> None:
+    if measured is not None and measured.calibration.few:
+        warnings.warn(
+            f"calibration={measured.path!r} was measured on {measured.calibration.pictures} pictures, which is few: "
+            f"trends, layers and settings are rough; write one with `vtprune calibrate --samples {FEW}` or more",
+            stacklevel=3,
+        )
 
 
 def _warn_of_one(keep: object) -> None:
@@ -199,12 +230,13 @@ def _check_evidence(pipeline: Pipeline, budget: Budget, family: Family, inner: n
                 raise MissingEvidence(f"method {pipeline.name!r} needs {name!r}, and {encoder} has no CLS token")
 
 
-def _schedule(pipeline: Pipeline, budget: Budget, inner: nn.Module) -> AnySchedule | None:
+def _schedule(pipeline: Pipeline, budget: Budget, inner: nn.Module, measured: _Measured | None) -> AnySchedule | None:
     """The drop points of a method that cuts between layers, None for any other and where everything is kept."""
     lm = language_model(inner)
     if not pipeline.inside or budget.keeps_all or lm is None:
         return None
-    schedule = schedule_of(pipeline, inner, lm)
+    taken = () if measured is None else tuple(name for name in LAYERS if name in measured.taken)
+    schedule = schedule_of(pipeline, inner, lm, taken)
     if isinstance(budget.keep, float):
         schedule.solve(budget.keep)
     return schedule
@@ -231,8 +263,8 @@ def _compacts(positions: str, pipeline: Pipeline, inner: nn.Module) -> bool:
     if (pipeline.inside or pipeline.cache) and not pipeline.picks:
         if positions == "compact":
             raise InvalidOption(
-                f"positions='compact': method {pipeline.name!r} cuts nothing in front of the language model, and inside "
-                "tokens have their position ids already: leave positions out, or say 'keep'"
+                f"positions='compact': method {pipeline.name!r} cuts nothing in front of the language model, and "
+                "inside tokens have their position ids already: leave positions out, or say 'keep'"
             )
         return False
     return positions == "compact" or (positions == "auto" and not rope_axes(inner.config))

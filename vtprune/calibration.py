@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from math import isfinite, log
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from vtprune._checks import check_positive, check_share
 from vtprune.errors import InvalidOption
+from vtprune.methods.vflowopt import vflowopt
 from vtprune.pipeline import LayerStage, Pick, Pipeline
 from vtprune.readings import Glance
 from vtprune.schedule import AnySchedule
 from vtprune.stages.recency import WithoutRecency
 
-FORMAT = 1
+FORMAT = 2
+FEW = 32
+"""Fewer pictures than this leave what is measured rough."""
+LAYERS = ("horizon", "points")
+"""Parameters it brings that say which averages a method reaches."""
+_WITHOUT_SETTINGS = 1
 _SAMPLED = 4096
 
 
@@ -32,11 +41,47 @@ class Trend:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What a search found for `vflowopt` at the average `keep`, that is `kept` tokens of a picture: its parameters.
+
+    `cosine` compares hidden states with those of the unpruned model, `published` is that of the published parameters;
+    `trials` says how many settings were tried, those included.
+    """
+
+    keep: float
+    kept: float
+    shares: tuple[float, float, float]
+    threshold: float
+    recycled: float
+    cosine: float
+    published: float
+    trials: int
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Those that `vflowopt` takes."""
+        return {"shares": self.shares, "threshold": self.threshold, "recycled": self.recycled}
+
+    def distance(self, keep: float | int) -> float:
+        """How far another budget is, as shares are powers: the logarithm of the ratio."""
+        return abs(log(keep / (self.kept if isinstance(keep, int) else self.keep)))
+
+    def check_values(self) -> None:
+        """Raise `ValueError` for what `vflowopt` does not take, or numbers that are none."""
+        check_share("keep", self.keep, above=0, below=1)
+        check_positive("kept", self.kept)
+        vflowopt(**self.parameters)
+        if not isfinite(self.cosine) or not isfinite(self.published):
+            raise ValueError(f"cosines {self.cosine} and {self.published}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Calibration:
     """One model, named by `model` and told by `fingerprint`, measured on `data` of so many `pictures`.
 
     `inflections` are layers in front of which attention to pictures shifts most, `horizon` is the first layer in front
-    of which all visual tokens can leave without changing answers; None where there is none.
+    of which all visual tokens can leave without changing answers; None where there is none. `settings` are those
+    found for `vflowopt`, one for each average that was searched.
     """
 
     model: str
@@ -48,6 +93,12 @@ class Calibration:
     trends: tuple[Trend, ...]
     inflections: tuple[int, ...]
     horizon: int | None
+    settings: tuple[Setting, ...] = ()
+
+    @property
+    def few(self) -> bool:
+        """Whether it was measured on so few pictures that it is rough."""
+        return self.pictures < FEW
 
     def write(self, path: str | Path) -> None:
         """Write the JSON file."""
@@ -56,26 +107,37 @@ class Calibration:
 
     @classmethod
     def read(cls, path: str | Path) -> Calibration:
-        """Read a JSON file.
+        """Read a JSON file; one of format 1, from before settings were searched, has none.
 
         Raises:
             InvalidOption: for one that cannot be read or is of another format.
         """
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-            if data.pop("format") != FORMAT:
-                raise ValueError("another format")
-            trends = tuple(
-                Trend(**{**one, "exponential": tuple(one["exponential"]), "cubic": tuple(one["cubic"])})
-                for one in data.pop("trends")
-            )
-            found = cls(**{**data, "inflections": tuple(data["inflections"])}, trends=trends)
+            found = cls._of(json.loads(Path(path).read_text(encoding="utf-8")))
             found.check_values()
             return found
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InvalidOption(
                 f"calibration={str(path)!r} cannot be read ({error}): write one with `vtprune calibrate`"
             ) from error
+
+    @classmethod
+    def _of(cls, data: Mapping[str, Any]) -> Calibration:
+        """What a file holds."""
+        own = dict(data)
+        form = own.pop("format")
+        if form not in (FORMAT, _WITHOUT_SETTINGS):
+            raise ValueError(f"format {form!r}, this version reads {_WITHOUT_SETTINGS} and {FORMAT}")
+        settings = own.pop("settings") if form == FORMAT else ()
+        trends = own.pop("trends")
+        return cls(
+            **{**own, "inflections": tuple(own["inflections"])},
+            trends=tuple(
+                Trend(**{**one, "exponential": tuple(one["exponential"]), "cubic": tuple(one["cubic"])})
+                for one in trends
+            ),
+            settings=tuple(Setting(**{**one, "shares": tuple(one["shares"])}) for one in settings),
+        )
 
     def check_values(self) -> None:
         """Raise `ValueError` for numbers that are none, or not those of layers."""
@@ -86,19 +148,25 @@ class Calibration:
         for trend in self.trends:
             WithoutRecency(constants=trend.exponential)
             WithoutRecency(form="cubic", constants=trend.cubic)
+        if type(self.pictures) is not int:
+            raise ValueError(f"pictures {self.pictures!r}")
+        for setting in self.settings:
+            setting.check_values()
 
     def check(self, inner: nn.Module) -> None:
         """Raise `InvalidOption` for a model that is not the one measured."""
         if quick_fingerprint(inner) != self.fingerprint:
             raise InvalidOption(f"the calibration is one of {self.model}, and this is another model: calibrate it")
 
-    def parameters(self, method: str) -> dict[str, Any]:
-        """Parameters of a method that follow from what was measured."""
+    def parameters(self, method: str, keep: float | int) -> dict[str, Any]:
+        """Parameters of a method that follow from what was measured, for a budget as near to `keep` as there is."""
         if method == "information_horizon" and self.horizon is not None:
             horizon = self.horizon / self.depth
             return {"horizon": horizon, "deep": min(0.5, horizon / 2)}
         if method == "adaptinfer" and len(self.inflections) == 3:
             return {"points": tuple(layer / self.depth for layer in self.inflections)}
+        if method == "vflowopt" and self.settings:
+            return min(self.settings, key=lambda setting: setting.distance(keep)).parameters
         return {}
 
     def applied(self, pipeline: Pipeline, schedule: AnySchedule | None) -> Pipeline:

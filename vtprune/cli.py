@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vtprune import _calibrate, _evaluate, _train
-from vtprune._arguments import check_writable, share_or_number, write_outputs
+from vtprune._arguments import add_attention, check_debias, check_writable, share_or_number, write_outputs
 from vtprune.errors import InvalidOption, VtpruneError
 
 if TYPE_CHECKING:
@@ -38,6 +38,12 @@ of tokens as a whole number (--keep 64). Parameters of a method (see `vtprune de
 are set by --set, once for each:
 
   vtprune run --method vtprune --set lam=0.3
+
+Methods that go by attention can do so without its known faults, as each picture shows them or as they were measured
+once of a model (see `vtprune calibrate --help`):
+
+  vtprune run --method pyramiddrop --keep 0.5 --debias recency
+  vtprune run --method fastv --keep 0.5 --debias recency --calibration calibration.json
 """
 
 
@@ -114,6 +120,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "--positions", choices=("auto", "compact", "keep"), default="auto", help="what becomes of the ids"
     )
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the method")
+    add_attention(parser)
     parser.add_argument("--max-new-tokens", type=int, help="longest answer (default: 4 for the tiny model, else 64)")
     parser.add_argument("--report", metavar="OUT.jsonl", help="append the report of the pruned run")
     parser.add_argument("--overlay", metavar="OUT.png", help="save the picture, dim where dropped, framed by pick")
@@ -132,12 +139,17 @@ def _run(options: argparse.Namespace, console: Console) -> None:
     tiny = options.model.startswith("tiny:")
     prompt = options.prompt or (QUESTION if tiny or options.image is None else "What is in this picture?")
     with options.trouble.status("importing torch and transformers") as status:
+        from vtprune.calibration import Calibration
         from vtprune.catalog import build
+        from vtprune.debiasing import debiased
         from vtprune.types import Budget
 
-        pipeline = build(options.method, parameters)
+        check_debias(options.debias)
+        pipeline = debiased(build(options.method, parameters), options.debias)
         keep = (0.25 if pipeline.drops else 1.0) if keep is None else keep
         Budget(keep=keep, per=options.per)
+        if options.calibration is not None:
+            Calibration.read(options.calibration)
         device = helpers.choose_device(options.device)
         helpers.quiet_transformers()
         status.update(f"loading {options.model}")
@@ -147,7 +159,8 @@ def _run(options: argparse.Namespace, console: Console) -> None:
         ask = helpers.Asker(model, processor, inputs, options.max_new_tokens or (4 if tiny else 64))
         before = ask("identity", keep=1.0)
         status.update(f"answering from the tokens that {options.method} keeps")
-        after = ask(options.method, keep=keep, per=options.per, positions=options.positions, **parameters)
+        asked = {name: getattr(options, name) for name in ("per", "positions", "debias", "calibration")}
+        after = ask(options.method, keep=keep, **asked, **parameters)
     console.print(f"prompt: {prompt}", markup=False, soft_wrap=True)
     console.print(helpers.run_table(before, after))
     times = f"times: best of {ask.repeats} on {device}, no benchmark; prefill is the language model alone"
@@ -178,7 +191,7 @@ def _check(options: argparse.Namespace) -> None:
     if options.model.startswith("tiny:"):
         tiny_folder(options.model.removeprefix("tiny:"))
     files: dict[Path, str] = {}
-    for name in ("image", "report", "overlay"):
+    for name in ("image", "calibration", "report", "overlay"):
         text = getattr(options, name)
         if text is None:
             continue

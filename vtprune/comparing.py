@@ -19,6 +19,9 @@ from vtprune.runtime.encoder import encode_once
 from vtprune.runtime.evidence import readings_of
 from vtprune.seam import find_base
 
+_FOR_SOME = ("debias", "calibration")
+"""Options that only some methods take."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
@@ -49,12 +52,13 @@ def compare(
     Args:
         model: an unwrapped model; it is unwrapped again when this returns or raises.
         inputs: what the processor returned.
-        methods: names or pipelines; by default all that drop tokens, need nothing but this model and go on from what
-            its encoder gives.
+        methods: names or pipelines; by default all that drop tokens, need nothing but this model, go on from what its
+            encoder gives, and take the options.
         keep: shares or numbers, as in `wrap`.
         on_row: called with every row as it comes (for a progress bar, say).
         max_new_tokens: length of the greedy answers.
-        **options: options of `wrap` for every row: `per`, `positions`, `backend`.
+        **options: options of `wrap` for every row: `per`, `positions`, `backend`, and for all but the unpruned one
+            `debias` and `calibration`.
 
     Returns:
         The unpruned row first (`identity`, keep 1.0), then one row per method and budget, each with its report.
@@ -67,17 +71,21 @@ def compare(
     if methods is None:
         asked = _able(model, _listed(keep), options)
     else:
-        asked = list(itertools.product(map(build, _listed(methods)), _listed(keep)))
-    arms = [(build("identity"), 1.0), *asked]
-    for pipeline, budget in arms:
-        with pruning(model, pipeline, keep=budget, **options):
-            pass
-    readings = {name: reading for pipeline, _ in asked for name, reading in readings_of(pipeline).items()}
+        asked = list(itertools.product(_listed(methods), _listed(keep)))
+        for method in _listed(methods):
+            build(method)
+    plain = {name: value for name, value in options.items() if name not in _FOR_SOME}
+    arms = [("identity", 1.0, plain), *((method, budget, options) for method, budget in asked)]
+    pipelines = []
+    for method, budget, own in arms:
+        with pruning(model, method, keep=budget, **own) as pruner:
+            pipelines.append(pruner.pipeline)
+    readings = {name: reading for pipeline in pipelines[1:] for name, reading in readings_of(pipeline).items()}
     shared = encode_once(model, inner, family_of(inner.config), inputs, readings=readings)
     rows: list[Comparison] = []
     unpruned: Tensor | None = None
-    for pipeline, budget in arms:
-        with pruning(model, pipeline, keep=budget, **options) as pruner:
+    for (method, budget, own), pipeline in zip(arms, pipelines, strict=True):
+        with pruning(model, method, keep=budget, **own) as pruner:
             given = {**(inputs if pipeline.encoder else shared()), "max_new_tokens": max_new_tokens, "do_sample": False}
             written = model.generate(**given)  # type: ignore[operator]
             report = pruner.last
@@ -104,23 +112,31 @@ def _row(method: str, keep: float | int, answer: Tensor, unpruned: Tensor, repor
 
 def _able(
     model: nn.Module, budgets: Sequence[float | int], options: Mapping[str, Any]
-) -> list[tuple[Pipeline, float | int]]:
-    """Methods that run on the model without evidence from the user, behind the encoder, at the budgets they reach."""
-    found = []
-    known = [one for one in map(build, list_methods()) if one.drops]
-    alone = [one for one in known if one.asked <= readings_of(one).keys()]
-    for pipeline, budget in itertools.product(alone, budgets):
+) -> list[tuple[str, float | int]]:
+    """Methods that run on the model without evidence from the user, behind the encoder, at the budgets they reach.
+
+    With options that only some methods take, those that refuse them are left out, but not all of them.
+    """
+    found: list[tuple[str, float | int]] = []
+    known = {name: one for name, one in zip(list_methods(), map(build, list_methods()), strict=True) if one.drops}
+    alone = [name for name, one in known.items() if one.asked <= readings_of(one).keys()]
+    for_some = any(options.get(name) not in (None, False) for name in _FOR_SOME)
+    refused: InvalidOption | None = None
+    for name, budget in itertools.product(alone, budgets):
         try:
-            with pruning(model, pipeline, keep=budget, **options):
-                able = pipeline.encoder is None
+            with pruning(model, name, keep=budget, **options):
+                able = known[name].encoder is None
         except (MissingEvidence, UnsupportedModel):
             continue
-        except InvalidOption:
-            if not pipeline.inside:
+        except InvalidOption as error:
+            if not known[name].inside and not for_some:
                 raise
+            refused = error
             continue
         if able:
-            found.append((pipeline, budget))
+            found.append((name, budget))
+    if refused is not None and not found:
+        raise refused
     return found
 
 

@@ -37,9 +37,9 @@ def debiased(pipeline: Pipeline, debias: bool | str | Debiaser | None) -> Pipeli
     With `"rope"` picks between layers score by attention that is divided by the decay of the rotary embedding.
 
     Raises:
-        InvalidOption: for an unknown name, for a method that looks at no attention, for a debiaser of whole grids in a
-            method that cuts between layers, where grids have holes, and for one that reads hidden states in a method
-            that does not.
+        InvalidOption: for an unknown name, for a method that looks at no attention or at that inside the encoder
+            only, for a debiaser of whole grids in a method that cuts between layers, where grids have holes, and for
+            one that reads hidden states in a method that does not cut there.
     """
     if debias is None or debias is False:
         return pipeline
@@ -57,7 +57,11 @@ def debiased(pipeline: Pipeline, debias: bool | str | Debiaser | None) -> Pipeli
     picks = pipeline.picks if by_states else _all_debiased(pipeline.picks, stage)
     inside = tuple(replace(deep, picks=_all_debiased(deep.picks, stage)) for deep in pipeline.inside)
     if (picks, inside) == (pipeline.picks, pipeline.inside):
-        where = " at a cut between layers, where sinks are told by hidden states" if by_states else ""
+        where = (
+            " that debiasers reach: it chooses inside the encoder, and they work behind it" if pipeline.encoder else ""
+        )
+        if by_states:
+            where = " at a cut between layers, where sinks are told by hidden states"
         raise InvalidOption(f"debias={debias!r}: method {pipeline.name!r} looks at no attention{where}")
     label = name if isinstance(name, str) else type(stage).__name__
     return replace(pipeline, name=f"{pipeline.name}+{label}", picks=picks, inside=inside)

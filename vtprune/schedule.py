@@ -73,7 +73,7 @@ class _Budgeted:
             raise InvalidOption(
                 f"keep={budget.keep} of {n} tokens is the average over {self.depth} decoder layers; with cuts in front "
                 f"of layers {self._points} this method reaches {lowest:.4g} to {highest:.4g} of them, that is "
-                f"{math.ceil((lowest - _ROUNDING) * n)} at least"
+                f"{math.ceil((lowest - _ROUNDING) * n)} at least" + self._told("larger")
             )
         return self.solve(min(highest, budget.keep / max(n, 1)))
 
@@ -84,11 +84,16 @@ class _Budgeted:
             raise InvalidOption(
                 f"keep={keep:.4g} is the average over {self.depth} decoder layers; with cuts in front of layers "
                 f"{self._points} this method reaches {lowest:.4g} to {highest:.4g}"
+                + self._told("smaller" if keep > highest else "larger")
             )
 
     @property
     def _points(self) -> str:
         return ", ".join(map(str, self.layers))
+
+    def _told(self, way: str) -> str:
+        """What an error adds where the layers come from a calibration."""
+        return ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +102,8 @@ class Schedule(_Budgeted):
 
     `stages` are the numbers of the stages that cut there. `before` is the share published for the cut before the
     language model. All are shares of the tokens at first. Other averages are reached by raising all shares to one
-    power: order and ratios of their logarithms stay.
+    power: order and ratios of their logarithms stay. `measured` names parameters of the method that a calibration
+    brought: errors tell of them.
     """
 
     depth: int
@@ -105,10 +111,17 @@ class Schedule(_Budgeted):
     shares: tuple[float, ...]
     stages: tuple[int, ...]
     before: float = 1.0
+    measured: tuple[str, ...] = ()
 
     @classmethod
     def of(
-        cls, points: Sequence[tuple[float | int, float]], *, depth: int, first: int = 1, before: float = 1.0
+        cls,
+        points: Sequence[tuple[float | int, float]],
+        *,
+        depth: int,
+        first: int = 1,
+        before: float = 1.0,
+        measured: tuple[str, ...] = (),
     ) -> Schedule:
         """The schedule of published `(at, share)`; where two fall on one layer of a shallow model, the later holds."""
         found: dict[int, int] = {}
@@ -121,7 +134,7 @@ class Schedule(_Budgeted):
         shares = tuple(points[number][1] for number in stages)
         if any(later > earlier for earlier, later in itertools.pairwise((before, *shares))):
             raise InvalidOption(f"shares {(before, *shares)} of a schedule: tokens that left do not come back")
-        return cls(depth=depth, layers=tuple(found), shares=shares, stages=stages, before=before)
+        return cls(depth=depth, layers=tuple(found), shares=shares, stages=stages, before=before, measured=measured)
 
     @property
     def reach(self) -> tuple[float, float]:
@@ -145,6 +158,12 @@ class Schedule(_Budgeted):
             middle = (low + high) / 2
             low, high = (middle, high) if self.average(self._powered(middle)) > keep else (low, middle)
         return self._powered(high)
+
+    def _told(self, way: str) -> str:
+        if not self.measured:
+            return ""
+        own = ", ".join(f"{name}=..." for name in self.measured)
+        return f". Its {' and '.join(self.measured)} came from the calibration: take a {way} keep, or pass {own}"
 
     def _powered(self, power: float) -> tuple[float, ...]:
         return tuple(max(share**power, _SLIGHT) if share else 0.0 for share in (self.before, *self.shares))

@@ -16,6 +16,7 @@ from tests.fidelity import loops_selectors as selectors
 from tests.fidelity.test_methods import at_angles
 from tests.fidelity.test_published_methods import drawn, pictures, rows, scores
 from vtprune.catalog import build, describe
+from vtprune.errors import InvalidOption
 from vtprune.inside.glances import find_raters
 from vtprune.pipeline import Pipeline
 from vtprune.readings import RowAttention
@@ -213,6 +214,25 @@ def test_what_enters_is_the_loop(S: int, grid: tuple[int, int], k: int) -> None:
     }
     assert {method: build(method).run(stack, k).keep.tolist() for method in expected} == expected
     assert stays(build("vflowopt"), stack, k) == [methods.best(a, k) for _, a in own], "the same map, without recycling"
+
+
+def test_shares_of_vflowopt_are_counts_of_the_tokens_at_first() -> None:
+    """Of 576 at their own average: (9 x 288 + 9 x 144 + 10 x 72) / 28 and (3 x 432 + 2 x 288 + 3 x 36) / 8."""
+    for depth, shares, expected in ((28, (0.5, 0.25, 0.125), (288, 144, 72)), (8, (0.75, 0.5, 0.0625), (432, 288, 36))):
+        pipeline = build("vflowopt", {"shares": shares})
+        layers = (9, 18) if depth == 28 else (3, 5)
+        passed = [stop - start for start, stop in itertools.pairwise((0, *layers, depth))]
+        total = sum(n * through for n, through in zip(expected, passed, strict=True))
+        assert counts(pipeline, depth, total / depth / 576) == (layers, expected)
+
+
+@pytest.mark.parametrize(
+    "shares",
+    [(0.3, 0.2), (0.3, 0.2, 0.1, 0.1), (0.2, 0.3, 0.1), (1.0, 0.5, 0.5), (0.3, 0.2, 0.0), 0.3, "abc", (True,) * 3],
+)
+def test_shares_that_are_none_are_refused(shares: Any) -> None:
+    with pytest.raises(InvalidOption, match=r"shares=.*: expected 3 shares in \(0, 1\), none above the one before it"):
+        build("vflowopt", {"shares": shares})
 
 
 def test_what_enters_by_hand() -> None:

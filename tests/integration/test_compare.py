@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from tests.integration.common import (
     llava,
     write,
 )
+from tests.test_calibration import SETTINGS, made
 from vtprune.catalog import build
 from vtprune.errors import InvalidOption, MissingEvidence, UnsupportedModel, VtpruneError
 
@@ -215,3 +217,39 @@ def test_a_model_under_test_is_answered_in_evaluation_without_gradients() -> Non
     rows = vtprune.compare(model, models.inputs(model), ["random"], [0.5], max_new_tokens=2)
     assert not any(row.answer.requires_grad for row in rows)
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.fixture
+def measured(tmp_path: Path) -> tuple[nn.Module, Path]:
+    """A model of six layers, and a calibration of it."""
+    model = models.build("llava", layers=6)
+    made(model, settings=SETTINGS).write(tmp_path / "mine.json")
+    return model, tmp_path / "mine.json"
+
+
+def test_rows_are_debiased_and_calibrated_as_by_wrap(measured: tuple[nn.Module, Path]) -> None:
+    """All but the unpruned one; what the settings read of the encoder is encoded with the others."""
+    model, path = measured
+    inputs, options = models.inputs(model, ONE), {"debias": True, "calibration": path}
+    with counted(tower(model)) as calls:
+        rows = vtprune.compare(model, inputs, ["vflowopt", "fastv"], [0.6], max_new_tokens=STEPS, **options)
+    assert len(calls) == 1
+    assert [row.method for row in rows] == ["identity", "vflowopt+recency", "fastv+recency"]
+    for row in rows[1:]:
+        with vtprune.pruning(model, row.method.partition("+")[0], keep=0.6, **options) as pruner:
+            assert write(model, inputs, min_new_tokens=None).tolist() == row.answer.tolist()
+            assert kept_of(pruner.last) == kept_of(row.report)
+
+
+def test_by_default_methods_that_do_not_take_an_option_are_left_out(measured: tuple[nn.Module, Path]) -> None:
+    model, path = measured
+    inputs = models.inputs(model, ONE)
+    methods = [row.method for row in vtprune.compare(model, inputs, keep=0.6, calibration=path, max_new_tokens=1)]
+    assert methods == ["identity", "adaptinfer", "information_horizon", "vflowopt"]
+    methods = [row.method for row in vtprune.compare(model, inputs, keep=0.6, debias="sinks", max_new_tokens=1)]
+    assert {"fastervlm+sinks", "fastv+sinks"} <= set(methods)
+    assert [name for name in methods if "+" not in name] == ["identity"]
+    with pytest.raises(InvalidOption, match="recency, cubic"):
+        vtprune.compare(model, inputs, keep=0.6, debias="sink", max_new_tokens=1)
+    with pytest.raises(InvalidOption, match="looks at no attention"):
+        vtprune.compare(model, inputs, ["fastv", "divprune"], keep=0.6, debias="sinks", max_new_tokens=1)

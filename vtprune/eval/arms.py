@@ -15,6 +15,7 @@ from vtprune.catalog import build, describe, list_methods
 from vtprune.errors import InvalidOption, UnsupportedCall, VtpruneError
 from vtprune.eval.questions import Item, coverage, in_turn
 from vtprune.eval.subject import Answers, Batch, Inputs
+from vtprune.eval.variants import Variants
 from vtprune.readings import Reading
 from vtprune.runtime.evidence import readings_of
 from vtprune.types import Budget, Ordinal, VisualTokens
@@ -142,14 +143,16 @@ REVISION = 2
 Step = tuple[str, float | int]
 
 
-def plan(methods: Sequence[str] | None, keep: Sequence[float | int]) -> tuple[Step, ...]:
+def plan(
+    methods: Sequence[str] | None, keep: Sequence[float | int], variants: Variants | None = None
+) -> tuple[Step, ...]:
     """Every row of the table to be: those with all tokens, then every method and own arm at every budget. Methods that
     drop nothing have one row.
 
-    `methods` are names of `list_methods()`, by default all of them.
+    `methods` are names of `list_methods()`, by default all of them; `variants` give some a second row.
 
     Raises:
-        InvalidOption: for an unknown method or a budget out of range.
+        InvalidOption: for an unknown method, a budget out of range, or variants that no method takes.
     """
     names = list_methods() if methods is None else list(methods)
     chosen = [name for name in dict.fromkeys(names) if name not in OWN and name not in WHOLE]
@@ -157,8 +160,9 @@ def plan(methods: Sequence[str] | None, keep: Sequence[float | int]) -> tuple[St
     budgets = {str(Budget(keep=value).keep): Budget(keep=value).keep for value in keep}
     if not budgets:
         raise InvalidOption("keep is empty: expected at least one share or number of tokens")
+    rows = (variants or Variants()).all_of(pruning)
     whole = [(name, 1.0) for name in (*WHOLE, *(name for name in chosen if name not in pruning))]
-    return (*whole, *((name, value) for name in (*pruning, *OWN) for value in budgets.values()))
+    return (*whole, *((name, value) for name in (*rows, *OWN) for value in budgets.values()))
 
 
 def arm_of(name: str) -> Arm:
@@ -166,9 +170,9 @@ def arm_of(name: str) -> Arm:
     return {**WHOLE, **OWN}.get(name) or functools.partial(method_arm, name)
 
 
-def readings(steps: Sequence[Step]) -> dict[str, Reading]:
+def readings(steps: Sequence[Step], variants: Variants) -> dict[str, Reading]:
     """What the methods of the plan take from the encoder."""
-    methods = [build(name) for name, _ in steps if name not in OWN and name not in WHOLE]
+    methods = [variants.pipeline(name, keep) for name, keep in steps if name not in OWN and name not in WHOLE]
     return {name: reading for method in methods for name, reading in readings_of(method).items()}
 
 

@@ -18,6 +18,7 @@ from vtprune.api import pruning
 from vtprune.calibration import Calibration, Trend, quick_fingerprint
 from vtprune.errors import InvalidOption
 from vtprune.eval.questions import judged
+from vtprune.eval.schedules import check_search, search_settings
 from vtprune.pipeline import LayerStage, Pick, Pipeline
 from vtprune.readings import RowAttention, Rows
 from vtprune.seam import find_base
@@ -55,9 +56,12 @@ def calibrate(
     versions: str,
     max_new_tokens: int = 3,
     decode: Callable[[Tensor], list[str]],
+    keeps: Sequence[float] = (0.25,),
+    trials: int = 0,
+    seed: int = 0,
     on_step: Callable[[], None] = lambda: None,
 ) -> Calibration:
-    """Run a model on every batch, once for each kind of rows and once for each layer where all tokens may leave.
+    """Run a model on every batch: for each kind of rows, each layer where all tokens may leave, and each trial.
 
     Args:
         model: a model that is not wrapped.
@@ -67,13 +71,18 @@ def calibrate(
         versions: of the libraries.
         max_new_tokens: of the answers that are compared.
         decode: texts of the new tokens.
-        on_step: called after each of `steps_of(model, len(batches))`.
+        keeps: averages to search settings of `vflowopt` for.
+        trials: settings to try at each of them, 0 for no search.
+        seed: of the search.
+        on_step: called after each of `steps_of(depth, len(batches), searches=..., trials=...)`.
 
     Raises:
-        InvalidOption: without batches.
+        InvalidOption: without batches. Where settings are searched, also the errors of `wrap`, before any work.
     """
     if not batches:
         raise InvalidOption("nothing to calibrate on: expected at least one picture")
+    if trials:
+        check_search(model, keeps)
     inner = find_base(model)
     depth = int(inner.config.get_text_config().num_hidden_layers)  # type: ignore[union-attr, operator]
     first = decoder_of(inner, language_model(inner), glances=True).first
@@ -93,12 +102,13 @@ def calibrate(
         trends=tuple(trends),
         inflections=inflections_of(curves["text"], depth, first=first),
         horizon=_horizon(model, batches, range(first, depth), max_new_tokens, decode, on_step),
+        settings=search_settings(model, batches, keeps, trials=trials, seed=seed, on_step=on_step) if trials else (),
     )
 
 
-def steps_of(depth: int, batches: int) -> int:
-    """How often `calibrate` calls `on_step`."""
-    return (2 + depth) * batches
+def steps_of(depth: int, batches: int, *, searches: int = 0, trials: int = 0) -> int:
+    """How often `calibrate` calls `on_step` at most; `searches` are the averages that `trials` are made for."""
+    return (2 + depth + (1 + searches * trials if trials else 0)) * batches
 
 
 def _curves(

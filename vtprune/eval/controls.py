@@ -108,7 +108,7 @@ class _Plan:
 
 
 def controls(base: nn.Module, methods: Iterable[str]) -> dict[str, Control]:
-    """By method, chance at its cuts on this model: of those `methods` that cut between its layers.
+    """By method, chance at its cuts on this model: of those `methods` that cut between its layers, variants included.
 
     Methods that cut alike have one and the same. Its name and its pipeline do not depend on which of them are asked
     for, so that answers that were stored under it are found again.
@@ -117,7 +117,8 @@ def controls(base: nn.Module, methods: Iterable[str]) -> dict[str, Control]:
     first = {plan.course: plan for plan in reversed(plans.values())}
     alike = [plan.layers for plan in first.values()]
     found = {course: plan.control(_name(plan, alone=alike.count(plan.layers) == 1)) for course, plan in first.items()}
-    return {name: found[plans[name].course] for name in dict.fromkeys(methods) if name in plans}
+    plain = {name: name.partition("+")[0] for name in methods}
+    return {name: found[plans[method].course] for name, method in plain.items() if method in plans}
 
 
 def _plan_of(method: Pipeline, base: nn.Module) -> _Plan | None:

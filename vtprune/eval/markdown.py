@@ -209,6 +209,11 @@ def _arms(rows: Sequence[Row]) -> Iterator[str]:
             yield f"- `{method}`: {about(method)}"
     if any(is_control(row["method"]) for row in rows):
         yield f"- `random@` and layers: {ABOUT}"
+    if any("+" in row["method"] for row in rows):
+        yield (
+            "- `method+debiaser`: with the debiaser in front of every choice by attention; `method+calibrated`: with "
+            "what `vtprune calibrate` measured of the model."
+        )
     if any(row["note"] == NO_EVIDENCE for row in rows):
         yield f"- {NO_EVIDENCE}: the method reads something that this model does not give."
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vtprune.catalog import build
 from vtprune.errors import InvalidOption, MissingEvidence, UnsupportedCall, VtpruneError
 from vtprune.eval.arms import OWN, REVISION, WHOLE, Arm, Step, arm_of, readings
 from vtprune.eval.controls import Control, controlled, controls
@@ -68,7 +67,8 @@ def evaluate(
         Result(method=method, keep=keep, control=known[method].name if method in known else "")
         for method, keep in controlled(steps, known)
     ]
-    wanted, total, done = readings(steps), math.ceil(len(items) / batch) * len(results), 0
+    wanted = readings(steps, subject.variants)
+    total, done = math.ceil(len(items) / batch) * len(results), 0
     for first in range(0, len(items), batch):
         asked = Batch(subject=subject, items=tuple(items[first : first + batch]), readings=wanted)
         for result in results:
@@ -84,7 +84,7 @@ def evaluate(
 def _run(result: Result, asked: Batch, first: int, store: Store, control: Control | None) -> None:
     """Add the answers of one batch to a result, or the reason why there are none; a control is its own."""
     own = control if control is not None and control.name == result.method else None
-    recipe = _recipe(result.method, own)
+    recipe = _recipe(result, asked.subject, own)
     record = store.find(result.method, result.keep, first, recipe)
     if record is None:
         try:
@@ -111,10 +111,11 @@ def _run(result: Result, asked: Batch, first: int, store: Store, control: Contro
     result.recall += record.recall
 
 
-def _recipe(method: str, control: Control | None) -> Mapping[str, Any]:
+def _recipe(result: Result, subject: Subject, control: Control | None) -> Mapping[str, Any]:
     if control is not None:
         return {"revision": REVISION, "pipeline": control.pipeline.to_dict()}
-    return {"revision": REVISION} if method in OWN or method in WHOLE else build(method).to_dict()
+    own = result.method in OWN or result.method in WHOLE
+    return {"revision": REVISION} if own else subject.variants.recipe(result.method, result.keep)
 
 
 def _give_up(result: Result, error: VtpruneError, asked: Batch, control: Control | None) -> None:

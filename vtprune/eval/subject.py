@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from vtprune._prompts import prompt_text
 from vtprune.adapters import family_of
 from vtprune.api import pruning
-from vtprune.catalog import build
 from vtprune.errors import UnsupportedCall
 from vtprune.eval.questions import Item, judged
+from vtprune.eval.variants import Variants
 from vtprune.pipeline import Pipeline
 from vtprune.readings import Reading
 from vtprune.runtime.encoder import encode_once
@@ -43,7 +43,7 @@ class Subject:
     """A model, its processor, and how it is asked: greedily, each question with the `instruction` behind it.
 
     `relevance` tells of pixels (B, 3, H, W) and B questions how relevant every token is, (B, N), as CLIP does: little
-    where it is. None where there is no text tower to ask.
+    where it is. None where there is no text tower to ask. `variants` says what names of methods with a plus stand for.
     """
 
     model: nn.Module
@@ -52,6 +52,7 @@ class Subject:
     max_new_tokens: int = 3
     instruction: str = ""
     relevance: Callable[[Tensor, Sequence[str]], Tensor] | None = None
+    variants: Variants = field(default_factory=Variants)
 
     @cached_property
     def base(self) -> nn.Module:
@@ -106,10 +107,11 @@ class Subject:
         Raises:
             UnsupportedCall: where prompts have not one picture each, or pictures differ in their parts.
         """
-        wrapped = pruning(self.model, method, keep=keep, positions=self.positions)
+        name, options = self.variants.asked(method)
+        wrapped = pruning(self.model, name, keep=keep, positions=self.positions, **options)
         with wrapped as pruner, pruner.using(**(evidence or {})):
-            options = {"max_new_tokens": self.max_new_tokens, "do_sample": False}
-            written = self.model.generate(**inputs, **options)  # type: ignore[operator]
+            mode = {"max_new_tokens": self.max_new_tokens, "do_sample": False}
+            written = self.model.generate(**inputs, **mode)  # type: ignore[operator]
             report = pruner.last
         assert report is not None
         texts = self.processor.batch_decode(written[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -167,9 +169,10 @@ class Batch:
     ) -> Answers:
         """Answers from the tokens of the pictures that a method keeps, with `evidence` for `using`."""
         evidence = dict(evidence or {})
-        if "relevance" in build(method).needs and self.subject.relevance is not None:
+        pipeline = self.subject.variants.pipeline(method, keep)
+        if "relevance" in pipeline.needs and self.subject.relevance is not None:
             evidence["relevance"] = list(self.relevance)
-        inputs = self.shared() if build(method).encoder is None else self.inputs
+        inputs = self.shared() if pipeline.encoder is None else self.inputs
         return self.subject.answer(inputs, method, keep, evidence=evidence)[0]
 
     @cached_property

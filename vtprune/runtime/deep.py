@@ -27,8 +27,8 @@ from vtprune.schedule import AnySchedule, ExitSchedule, Schedule
 from vtprune.types import Budget
 
 
-def schedule_of(pipeline: Pipeline, inner: Host, lm: Host) -> AnySchedule:
-    """The drop points of a pipeline on a model.
+def schedule_of(pipeline: Pipeline, inner: Host, lm: Host, measured: tuple[str, ...] = ()) -> AnySchedule:
+    """The drop points of a pipeline on a model; `measured` names parameters that a calibration brought.
 
     Raises:
         InvalidOption: for one in front of a layer the model has not, and for rules that were made for another model.
@@ -40,7 +40,7 @@ def schedule_of(pipeline: Pipeline, inner: Host, lm: Host) -> AnySchedule:
         glance.rule.check(depth=depth, width=lm.config.hidden_size)
     points = [(stage.at, stage.keep) for stage in pipeline.inside if stage.keep is not None]
     if points:
-        return Schedule.of(points, depth=depth, first=decoder.first, before=pipeline.before)
+        return Schedule.of(points, depth=depth, first=decoder.first, before=pipeline.before, measured=measured)
     (stage,) = pipeline.inside
     return ExitSchedule.of(stage.at, depth=depth, first=decoder.first, every=stage.every)
 
