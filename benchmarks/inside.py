@@ -49,7 +49,8 @@ from vtprune._torchvision import heal
 from vtprune.catalog import build
 from vtprune.errors import InvalidOption
 from vtprune.estimates import Shape
-from vtprune.pipeline import Pick, Pipeline
+from vtprune.picking import Pick
+from vtprune.pipeline import Pipeline
 from vtprune.runtime.deep import schedule_of
 from vtprune.stages.scorers import Constant
 from vtprune.stages.selectors import TopK

@@ -18,8 +18,8 @@ from vtprune import Pick, Pipeline
 from vtprune.catalog import build
 from vtprune.debiasing import DEBIASERS, debiased
 from vtprune.errors import InvalidOption
+from vtprune.glances import Glance
 from vtprune.pipeline import LayerStage
-from vtprune.readings import Glance
 from vtprune.stages import STAGES
 from vtprune.stages.debiasers import WithoutPadding, WithoutSinks, WithoutTrend
 from vtprune.stages.glances import MeanAttention, Undecayed

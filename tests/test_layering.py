@@ -19,7 +19,9 @@ ROOT = Path(vtprune.__file__).parent
 ROWS = (
     ("errors",),
     ("types", "readings"),
+    ("glances",),
     ("kernels", "protocols", "_checks", "_needs", "_storing", "_torchvision"),
+    ("picking",),
     ("stages", "pipeline", "positions", "masks", "schedule", "report", "estimates", "relevance", "viz", "_prompts"),
     ("cache", "methods", "adapters", "tiny"),
     ("catalog", "calibration", "debiasing", "seam"),
@@ -64,11 +66,21 @@ LATE = {
     "matplotlib": (),
 }
 """Packages that may be absent, and the modules (imported late themselves) that may import them at their top."""
-ASYNCHRONOUS = ("stages", "kernels", "positions", "pipeline")
+ASYNCHRONOUS = ("stages", "kernels", "positions", "picking", "pipeline")
 FOR_HOST_TENSORS = ("kernels/host",)
 """Modules that get tensors in host memory only (`host.holds`): reading those waits for nothing."""
 SYNCHRONISING = {"item", "tolist", "cpu", "numpy", "nonzero", "masked_select", "unique"}
-ON_THE_PREFILL_PATH = ("stages", "kernels", "positions", "pipeline", "adapters", "cache", "runtime")
+ON_THE_PREFILL_PATH = (
+    "stages",
+    "kernels",
+    "positions",
+    "picking",
+    "pipeline",
+    "inside",
+    "adapters",
+    "cache",
+    "runtime",
+)
 HOST_BORN = {"torch.tensor", "torch.from_numpy", "torch.as_tensor"}
 SERIALISERS = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "marshal", "shelve"}
 FILE_LINES, FUNCTION_LINES = 300, 60

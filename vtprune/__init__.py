@@ -20,7 +20,7 @@ _HOMES = {
     "describe": "vtprune.catalog",
     "text_relevance": "vtprune.relevance",
     "load_tiny": "vtprune.tiny",
-    "Pick": "vtprune.pipeline",
+    "Pick": "vtprune.picking",
     "Pipeline": "vtprune.pipeline",
     "PruneReport": "vtprune.report",
     "VtpruneError": "vtprune.errors",
@@ -48,7 +48,8 @@ if TYPE_CHECKING:
     from vtprune.catalog import describe, list_families, list_methods
     from vtprune.comparing import compare
     from vtprune.errors import VtpruneError
-    from vtprune.pipeline import Pick, Pipeline
+    from vtprune.picking import Pick
+    from vtprune.pipeline import Pipeline
     from vtprune.relevance import text_relevance
     from vtprune.report import PruneReport
     from vtprune.tiny import load_tiny

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from functools import cached_property
 
-from vtprune.readings import Glance, Need, Reading, SinkReading, StateGlance, Transition
+from vtprune.glances import Glance, Need, SinkReading, StateGlance, Transition
+from vtprune.readings import Reading
 
 
 class Reads:

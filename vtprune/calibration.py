@@ -15,9 +15,10 @@ from torch import nn
 
 from vtprune._checks import check_positive, check_share
 from vtprune.errors import InvalidOption
+from vtprune.glances import Glance
 from vtprune.methods.vflowopt import vflowopt
-from vtprune.pipeline import LayerStage, Pick, Pipeline
-from vtprune.readings import Glance
+from vtprune.picking import Pick
+from vtprune.pipeline import LayerStage, Pipeline
 from vtprune.schedule import AnySchedule
 from vtprune.stages.recency import WithoutRecency
 

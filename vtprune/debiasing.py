@@ -6,9 +6,11 @@ from dataclasses import fields, replace
 from typing import Any
 
 from vtprune.errors import InvalidOption
-from vtprune.pipeline import Pick, Pipeline
+from vtprune.glances import Glance, Need, SinkReading
+from vtprune.picking import Pick
+from vtprune.pipeline import Pipeline
 from vtprune.protocols import Debiaser
-from vtprune.readings import Glance, Need, Reading, SinkReading
+from vtprune.readings import Reading
 from vtprune.stages.debiasers import WithoutPadding, WithoutSinks, WithoutTrend
 from vtprune.stages.glances import Undecayed
 from vtprune.stages.recency import WithoutRecency

@@ -13,40 +13,18 @@ from torch import Tensor
 from vtprune._checks import check_returned, check_share, check_whole
 from vtprune._needs import Reads
 from vtprune._storing import from_plain, to_plain
-from vtprune.errors import InvalidOption, UnsupportedCall
-from vtprune.kernels import host
-from vtprune.kernels import reference as kernels
-from vtprune.protocols import AttentionEdit, Counter, Debiaser, EncoderStage, FrameBudget, Merger, Scorer, Selector
-from vtprune.readings import Glance, Need, Reading
+from vtprune.errors import InvalidOption
+from vtprune.glances import Glance, Need
+from vtprune.picking import Pick, choose, merged
+from vtprune.protocols import AttentionEdit, Counter, EncoderStage, FrameBudget, Merger
+from vtprune.readings import Reading
 from vtprune.types import Merged, Selection, VisualTokens
 
 FORMAT = 1
-_INF = float("inf")
 _WHOLE = ("merger", "counter", "frames", "encoder", "attention", "cache")
 """Stages of a pipeline that belong to none of its picks."""
 _DEEP = ("inside", "before", "trims")
 """What a pipeline has where it cuts between decoder layers."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pick:
-    """One stage of selection: it takes `share` of the budget, the last pick takes what is left."""
-
-    name: str
-    scorer: Scorer
-    selector: Selector
-    debiasers: tuple[Debiaser, ...] = ()
-    share: float = 1.0
-
-    def __post_init__(self) -> None:
-        if isinstance(self.share, bool) or not isinstance(self.share, (int, float)) or not 0 < self.share <= 1:
-            raise InvalidOption(f"share={self.share!r} of pick {self.name!r}: expected a number in (0, 1]")
-        if not callable(self.scorer) or isinstance(self.scorer, type) or not hasattr(self.scorer, "needs"):
-            raise InvalidOption(f"scorer of pick {self.name!r}: expected a callable with a `needs` property")
-        if isinstance(self.scorer.needs, str):
-            raise InvalidOption(f"scorer of pick {self.name!r}: `needs` is a set of names, got {self.scorer.needs!r}")
-        if not callable(self.selector) or isinstance(self.selector, type):
-            raise InvalidOption(f"selector of pick {self.name!r}: expected a callable, got {self.selector!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,71 +128,12 @@ class Pipeline(Reads):
         return frozenset().union(*(getattr(stage, "needs", ()) for stage in stages), *deep)
 
     def run(self, tokens: VisualTokens, k: int) -> Selection:
-        """Choose `k` of the `N` tokens of every row.
-
-        `tokens.evidence` may hold `protect` (S, m) indices, which are taken first (m <= k, marked -1 in `taken`), and
-        `forbid` (S, N) bool, which are never taken.
-
-        Raises:
-            UnsupportedCall: where a stage returns a wrong number of tokens, or on the CPU NaN, which counts as 0
-                elsewhere.
-        """
-        S = tokens.features.shape[0]
-        chosen: list[Tensor] = []
-        stage: list[Tensor] = []
-        protect = tokens.evidence.get("protect")
-        if protect is not None:
-            chosen.append(protect)
-            stage.append(torch.full_like(protect, -1))
-        left = k - sum(indices.shape[1] for indices in chosen)
-        counts: list[int] = []
-        seen: list[Tensor | None] = [None] * len(self.picks)
-        for number, pick in enumerate(self.picks):
-            last = number == len(self.picks) - 1
-            count = left if last else min(left, int(pick.share * k + 0.5))
-            left -= count
-            counts.append(count)
-            if count == 0:
-                continue
-            taken = kernels.joined(chosen, dim=1) if chosen else None
-            scores = self._scores(pick, tokens, taken)
-            picked = pick.selector(tokens, scores, count, taken)
-            check_returned(f"the selector of pick {pick.name!r}", picked, (S, count), torch.long)
-            chosen.append(picked)
-            stage.append(torch.full_like(picked, number))
-            seen[number] = scores
-        if not chosen:
-            empty = torch.empty(S, 0, dtype=torch.long, device=tokens.features.device)
-            return Selection(keep=empty, taken=empty, counts=tuple(counts), scores=tuple(seen))
-        keep, order = kernels.joined(chosen, dim=1).sort(dim=1)
-        taken = kernels.joined(stage, dim=1).gather(1, order)
-        return Selection(keep=keep, taken=taken, counts=tuple(counts), scores=tuple(seen))
-
-    def _scores(self, pick: Pick, tokens: VisualTokens, taken: Tensor | None) -> Tensor:
-        """What the selector of a pick sees, (S, N): -inf at what is taken or forbidden."""
-        scores = pick.scorer(tokens)
-        for debiaser in pick.debiasers:
-            scores = debiaser(tokens, _checked(f"the scorer of pick {pick.name!r}", scores, tokens))
-        scores = _checked(f"the scorer or a debiaser of pick {pick.name!r}", scores, tokens)
-        forbidden = tokens.evidence.get("forbid")
-        if forbidden is not None:
-            scores = scores.masked_fill(forbidden, float("-inf"))
-        return scores if taken is None else scores.scatter(1, taken, float("-inf"))
+        """Choose `k` of the `N` tokens of every row: see `choose`."""
+        return choose(self.picks, tokens, k)
 
     def merge(self, tokens: VisualTokens, selection: Selection) -> Merged | None:
         """What the kept tokens become; None without a merger."""
-        if self.merger is None:
-            return None
-        weights = self.merger(tokens, selection)
-        S, N = tokens.features.shape[:2]
-        check_returned("the merger", weights, (S, selection.keep.shape[1], N))
-        share, into = weights.max(dim=1)
-        own = torch.arange(weights.shape[1], device=into.device).expand_as(selection.keep)
-        finite = tokens.features.float().nan_to_num(nan=0.0)
-        return Merged(
-            rows=(weights @ finite).to(tokens.features.dtype),
-            into=into.masked_fill(share <= 0, -1).scatter(1, selection.keep, own),
-        )
+        return None if self.merger is None else merged(self.merger, tokens, selection)
 
     def count(self, tokens: VisualTokens, k: int) -> Tensor:
         """How many tokens (S,) stay where the method is adaptive, at most `k`."""
@@ -328,13 +247,3 @@ class CacheStage:
 
 def _reads_the_cut(pick: Pick) -> bool:
     return any(isinstance(need, Reading) and need.rule.of == "cut" for need in pick.scorer.needs)
-
-
-def _checked(who: str, scores: Tensor, tokens: VisualTokens) -> Tensor:
-    """Scores (S, N) without NaN: in host memory they raise, elsewhere they count as 0, since nothing may wait."""
-    check_returned(who, scores, tokens.features.shape[:2])
-    if not host.holds(scores):
-        return scores.nan_to_num(nan=0.0, posinf=_INF, neginf=-_INF)
-    if host.has_nan(scores):
-        raise UnsupportedCall(f"{who} returned NaN: expected numbers, or -inf at tokens that must not be picked")
-    return scores

@@ -6,7 +6,8 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-from vtprune.readings import BlockAttention, Need, SinkRule
+from vtprune.glances import Need, SinkRule
+from vtprune.readings import BlockAttention
 from vtprune.types import EncoderCut, Per, Selection, VisualTokens
 
 

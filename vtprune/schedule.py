@@ -236,3 +236,8 @@ class Front:
         if isinstance(self.budget.keep, int):
             return n
         return Budget(keep=self.schedule.solve(self.budget.keep)[0], floor=self.budget.floor).at_least(n)
+
+
+def in_front(budget: Budget, schedule: AnySchedule | None) -> Budget | Front:
+    """What is left in front of the language model: the budget, or what a schedule makes of it."""
+    return budget if schedule is None else Front(schedule=schedule, budget=budget)

@@ -13,7 +13,8 @@ from transformers import LogitsProcessorList
 import vtprune
 from tests.contracts.cases import PRUNING_METHODS, Answer, Case, answer, cells, fresh_model
 from tests.contracts.state import restored, snapshot
-from vtprune.pipeline import LayerStage, Pick, Pipeline
+from vtprune.picking import Pick
+from vtprune.pipeline import LayerStage, Pipeline
 
 pytestmark = pytest.mark.law("5 undo")
 

@@ -14,8 +14,8 @@ from tests.fidelity.test_published_methods import drawn, pictures
 from vtprune import Pick, Pipeline
 from vtprune.catalog import build
 from vtprune.errors import InvalidOption
+from vtprune.glances import RowAttention
 from vtprune.pipeline import CacheStage, LayerStage
-from vtprune.readings import RowAttention
 from vtprune.schedule import Schedule
 from vtprune.stages.counters import Mass, Negligible
 from vtprune.stages.filters import DualFilter, Passing

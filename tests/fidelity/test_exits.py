@@ -20,7 +20,7 @@ from tests.fidelity.test_published_methods import pictures
 from tests.fidelity.test_transitions import Place, placed, reached
 from tests.models import IMAGE, ONE_AND_TWO, Prompt
 from vtprune.catalog import build
-from vtprune.readings import RowStates
+from vtprune.glances import RowStates
 from vtprune.stages.networks import ExitGate
 from vtprune.stages.states import Turn
 

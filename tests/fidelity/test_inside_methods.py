@@ -17,9 +17,9 @@ from tests.fidelity.test_methods import at_angles
 from tests.fidelity.test_published_methods import drawn, pictures, rows, scores
 from vtprune.catalog import build, describe
 from vtprune.errors import InvalidOption
+from vtprune.glances import RowAttention
 from vtprune.inside.glances import find_raters
 from vtprune.pipeline import Pipeline
-from vtprune.readings import RowAttention
 from vtprune.schedule import Schedule
 from vtprune.types import Budget, VisualTokens
 

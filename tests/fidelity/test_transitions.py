@@ -21,7 +21,7 @@ from tests.fidelity.test_published_methods import drawn, every_size, pictures, r
 from tests.models import IMAGE, IMAGE_FAMILIES, ONE_AND_TWO, Prompt
 from vtprune.catalog import build
 from vtprune.errors import InvalidOption
-from vtprune.readings import Change, Transition
+from vtprune.glances import Change, Transition
 from vtprune.stages.scorers import Mixed
 from vtprune.stages.states import TokenTransition
 

@@ -21,10 +21,10 @@ from tests.models import ONE_AND_TWO, QWEN, Prompt
 from vtprune import Pick, Pipeline
 from vtprune.adapters.decoder import Decoder
 from vtprune.errors import InvalidOption, MissingEvidence
+from vtprune.glances import RowAttention
 from vtprune.inside.glances import _decay
 from vtprune.kernels.attention import rows_attention
 from vtprune.pipeline import LayerStage
-from vtprune.readings import RowAttention
 from vtprune.stages import STAGES
 from vtprune.stages.glances import MassiveHeads, MeanAttention, SymmetricText, Undecayed
 from vtprune.stages.scorers import Glanced

@@ -15,7 +15,8 @@ from tests.models import Prompt
 from vtprune.adapters import family_of
 from vtprune.errors import InvalidOption
 from vtprune.inside.layers import Passage
-from vtprune.inside.walk import Entry, Walk
+from vtprune.inside.stacks import Entry
+from vtprune.inside.walk import Walk
 from vtprune.runtime.encoder import encode_once
 from vtprune.schedule import Schedule
 from vtprune.seam import find_base

@@ -17,9 +17,9 @@ from tests.contracts.dense import hidden
 from tests.inside.common import FAMILIES, LAYERS, ONE, WHOLE, model_of, reach
 from tests.models import IMAGE, ONE_AND_TWO, Prompt
 from vtprune import Pick, Pipeline
+from vtprune.glances import RowAttention
 from vtprune.inside.glances import MOST_ROWS, find_raters
 from vtprune.pipeline import LayerStage
-from vtprune.readings import RowAttention
 from vtprune.stages.glances import MeanAttention
 from vtprune.stages.scorers import Glanced
 from vtprune.stages.selectors import TopK

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from vtprune.glances import RowAttention
 from vtprune.kernels.attention import rows_attention
-from vtprune.readings import RowAttention
 from vtprune.stages.glances import MassiveHeads, MeanAttention, SymmetricText
 
 B, H, R, N = 3, 6, 5, 12

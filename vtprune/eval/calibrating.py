@@ -19,8 +19,9 @@ from vtprune.calibration import Calibration, Trend, quick_fingerprint
 from vtprune.errors import InvalidOption
 from vtprune.eval.questions import judged
 from vtprune.eval.schedules import check_search, search_settings
-from vtprune.pipeline import LayerStage, Pick, Pipeline
-from vtprune.readings import RowAttention, Rows
+from vtprune.glances import RowAttention, Rows
+from vtprune.picking import Pick
+from vtprune.pipeline import LayerStage, Pipeline
 from vtprune.seam import find_base
 from vtprune.stages.scorers import Constant, Glanced
 from vtprune.stages.selectors import TopK

@@ -14,7 +14,8 @@ from vtprune.catalog import build, list_methods
 from vtprune.errors import InvalidOption, VtpruneError
 from vtprune.eval.arms import OWN, Step
 from vtprune.eval.subject import Answers, Batch
-from vtprune.pipeline import LayerStage, Pick, Pipeline
+from vtprune.picking import Pick
+from vtprune.pipeline import LayerStage, Pipeline
 from vtprune.runtime.deep import schedule_of
 from vtprune.schedule import Schedule
 from vtprune.stages.scorers import Given

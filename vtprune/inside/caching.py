@@ -15,12 +15,12 @@ from torch.utils.hooks import RemovableHandle
 from vtprune import masks
 from vtprune.adapters.decoder import Decoder
 from vtprune.errors import UnsupportedCall
+from vtprune.glances import Glance
 from vtprune.inside.glances import seen_by
 from vtprune.inside.keeping import Keeping, Kept, choose
 from vtprune.inside.walk import Walk
 from vtprune.kernels import reference as kernels
 from vtprune.pipeline import CacheStage
-from vtprune.readings import Glance
 from vtprune.seam import refuse_copy
 
 

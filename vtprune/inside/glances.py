@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from vtprune.adapters.decoder import Decoder
+from vtprune.glances import Glance, RowAttention
 from vtprune.inside.walk import Walk
 from vtprune.kernels import attention as attentions
 from vtprune.kernels import reference as kernels
-from vtprune.readings import Glance, RowAttention
 
 MOST_ROWS = 256
 """Of longer texts the last rows are read: their attention takes heads x rows x keys numbers."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vtprune.inside.glances import find_raters
-from vtprune.inside.walk import Entry
+from vtprune.inside.stacks import Entry
 from vtprune.kernels import host
 from vtprune.kernels import reference as kernels
 from vtprune.pipeline import CacheStage
@@ -110,6 +110,10 @@ class Keeping:
     def average_stored(self) -> float:
         """Length of what layers store, averaged over them."""
         return sum(one.valid.shape[1] for one in self.kept) / max(len(self.kept), 1)
+
+    def restore(self, hidden: Tensor) -> Tensor:
+        """Hidden states (B, K, D) as they are: all tokens passed."""
+        return hidden
 
     def past_valid(self, layer: int) -> Tensor | None:
         """(B, past), which cached tokens of a layer are real; None where nothing is cached."""

@@ -19,11 +19,11 @@ from torch.utils.hooks import RemovableHandle
 from vtprune.adapters.decoder import Decoder
 from vtprune.cache import SinkState
 from vtprune.errors import UnsupportedCall
+from vtprune.glances import SinkRule
 from vtprune.inside.walk import Walk
 from vtprune.kernels import attention as attentions
 from vtprune.kernels import reference as kernels
 from vtprune.protocols import WeightEdit
-from vtprune.readings import SinkRule
 from vtprune.seam import refuse_copy
 
 FIRST = 2

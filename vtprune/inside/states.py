@@ -12,9 +12,9 @@ from torch.utils.hooks import RemovableHandle
 
 from vtprune._needs import Reads
 from vtprune.adapters.decoder import Decoder
+from vtprune.glances import Change, RowStates, Transition
 from vtprune.inside.walk import Walk
 from vtprune.kernels import reference as kernels
-from vtprune.readings import Change, RowStates, Transition
 
 
 class StateTap:

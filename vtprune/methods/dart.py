@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from vtprune._checks import check_whole
-from vtprune.pipeline import Pick, Pipeline
+from vtprune.picking import Pick
+from vtprune.pipeline import Pipeline
 from vtprune.stages.scorers import Norm
 from vtprune.stages.structured import Pivots
 

@@ -6,7 +6,8 @@ from typing import Literal
 
 from vtprune._checks import check_share, check_whole
 from vtprune.errors import InvalidOption
-from vtprune.pipeline import LayerStage, Pick, Pipeline
+from vtprune.picking import Pick
+from vtprune.pipeline import LayerStage, Pipeline
 from vtprune.stages.counters import AllOrNone
 from vtprune.stages.glances import MeanAttention
 from vtprune.stages.networks import ExitGate

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from vtprune.pipeline import LayerStage, Pick, Pipeline
+from vtprune.picking import Pick
+from vtprune.pipeline import LayerStage, Pipeline
 from vtprune.stages.glances import MeanAttention
 from vtprune.stages.scorers import Glanced
 from vtprune.stages.selectors import TopK

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from vtprune.pipeline import Pick, Pipeline
+from vtprune.picking import Pick
+from vtprune.pipeline import Pipeline
 from vtprune.stages.encoder import Flow, Survivors
 from vtprune.stages.scorers import Read
 from vtprune.stages.selectors import TopK

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from vtprune.pipeline import Pick, Pipeline
+from vtprune.picking import Pick
+from vtprune.pipeline import Pipeline
 from vtprune.stages.scorers import Importance
 from vtprune.stages.structured import ChunkQuota
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Literal
 
 from vtprune.errors import InvalidOption
-from vtprune.pipeline import Pick, Pipeline
+from vtprune.picking import Pick
+from vtprune.pipeline import Pipeline
 from vtprune.protocols import Scorer
 from vtprune.stages.debiasers import MinMax
 from vtprune.stages.networks import TrainedScorer

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from vtprune._checks import check_share, check_whole
 from vtprune.errors import InvalidOption
-from vtprune.pipeline import LayerStage, Pick, Pipeline
+from vtprune.picking import Pick
+from vtprune.pipeline import LayerStage, Pipeline
 from vtprune.stages.diverse import Dispersion
 from vtprune.stages.scorers import Constant
 from vtprune.stages.selectors import Random

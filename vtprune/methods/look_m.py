@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from vtprune.pipeline import CacheStage, Pick, Pipeline
+from vtprune.picking import Pick
+from vtprune.pipeline import CacheStage, Pipeline
 from vtprune.stages.glances import MeanAttention
 from vtprune.stages.mergers import IntoNearest
 from vtprune.stages.scorers import Glanced

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from vtprune._checks import check_share
-from vtprune.pipeline import LayerStage, Pick, Pipeline
+from vtprune.picking import Pick
+from vtprune.pipeline import LayerStage, Pipeline
 from vtprune.stages.encoder import MergeWindows, Survivors
 from vtprune.stages.filters import DualFilter, Passing
 from vtprune.stages.glances import MeanAttention, PeakAttention

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from vtprune.pipeline import Pick, Pipeline
+from vtprune.picking import Pick
+from vtprune.pipeline import Pipeline
 from vtprune.stages.cells import CellCentres
 from vtprune.stages.mergers import IntoCell
 from vtprune.stages.scorers import Constant

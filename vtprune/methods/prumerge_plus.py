@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from vtprune._checks import check_share, check_switch
-from vtprune.pipeline import Pick, Pipeline
+from vtprune.picking import Pick
+from vtprune.pipeline import Pipeline
 from vtprune.stages.counters import Outliers
 from vtprune.stages.mergers import NeighbourSum
 from vtprune.stages.rules import ClsOrReceived

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from vtprune._checks import check_share
-from vtprune.pipeline import LayerStage, Pick, Pipeline
+from vtprune.picking import Pick
+from vtprune.pipeline import LayerStage, Pipeline
 from vtprune.stages.glances import MeanAttention
 from vtprune.stages.peaks import DensityPeaks, IntoPeaks
 from vtprune.stages.scorers import Glanced

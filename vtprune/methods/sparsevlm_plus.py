@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from vtprune._checks import check_switch, check_whole
-from vtprune.pipeline import LayerStage, Pick, Pipeline
+from vtprune.picking import Pick
+from vtprune.pipeline import LayerStage, Pipeline
 from vtprune.stages.glances import MassiveHeads, Undecayed
 from vtprune.stages.scorers import Glanced
 from vtprune.stages.selectors import TopK

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from vtprune._checks import check_share
 from vtprune.methods.todre_select import todre_select
-from vtprune.pipeline import LayerStage, Pick, Pipeline
+from vtprune.picking import Pick
+from vtprune.pipeline import LayerStage, Pipeline
 from vtprune.stages.counters import AllOrNone
 from vtprune.stages.glances import MeanAttention
 from vtprune.stages.scorers import Constant, Glanced

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from vtprune._checks import check_descending
 from vtprune.methods.vflowopt_select import vflowopt_select
-from vtprune.pipeline import LayerStage, Pick, Pipeline
+from vtprune.picking import Pick
+from vtprune.pipeline import LayerStage, Pipeline
 from vtprune.stages.rules import SinkRows
 from vtprune.stages.scorers import Read
 from vtprune.stages.selectors import TopK

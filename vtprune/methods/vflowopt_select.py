@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from vtprune._checks import check_positive, check_share
-from vtprune.pipeline import Pick, Pipeline
+from vtprune.picking import Pick
+from vtprune.pipeline import Pipeline
 from vtprune.stages.cells import CellBest
 from vtprune.stages.mergers import IntoCell
 from vtprune.stages.rules import SinkRows

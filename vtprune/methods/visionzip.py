@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from vtprune._checks import check_share
-from vtprune.pipeline import Pick, Pipeline
+from vtprune.picking import Pick
+from vtprune.pipeline import Pipeline
 from vtprune.stages.mergers import IntoNearest
 from vtprune.stages.scorers import Constant, Importance
 from vtprune.stages.selectors import Stride, TopK

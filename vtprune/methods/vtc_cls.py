@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from vtprune._checks import check_share
-from vtprune.pipeline import Pick, Pipeline
+from vtprune.picking import Pick
+from vtprune.pipeline import Pipeline
 from vtprune.stages.rules import ClsOrReceived
 from vtprune.stages.scorers import Read
 from vtprune.stages.selectors import TopK

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from vtprune._checks import check_share
-from vtprune.pipeline import CacheStage, Pick, Pipeline
+from vtprune.picking import Pick
+from vtprune.pipeline import CacheStage, Pipeline
 from vtprune.stages.counters import Negligible
 from vtprune.stages.glances import AttentionWhereSeen, MeanAttention
 from vtprune.stages.scorers import Glanced

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from vtprune._checks import check_switch
-from vtprune.pipeline import Pick, Pipeline
+from vtprune.picking import Pick
+from vtprune.pipeline import Pipeline
 from vtprune.readings import Rule
 from vtprune.stages.debiasers import MinMax
 from vtprune.stages.diverse import SensitiveDiversity

@@ -16,9 +16,10 @@ from vtprune.inside.keeping import CachedStack, Keeping
 from vtprune.inside.layers import LayerCutter
 from vtprune.pipeline import Pipeline
 from vtprune.runtime.decide import Decision
-from vtprune.runtime.deep import begin_later, check_growing, entry_of, known_before
+from vtprune.runtime.deep import Deep, begin_later, check_growing, entry_of, known_before
 from vtprune.runtime.reading import Prompt
 from vtprune.runtime.shorten import Shortened
+from vtprune.schedule import AnySchedule
 from vtprune.types import Budget
 
 
@@ -114,3 +115,12 @@ class Caching:
             numbers=tuple(one.numbers),
             count=self._budget.resolve(stack.at.shape[1]),
         )
+
+
+def inside_of(
+    pipeline: Pipeline, budget: Budget, schedule: AnySchedule | None, inner: Host, lm: Host
+) -> Deep | Caching | None:
+    """What hooks the decoder layers of a pipeline that asks for it, None for any other and where everything is kept."""
+    if schedule is not None:
+        return Deep(pipeline, budget, schedule, inner, lm)
+    return None if pipeline.cache is None or budget.keeps_all else Caching(pipeline, budget, inner, lm)

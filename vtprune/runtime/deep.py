@@ -18,7 +18,8 @@ from vtprune.errors import UnsupportedCall
 from vtprune.inside.caching import trim
 from vtprune.inside.glances import MOST_ROWS, find_raters
 from vtprune.inside.layers import LayerCutter, Passage
-from vtprune.inside.walk import Entry, LayerStack, Walk
+from vtprune.inside.stacks import Entry, LayerStack
+from vtprune.inside.walk import Walk
 from vtprune.pipeline import LayerStage, Pipeline
 from vtprune.runtime.decide import Decision
 from vtprune.runtime.reading import Prompt

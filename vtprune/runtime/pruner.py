@@ -20,14 +20,11 @@ from torch.utils.hooks import RemovableHandle
 
 from vtprune.adapters.base import Family, language_model
 from vtprune.cache import check_prunable, mark_pruned
-from vtprune.inside.keeping import Keeping
-from vtprune.inside.walk import Walk
 from vtprune.pipeline import Pipeline
 from vtprune.report import PruneReport
-from vtprune.runtime.caching import Caching
+from vtprune.runtime.caching import inside_of
 from vtprune.runtime.calls import Call, bind
 from vtprune.runtime.decide import Decision, decide
-from vtprune.runtime.deep import Deep
 from vtprune.runtime.encoded import Encoded
 from vtprune.runtime.encoder import EncoderTap
 from vtprune.runtime.evidence import Given, readings_of
@@ -35,7 +32,7 @@ from vtprune.runtime.placing import PromptReader
 from vtprune.runtime.reporting import Reports
 from vtprune.runtime.shorten import Scheme, resume, shorten
 from vtprune.runtime.sinks import Sinks
-from vtprune.schedule import AnySchedule, Front
+from vtprune.schedule import AnySchedule, in_front
 from vtprune.seam import HANDLE, refuse_copy
 from vtprune.types import Budget
 
@@ -85,7 +82,7 @@ class Pruner:
         self._reader = PromptReader(inner, family, self._tap.kinds)
         self._tap.on_encoded = self._encoded_now
         self._schedule = schedule
-        self._deep = _deep(pipeline, budget, schedule, inner, self._lm)
+        self._deep = inside_of(pipeline, budget, schedule, inner, self._lm)
         self._sinks = Sinks(pipeline, schedule, inner, self._lm, self._owner)
         self._reports = Reports(
             pipeline,
@@ -149,11 +146,9 @@ class Pruner:
         if self.budget.keeps_all:
             self._tap.install({})
         else:
-            schedule = self._schedule
-            front = self.budget if schedule is None else Front(schedule=schedule, budget=self.budget)
+            front = in_front(self.budget, self._schedule)
             self._tap.install(readings_of(self.pipeline), stage=self.pipeline.encoder, budget=front)
-        compact = self.positions == "compact"
-        self._scheme = Scheme.of(self._inner, lm, owner=self._owner, compact=compact)
+        self._scheme = Scheme.of(self._inner, lm, owner=self._owner, compact=self.positions == "compact")
         self._handles += [
             self._inner.register_forward_pre_hook(self._before_base, with_kwargs=True),
             self._inner.register_forward_hook(self._after_base, with_kwargs=True, always_call=True),
@@ -170,9 +165,8 @@ class Pruner:
     def remove(self) -> None:
         """Take every hook and handle off the model, and what `generate` compiled with the hooks in it."""
         for shell in self._shells:
-            shell.__dict__.pop(HANDLE, None)
-            shell.__dict__.pop("__getstate__", None)
-            shell.__dict__.pop("_compiled_call", None)
+            for name in (HANDLE, "__getstate__", "_compiled_call"):
+                shell.__dict__.pop(name, None)
         self._shells = ()
         for handle in self._handles:
             handle.remove()
@@ -293,7 +287,6 @@ class Pruner:
         if passed is not None:
             assert call.pending is not None
             self._publish(call, *call.pending, passed)
-        if isinstance(passed, Walk):
             output.last_hidden_state = passed.restore(output.last_hidden_state)
         if output.past_key_values is not None:
             check_prunable(output.past_key_values)
@@ -302,15 +295,6 @@ class Pruner:
             output.last_hidden_state = short.cut.restore(output.last_hidden_state)
         return output
 
-    def _publish(self, call: Call, embeds: Tensor, decision: Decision, passed: Walk | Keeping | None = None) -> None:
+    def _publish(self, call: Call, embeds: Tensor, decision: Decision, passed: Any = None) -> None:
         given = self._thread.given
         self._reports.publish(embeds, call.stopwatch, prompt=call.prompt, decision=decision, given=given, passed=passed)
-
-
-def _deep(
-    pipeline: Pipeline, budget: Budget, schedule: AnySchedule | None, inner: nn.Module, lm: nn.Module
-) -> Deep | Caching | None:
-    """What hooks the decoder layers of a pipeline that asks for it, None for any other and where everything is kept."""
-    if schedule is not None:
-        return Deep(pipeline, budget, schedule, inner, lm)
-    return None if pipeline.cache is None or budget.keeps_all else Caching(pipeline, budget, inner, lm)

@@ -15,11 +15,11 @@ from vtprune.adapters.base import Host
 from vtprune.adapters.decoder import decoder_of
 from vtprune.cache import CacheState, SinkState, is_prunable, physical_length
 from vtprune.errors import InvalidOption, UnsupportedCall, UnsupportedModel
+from vtprune.glances import SinkRule
 from vtprune.inside.layers import Passage
 from vtprune.inside.sinks import FIRST, Scene, SinkFinder
 from vtprune.pipeline import Pipeline
 from vtprune.protocols import WeightEdit
-from vtprune.readings import SinkRule
 from vtprune.runtime.calls import Call
 from vtprune.runtime.reading import Prompt
 from vtprune.runtime.shorten import Cut

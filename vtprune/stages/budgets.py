@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from vtprune._checks import check_positive
+from vtprune.glances import Need
 from vtprune.protocols import Scorer
-from vtprune.readings import Need
 from vtprune.stages.allocation import largest_remainder
 from vtprune.stages.vectors import scores_of
 from vtprune.types import VisualTokens

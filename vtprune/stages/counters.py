@@ -10,8 +10,8 @@ from torch import Tensor
 
 from vtprune._checks import check_share
 from vtprune.errors import InvalidOption
+from vtprune.glances import Need
 from vtprune.protocols import Scorer
-from vtprune.readings import Need
 from vtprune.stages.vectors import scores_of
 from vtprune.types import VisualTokens
 

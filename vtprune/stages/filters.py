@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from vtprune._checks import check_share
+from vtprune.glances import Need
 from vtprune.kernels import reference as kernels
 from vtprune.protocols import Scorer
-from vtprune.readings import Need
 from vtprune.stages.debiasers import MinMax
 from vtprune.types import VisualTokens
 

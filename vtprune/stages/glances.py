@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vtprune._checks import check_share, check_whole
 from vtprune.errors import MissingEvidence
-from vtprune.readings import RowAttention, RowRule
+from vtprune.glances import RowAttention, RowRule
 
 
 def _over_rows(values: Tensor, real: Tensor) -> Tensor:

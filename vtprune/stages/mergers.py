@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from vtprune.glances import Need
 from vtprune.kernels import reference as kernels
 from vtprune.protocols import Scorer
-from vtprune.readings import Need
 from vtprune.stages.cells import cells_of
 from vtprune.stages.scorers import Constant
 from vtprune.stages.vectors import FEATURES, needed_for, scores_of, vectors_of

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vtprune.errors import InvalidOption
-from vtprune.readings import RowStates
+from vtprune.glances import RowStates
 from vtprune.types import VisualTokens
 
 Gate = tuple[Tensor, Tensor]

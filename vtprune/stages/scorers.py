@@ -10,19 +10,9 @@ from torch import Tensor
 
 from vtprune._checks import check_positive, check_share
 from vtprune.errors import InvalidOption
+from vtprune.glances import ChangeRule, Glance, Need, RowRule, Rows, StateGlance, StateRule, Transition
 from vtprune.protocols import Scorer
-from vtprune.readings import (
-    ChangeRule,
-    Glance,
-    Need,
-    Reading,
-    RowRule,
-    Rows,
-    Rule,
-    StateGlance,
-    StateRule,
-    Transition,
-)
+from vtprune.readings import Reading, Rule
 from vtprune.stages.debiasers import MinMax
 from vtprune.stages.rules import ClsOrReceived
 from vtprune.stages.vectors import FEATURES, evidence_of, needed_for, vectors_of

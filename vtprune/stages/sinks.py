@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vtprune._checks import check_positive, check_share, check_whole
 from vtprune.errors import InvalidOption
-from vtprune.readings import SinkReading
+from vtprune.glances import SinkReading
 from vtprune.stages.vectors import evidence_of
 from vtprune.types import VisualTokens
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vtprune.readings import Change, RowStates
+from vtprune.glances import Change, RowStates
 
 _TINY = 1e-8
 
