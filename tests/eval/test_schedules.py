@@ -161,6 +161,17 @@ def test_what_is_compared_is_the_last_hidden_state_of_the_last_token(model: nn.M
     assert abs(found.kept - 0.4 * 16) <= 0.5
 
 
+@pytest.mark.parametrize("family", ["llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "internvl"])
+def test_families_and_budgets_of_all_kinds_are_searched(family: str) -> None:
+    """Crops, newline tokens, M-RoPE and features that layers add; nearly all and nearly nothing kept."""
+    own = models.build(family, layers=6)
+    batches = [lambda: models.inputs(own, BATCHES[0])]
+    found = search_settings(own, batches, [0.95, 0.1], trials=4, seed=0, on_step=lambda: None)
+    assert [one.keep for one in found] == [0.95, 0.1]
+    assert all(-1 <= one.published <= one.cosine <= 1 for one in found)
+    assert found[0].cosine > 0.9
+
+
 def test_seeds_decide(model: nn.Module) -> None:
     batches = [lambda: models.inputs(model, BATCHES[0])]
     first, again, other = (
