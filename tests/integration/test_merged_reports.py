@@ -16,9 +16,12 @@ from tests import models
 from tests.contracts import oracle
 from tests.integration.common import write
 from tests.models import IMAGE, VIDEO, Prompt
-from vtprune import PruneReport
+from vtprune import Pick, PruneReport
 from vtprune.catalog import build
 from vtprune.pipeline import Pipeline
+from vtprune.stages.peaks import DensityPeaks, IntoPeaks
+from vtprune.stages.scorers import Norm
+from vtprune.stages.selectors import TopK
 
 METHODS: dict[str, dict[str, Any]] = {
     "visionzip": {"contextual": 0.4},
@@ -26,7 +29,16 @@ METHODS: dict[str, dict[str, Any]] = {
     "prumerge_plus": {},
     "vflowopt_select": {"recycled": 0.4},
 }
-MEANS = ("visionzip", "pool")
+MEANS = ("visionzip", "pool", "peaks")
+PEAKS = Pipeline(
+    name="peaks",
+    picks=(
+        Pick(name="long", scorer=Norm(), selector=TopK(), share=0.6),
+        Pick(name="peaks", scorer=Norm(), selector=DensityPeaks(share=0.6)),
+    ),
+    merger=IntoPeaks(pick=1, share=0.6),
+)
+"""Stages that no method of the list has in front of the language model."""
 PROMPTS = {
     ("llava", "image"): Prompt(images=((32, 32), (32, 32)), seed=6),
     ("llava_next", "image"): Prompt(images=((30, 64), (60, 64)), seed=6),
@@ -37,6 +49,7 @@ KEEP = 0.5
 every_place = pytest.mark.parametrize(("name", "kind"), PROMPTS, ids=lambda value: value)
 every_budget = pytest.mark.parametrize("per", ["image", "part", "prompt"])
 every_method = pytest.mark.parametrize("method", METHODS)
+every_merger = pytest.mark.parametrize("method", [*METHODS, "peaks"])
 shared = functools.cache(models.build)
 
 
@@ -51,7 +64,8 @@ def plain(name: str, kind: Literal["image", "video"]) -> tuple[dict[str, Tensor]
 def pruned(name: str, kind: Any, method: str, per: Any) -> tuple[PruneReport, Tensor]:
     """The report, and what the language model gets."""
     row, _ = plain(name, kind)
-    return _pruned(shared(name), row, build(method, METHODS[method]), keep=KEEP, per=per)
+    pipeline = PEAKS if method == "peaks" else build(method, METHODS[method])
+    return _pruned(shared(name), row, pipeline, keep=KEEP, per=per)
 
 
 def _pruned(model: nn.Module, row: dict[str, Tensor], method: Pipeline, **options: Any) -> tuple[PruneReport, Tensor]:
@@ -100,7 +114,7 @@ def count(into: list[int]) -> dict[int, int]:
     return found
 
 
-@every_method
+@every_merger
 @every_budget
 @every_place
 def test_every_token_is_told_where_it_lives(name: str, kind: str, per: str, method: str) -> None:
@@ -116,7 +130,7 @@ def test_every_token_is_told_where_it_lives(name: str, kind: str, per: str, meth
         assert sizes == [held[token] for token in keep]
         assert merged == sum(sizes) - len(keep) > 0
         assert sum(sizes) + into.count(-1) == len(into)
-        assert method == "prumerge_plus" or -1 not in into, "here nothing is lost"
+        assert method in ("prumerge_plus", "peaks") or -1 not in into, "here nothing is lost"
     for segment in report.segments:
         held, sizes = segment.held.tolist(), iter(segment.sizes.tolist())
         assert held == [next(sizes) if token in segment.keep else 0 for token in range(segment.n)]
