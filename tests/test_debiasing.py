@@ -123,7 +123,7 @@ def test_it_comes_first_in_every_pick_by_attention(method: str) -> None:
 
 @pytest.mark.parametrize("wrong", ["recencies", "", 1, 0, 2.5, ("recency",), WithoutSinks, []])
 def test_what_is_no_debiaser_is_refused_with_the_names(model: nn.Module, wrong: Any) -> None:
-    with pytest.raises(InvalidOption, match="recency, cubic, sinks, padding, trend, rope"):
+    with pytest.raises(InvalidOption, match="recency, cubic, sinks, padding, trend, massive, rope"):
         vtprune.wrap(model, "fastervlm", debias=wrong)
     assert not hasattr(model, "vtprune")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import weakref
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -34,11 +35,14 @@ from tests.inside.common import (
 from tests.inside.test_turns import PICTURES, TURNS, Chat
 from tests.integration.common import fingerprint
 from tests.models import ONE_AND_TWO, Prompt
-from vtprune import Pipeline, masks
+from vtprune import Pick, Pipeline, masks
 from vtprune.catalog import build
 from vtprune.errors import InvalidOption, UnsupportedCall, UnsupportedModel
+from vtprune.pipeline import LayerStage
 from vtprune.stages import STAGES
 from vtprune.stages.networks import ExitGate
+from vtprune.stages.scorers import Constant
+from vtprune.stages.selectors import TopK
 
 RULES = {"mass": 0.35, "stable": 0.25, "gate": 0.0}
 """By a threshold of each that some pictures of tiny models cross early, and some late or never."""
@@ -334,6 +338,32 @@ def test_what_modules_make_is_not_held():
     for handle in handles:
         handle.remove()
     assert len(held) == 2 * LAYERS and alive == [0] * LAYERS
+
+
+@dataclass
+class Grants:
+    """A counter that grants one number after the other."""
+
+    left: list[int]
+
+    def __call__(self, tokens, k):
+        assert k == tokens.features.shape[1], "all that came may stay"
+        return torch.full((len(tokens.features),), self.left.pop(0))
+
+
+@pytest.mark.parametrize(
+    ("patience", "depths"),
+    [(1, [6] * 2 + [4] * 2 + [2] * 6 + [1] * 6), (2, [6] * 8 + [3] * 2 + [2] * 6), (3, [6] * 8 + [4] * 2 + [3] * 6)],
+)
+def test_the_most_that_was_granted_in_a_row_stays(patience, depths):
+    """Of 16 tokens 10, 4, 8, 2 and 8 are granted in front of layers 1 to 5; of three in a row 10, 8 and 8 are most."""
+    pick = Pick(name="first", scorer=Constant(), selector=TopK())
+    counter = Grants([10, 4, 8, 2, 8])
+    stage = LayerStage(at=1, keep=None, picks=(pick,), counter=counter, patience=patience)
+    pipeline = Pipeline(name="grants", picks=(), inside=(stage,))
+    got = run(model_of("llava"), pipeline, models.inputs("llava", ONE), {"steps": 1}, keep=100)
+    assert got.report.segments[0].depths.tolist() == depths
+    assert not counter.left
 
 
 def test_pictures_of_a_turn_ask_for_themselves():

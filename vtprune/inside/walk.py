@@ -119,10 +119,10 @@ class Walk:
 
     @property
     def asks(self) -> bool:
-        """Whether evidence decides at the next drop point: not where all of every picture stays, or has left."""
-        counted = self.stages[self.cuts].counter is not None
-        kept = [(stack.stays(self.cuts), stack.at.shape[1]) for stack in self.stacks]
-        return any(0 < k < n or (counted and k) for k, n in kept)
+        """Whether evidence is read at the next drop point: not where all leave or have left, or nobody asks."""
+        stage = self.stages[self.cuts]
+        asked = stage.keep is not None or stage.counter is not None
+        return asked and any(stack.stays(self.cuts) for stack in self.stacks)
 
     def add(self, name: str, values: Tensor) -> None:
         """Add to what layers say of every token, (B, K)."""

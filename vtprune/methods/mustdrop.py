@@ -34,7 +34,7 @@ def mustdrop(
         are those of most attention in the block that makes the features.
 
     Published:
-        llava: keep=0.3333, adaptive=True | keep=0.2222, least_overall=0.0012, adaptive=True
+        llava: keep=0.3333 | 0.2222 | 0.1111, least_overall=0.001 | 0.0012, adaptive=True
 
     Args:
         vision: merge windows inside the encoder; False for encoders that cannot be pruned inside.

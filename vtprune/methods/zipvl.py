@@ -22,8 +22,8 @@ def zipvl(*, mass: float = 0.975) -> Pipeline:
         layer stores. Queries and keys are computed once more to choose by. Nothing is chosen again while decoding.
 
     Published:
-        llava: keep=0.99, mass=0.975 | keep=0.99, mass=0.96
-        llava_next: keep=0.99, mass=0.975 | keep=0.99, mass=0.96
+        llava: keep=0.99, mass=0.975 | 0.96
+        llava_next: keep=0.99, mass=0.975 | 0.96
 
     Args:
         mass: share of the attention of a layer that stays, in (0, 1).
