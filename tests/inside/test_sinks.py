@@ -400,21 +400,16 @@ def test_no_map_of_all_tokens_exists():
 def test_compiled_code():
     """Compiled behind the wrap it is as in eager; code of before the wrap passes hooks by, and that is an error."""
     torch._dynamo.reset()
-    model = fresh("llava")
+    model = models.build("llava", layers=4)
     told = models.inputs(model, ONE)
-    with vtprune.pruning(model, "attention_sink", keep=1.0, **GIVEN):
-        eager = model(**told).logits
-        compiled = torch.compile(model, backend="eager")
-        assert (compiled(**told).logits - eager).abs().max() < TOLERANCE
-    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
     with vtprune.pruning(model, "identity", keep=1.0):
-        compiled = torch.compile(model, backend="eager")
         compiled(**told)
     with vtprune.pruning(model, "attention_sink", keep=1.0, **GIVEN):
         with pytest.raises(UnsupportedCall, match="compiled before this wrap"):
             compiled(**told)
         torch.compiler.reset()
-        assert (compiled(**told).logits - eager).abs().max() < TOLERANCE
+        assert (compiled(**told).logits - model(**told).logits).abs().max() < TOLERANCE
     torch._dynamo.reset()
 
 
