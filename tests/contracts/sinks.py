@@ -76,7 +76,8 @@ def edited(model: nn.Module, marks: Sequence[Marks], edit: Edit) -> Iterator[Cou
     Args:
         marks: of the tokens of the first call, for every row (which repeats for beams); later tokens were written.
     """
-    layers, count = model.model.language_model.layers, Count()
+    base = getattr(model, "model", model)
+    layers, count = (getattr(base, "language_model", None) or base.text_model).layers, Count()
     visual, told = (torch.tensor([getattr(row, name) for row in marks]) for name in ("visual", "told"))
     handles = []
     for number in range(2, len(layers) - 1):

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import vtprune
+from tests import generic_models
+from tests.contracts.sinks import Edit, Marks, edited
 from tests.generic_models import SPECS, build_generic
 from tests.inside.test_glances import TOLERANCE, Spy
+from tests.inside.test_sinks import GIVEN
+from tests.models import IMAGE
 from vtprune import Pick, Pipeline
 from vtprune.errors import UnsupportedCall, UnsupportedModel
 from vtprune.pipeline import LayerStage
@@ -57,3 +63,33 @@ def test_without_a_cache(name, method):
     assert found[0][1] == found[1][1]
     assert {1, 2} == {depth for depths in found[0][1] for depth in depths}
     assert (found[0][0] - found[1][0]).abs().max() < 1e-4
+
+
+DEEP = sorted(
+    name for name, spec in SPECS.items() if spec.text and not {"layer_types", "mlp_layer_types"} & {*spec.text}
+)
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_attention_is_changed_as_in_whole_maps_or_the_model_is_refused(name, monkeypatch):
+    """On five layers of it, of which two are changed; with a cache and without."""
+    spec = SPECS[name]
+    monkeypatch.setitem(generic_models.SPECS, name, replace(spec, text={**spec.text, "num_hidden_layers": 5}))
+    model, told = build_generic(name)
+    model.generation_config.eos_token_id = None
+    mode = {"max_new_tokens": 3, "output_logits": True, "return_dict_in_generate": True}
+    found = []
+    try:
+        with vtprune.pruning(model, "attention_sink", keep=1.0, **GIVEN):
+            for use_cache in (True, False):
+                found.append(torch.stack(model.generate(**told, **mode, use_cache=use_cache).logits))
+    except (UnsupportedModel, UnsupportedCall) as error:
+        assert name not in OPEN, error
+        return
+    visual, real = told["input_ids"] == IMAGE, told["attention_mask"].bool()
+    plain = torch.stack(model.generate(**told, **mode).logits)
+    with edited(model, [Marks(*row) for row in zip(visual.tolist(), real.tolist())], Edit(**GIVEN)) as count:
+        expected = torch.stack(model.generate(**told, **mode).logits)
+    assert count.changed > 0
+    assert (plain - expected).abs().max() > 1e-3
+    assert max((logits - expected).abs().max() for logits in found) < 1e-4

@@ -28,8 +28,10 @@ from tests.inside.common import (
     reach,
 )
 from tests.models import BOS, IMAGE, ONE_AND_TWO, VIDEO, Prompt
+from tests.test_memory import LiveBytes
 from vtprune.catalog import build
 from vtprune.errors import InvalidOption, UnsupportedCall, UnsupportedModel
+from vtprune.inside.sinks import _allowed
 from vtprune.stages.sinks import MassiveActivations, Redistribute, WithoutMassive
 
 GIVEN = {"share": 0.2, "threshold": 1.9, "most": 0.8, "least": 0.05, "channels": (3, 17, 40)}
@@ -332,6 +334,83 @@ def test_at_cuts_in_a_later_turn_the_first_token_is_remembered():
         model(**whole)
         at_once = pruner.last.segments[0].depths
     assert torch.equal(in_turns, at_once)
+
+
+@some
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@torch.no_grad()
+def test_padding_on_the_right(family, attention):
+    model = of(FOUND, family, attention)
+    left = models.inputs(model)
+    pads = (left["attention_mask"] == 0).sum(dim=1).tolist()
+    right = {
+        name: torch.stack([row.roll(-pad) for row, pad in zip(values, pads, strict=True)]) if name in WHOLE else values
+        for name, values in left.items()
+    }
+    with vtprune.pruning(model, "attention_sink", keep=1.0, **FOUND):
+        got = model(**right).logits
+    with edited(model, marks(right), Edit(**FOUND)) as count:
+        reference = model(**right).logits
+    assert count.changed > 0
+    assert (got - reference)[right["attention_mask"].bool()].abs().max() < TOLERANCE
+
+
+def test_a_mask_says_the_same_in_every_form():
+    """Of three tokens behind two, rows of the last two; in the second prompt the first token is padding."""
+    valid = torch.tensor([[True] * 5, [False] + [True] * 4])
+    rows = torch.tensor([[1, 2], [1, 2]])
+    square = (torch.arange(5) <= torch.arange(2, 5)[:, None])[None, None] & valid[:, None, None]
+    added = torch.zeros(square.shape).masked_fill(~square, torch.finfo(torch.float32).min)
+    expected = torch.tensor([[[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]], [[0, 1, 1, 1, 0], [0, 1, 1, 1, 1]]]).bool()
+    for mask in (valid, valid.long(), square, added):
+        assert torch.equal(_allowed(mask, rows, 3, 5), expected)
+    assert torch.equal(_allowed(None, rows, 3, 5)[0], expected[0])
+
+
+def test_guessed_words_are_taken_back():
+    """Prompt lookup writes several tokens at once and crops the cache; none of these words is massive."""
+    model = of(GIVEN, "llava")
+    told = models.inputs(model, ONE)
+    settings = {**GIVEN, "threshold": 2.2}
+    with vtprune.pruning(model, "attention_sink", keep=1.0, **settings):
+        expected_words = answer(model, told, steps=12).sequences
+        guessed = model.generate(**told, max_new_tokens=12, prompt_lookup_num_tokens=3)
+    assert guessed.tolist() == expected_words.tolist()
+
+
+@torch.no_grad()
+def test_no_map_of_all_tokens_exists():
+    """A picture of 1024 tokens: what is there beside the model is far less than one head's map."""
+    model = model_of("qwen2_5_vl")
+    told = models.inputs(model, (Prompt(images=((256, 256),), seed=1),))
+    peaks = []
+    for share in (1.0, 0.2):
+        with (
+            vtprune.pruning(model, "attention_sink", keep=1.0, **{**GIVEN, "share": share}) as pruner,
+            LiveBytes() as peak,
+        ):
+            model(**told)
+        peaks.append(peak.peak)
+    assert pruner.last.tokens == 1024
+    assert peaks[1] - peaks[0] < 1024 * 1024 * 4
+
+
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_compiled_code():
+    """Compiled behind the wrap it is as in eager; code of before the wrap passes hooks by, and that is an error."""
+    torch._dynamo.reset()
+    model = models.build("llava", layers=4)
+    told = models.inputs(model, ONE)
+    compiled = torch.compile(model, backend="eager")
+    with vtprune.pruning(model, "identity", keep=1.0):
+        compiled(**told)
+    with vtprune.pruning(model, "attention_sink", keep=1.0, **GIVEN):
+        with pytest.raises(UnsupportedCall, match="compiled before this wrap"):
+            compiled(**told)
+        torch.compiler.reset()
+        assert (compiled(**told).logits - model(**told).logits).abs().max() < TOLERANCE
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(

@@ -59,14 +59,14 @@ def decoder_of(inner: Host, lm: Host, *, glances: bool, changes: bool = False, e
     Raises:
         UnsupportedModel: where layers are of another kind or see a window only, or rotate in a way not known here.
     """
-    name = type(lm).__name__
+    name, what = type(lm).__name__, "changes of attention" if edits else "cuts between layers"
     layers = getattr(lm, "layers", None)
     if not isinstance(layers, nn.ModuleList) or not all(map(_is_plain, layers)):
-        raise UnsupportedModel(f"the layers of {name} are not of the form this library can cut between")
+        raise UnsupportedModel(f"the layers of {name} are not of the form that {what} need")
     if len({parameter.device for parameter in lm.parameters()}) > 1:
-        raise UnsupportedModel(f"{name} lies on several devices, and cuts between layers work on one: load it on one")
+        raise UnsupportedModel(f"{name} lies on several devices, and {what} work on one: load it on one")
     if sliding_window(inner.config) is not None:
-        raise UnsupportedModel(f"layers of {name} see a sliding window, and cuts between layers would move it")
+        raise UnsupportedModel(f"layers of {name} see a sliding window, which {what} know nothing of")
     if glances and not all(_rotates_halves(layer.self_attn) for layer in layers):
         raise UnsupportedModel(
             f"it is not known how layers of {name} turn queries and keys, so they cannot be looked at"
@@ -79,7 +79,7 @@ def decoder_of(inner: Host, lm: Host, *, glances: bool, changes: bool = False, e
         )
     implementation = lm.config._attn_implementation or "eager"
     if not implementation.startswith(_IMPLEMENTATIONS):
-        raise UnsupportedModel(f"attn_implementation={implementation!r}: cuts between layers take sdpa, flash or eager")
+        raise UnsupportedModel(f"attn_implementation={implementation!r}: {what} take sdpa, flash or eager")
     deep = getattr(getattr(inner.config, "vision_config", None), "deepstack_visual_indexes", None) or ()
     return Decoder(layers=tuple(layers), first=max(1, len(deep)))
 

@@ -39,7 +39,7 @@ class Scene:
     Of the K tokens that enter, `visual` (B, K) belong to pictures and `told` (B, K) are real and were not written by
     the model. `rows` (B, R) is where the text is whose attention may change, `real` (B, R) False at what only fills up;
     `edits` says that there is any. Sinks are looked for where `looks`; a word that is decoded is none. `known` is what
-    the cache knows, `walk` what is cut between layers.
+    the cache knows, `walk` what is cut between layers, `changed` the layers whose attention was.
     """
 
     visual: Tensor
@@ -51,6 +51,7 @@ class Scene:
     known: SinkState
     walk: Walk | None = None
     marks: dict[int, Tensor] = field(default_factory=dict)
+    changed: set[int] = field(default_factory=set)
     massive: dict[tuple[int, str], Tensor] = field(init=False)
     _now: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
 
@@ -213,6 +214,7 @@ class SinkFinder:
             return None
         output, rows = args[0], scene.now[2]
         B, K, _ = output.shape
+        scene.changed.add(number)
         with kernels.exact(output.device):
             changes = torch.cat(list(self._changes(number, scene, rows, K)), dim=2) * scene.real[:, None, :, None]
         at = rows + torch.arange(0, B * K, K, device=rows.device)[:, None]

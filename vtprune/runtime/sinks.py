@@ -125,9 +125,22 @@ class Sinks:
         )
 
     def finish(self, state: CacheState | None, *, done: bool) -> None:
-        """Let `state` learn which tokens are sinks; not where the call raised."""
-        scene = None if self._finder is None else self._finder.end()
-        if scene is None or state is None or not scene.looks or not done:
+        """Let `state` learn which tokens are sinks; not where the call raised.
+
+        Raises:
+            UnsupportedCall: where compiled code of before passed the hooks by.
+        """
+        if self._finder is None:
+            return
+        scene = self._finder.end()
+        if scene is None or not done:
+            return
+        if scene.edits and len(scene.changed) < len(self._finder.edited):
+            raise UnsupportedCall(
+                f"method {self._method!r} changes attention in layers that were compiled before this wrap, and their "
+                "code passes it by: call torch.compiler.reset() and compile again"
+            )
+        if state is None or not scene.looks:
             return
         state.sinks = SinkState(
             marks=scene.marks, massive=scene.massive, covered=state.stored, pictures=scene.known.pictures
