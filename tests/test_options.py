@@ -295,7 +295,9 @@ def test_positions_have_no_gaps_where_all_cuts_lie_between_layers(method: str, s
     assert model.vtprune.positions == model.vtprune.last.positions == scheme
     vtprune.unwrap(model)
     if scheme == "keep":
-        with pytest.raises(InvalidOption, match=f"positions='compact': method '{method}' cuts nothing in front of the language model"):
+        with pytest.raises(
+            InvalidOption, match=f"positions='compact': method '{method}' cuts nothing in front of the language model"
+        ):
             vtprune.wrap(model, method, keep=0.6, positions="compact")
     vtprune.wrap(model, method, keep=0.6, positions=scheme)
 

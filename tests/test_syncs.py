@@ -36,9 +36,9 @@ METHODS = tuple(name for name in vtprune.list_methods() if name not in ("identit
 """Those that prune and need no evidence but the model's."""
 CELLS = [(name, method) for name in FAMILIES for method in METHODS if name == "llava" or build(method).encoder is None]
 """Methods that prune inside the encoder only where it bears that."""
-CHECKS = {"dyvte": 0}
+CHECKS = {"dyvte": 0, "zipvl": 2}
 """How often adaptive methods ask the device for each shape, where not once: at the budget of these tests, dyvte comes
-to its last layer before two checks in a row may find anything."""
+to its last layer before two checks in a row may find anything; zipvl asks in each of two layers."""
 OURS, TORCH, HERE = Path(vtprune.__file__).parent, Path(torch.__file__).parent, Path(__file__)
 DECIDES_A_SHAPE_OR_A_NUMBER = {
     "_local_scalar_dense",
