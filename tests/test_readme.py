@@ -38,7 +38,7 @@ def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
 
 def test_snippets_print_what_they_claim(in_tmp_path: Path) -> None:
     blocks = blocks_of(README)
-    assert len(blocks) == 10
+    assert len(blocks) == 11
     namespace: dict[str, object] = {}
     for block in blocks:
         prints_what_it_claims(block, namespace)
