@@ -112,7 +112,7 @@ GIVEN = tuple(method for method in METHODS if "relevance" in PIPELINES[method].n
 """Methods whose evidence the user has to give."""
 WIDE_METHODS = ("vtprune", "prumerge_plus-adaptive")
 """Two of the core: evidence, debiasing, several picks, a merger and a counter between them."""
-RUNTIME_METHODS = (*CORE_METHODS, *GIVEN, *NEUTRAL)
+RUNTIME_METHODS = (*CORE_METHODS, *GIVEN, *NEUTRAL, "sparsevlm", "mustdrop-text", "dyvte", "zipvl", "look_m")
 RUNTIME_LAWS = ("5 undo", "6 refusal", "7 turns", "8 modes")
 TOLERANCE = 1e-5
 """Largest difference of fp32 logits, as a share of the largest logit (at least of 1)."""
