@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.contracts import dense
-from tests.contracts import sinks as attention
+from tests.contracts import edits as attention
 
 
 @dataclass
@@ -109,15 +109,15 @@ def decode(
     compact: bool,
     forbidden: list[int],
     depths: list[int] | None = None,
-    sinks: attention.Told | None = None,
+    edits: attention.Told | None = None,
 ) -> tuple[list[int], Tensor]:
     """Greedy tokens and raw logits (steps, V) of the shortened prompt.
 
     Args:
         depths: how many decoder layers each of the tokens at `kept` is seen in; None: all of them.
-        sinks: of all tokens, where attention of sinks goes to the picture; of those at `kept` it is the same then.
+        edits: where the method changes attention, and then all tokens are kept.
     """
-    assert sinks is None or len(kept) == len(sinks.marks.visual)
+    assert edits is None or len(kept) == prompt.embeds.shape[1]
     short = shorten(prompt, kept, compact=compact)
     next_id = int(prompt.positions[0, -1]) + 1
     if compact:
@@ -131,7 +131,7 @@ def decode(
             extra["visual_pos_masks"] = nn.functional.pad(short.visual, (0, length - short.visual.shape[1]))
             extra["deepstack_visual_embeds"] = short.deepstack
         ids = positions if positions.shape[0] == 1 else positions[:, None]
-        with dense.hidden(model, [depths or []]), attention.told(model, [sinks], [0]):
+        with dense.hidden(model, [depths or []]), attention.edited(model, [edits], [0]):
             hidden = model.model.language_model(
                 inputs_embeds=embeds, position_ids=ids, attention_mask=torch.ones(1, length, dtype=torch.long), **extra
             ).last_hidden_state
@@ -152,14 +152,14 @@ def generate(
     model: nn.Module,
     shorts: Sequence[Merged],
     depths: Sequence[list[int]],
-    sinks: Sequence[attention.Told | None],
+    edits: Sequence[attention.Told | None],
     **mode: Any,
 ) -> Tensor:
     """New tokens (rows, steps) of transformers' own `generate` from the short prompts, left padded.
 
     Args:
         depths: for every prompt, how many decoder layers each of its tokens is seen in.
-        sinks: for every prompt, where attention of sinks goes to the picture.
+        edits: for every prompt, where the method changes attention.
     """
     width = max(short.embeds.shape[1] for short in shorts)
     pads = [width - short.embeds.shape[1] for short in shorts]
@@ -172,7 +172,7 @@ def generate(
     try:
         with (
             dense.hidden(model, [[0] * pad + row for row, pad in zip(depths, pads, strict=True)]),
-            attention.told(model, sinks, pads),
+            attention.edited(model, edits, pads),
         ):
             return model.generate(inputs_embeds=embeds, attention_mask=mask, position_ids=position_ids, **mode)
     finally:

@@ -24,11 +24,11 @@ from tests.contracts.cases import (
     cells,
     choices,
     distance,
+    edits_of,
     kept_tokens,
-    sinks_of,
     whole,
 )
-from tests.contracts.sinks import Told
+from tests.contracts.edits import Told
 from tests.models import Prompt
 
 pytestmark = pytest.mark.law("7 turns")
@@ -55,11 +55,13 @@ class Conversation:
     grids: dict[str, list[Tensor]] = field(default_factory=dict)
     kept: list[int] = field(default_factory=list)
     written: list[bool] = field(default_factory=list)
+    turns: list[tuple[int, int, Prompt]] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)
 
-    def say(self, inputs: dict[str, Tensor]) -> None:
+    def say(self, inputs: dict[str, Tensor], prompt: Prompt) -> None:
         """A prompt of one row."""
         ids = inputs["input_ids"][0].tolist()
+        self.turns.append((len(self.ids), len(self.ids) + len(ids), prompt))
         self.ids += ids
         self.written += [False] * len(ids)
         self.types += inputs["mm_token_type_ids"][0].tolist() if "mm_token_type_ids" in inputs else [0] * len(ids)
@@ -118,8 +120,8 @@ class Chat:
     def turn(self, prompts: tuple[Prompt, ...]) -> Turn:
         """One more prompt of every row, and the model's reply."""
         alone = [self.case.inputs((prompt,)) for prompt in prompts]
-        for conversation, inputs in zip(self.rows, alone, strict=True):
-            conversation.say(inputs)
+        for conversation, inputs, prompt in zip(self.rows, alone, prompts, strict=True):
+            conversation.say(inputs, prompt)
         fresh = self.case.inputs(prompts)
         self._append({name: fresh[name] for name in WHOLE if name in fresh})
         given: dict[str, Any] = {**fresh, **self.so_far}
@@ -139,7 +141,7 @@ class Chat:
                 kept = kept_tokens(self.case, reports[0], row, ids)
             conversation.keep(kept, whole(self.case, prompts[row], kept.positions))
             so_far = Kept(positions=list(conversation.kept), depths=list(conversation.depths))
-            told = sinks_of(self.case, conversation.ids, conversation.written)
+            told = edits_of(self.case, conversation.ids, conversation.turns, conversation.written)
             before.append((conversation.whole(), so_far, told))
             conversation.reply(reply.tokens[row].tolist())
         self.cache = reply.cache
@@ -181,7 +183,7 @@ def check(case: Case, turns: Turns, positions: str) -> list[Turn]:
                 compact=positions == "compact",
                 forbidden=case.forbidden,
                 depths=kept.depths,
-                sinks=told,
+                edits=told,
             )
             assert_close(turn.reply.logits[row], logits)
             assert turn.reply.tokens[row].tolist() == tokens

@@ -22,8 +22,8 @@ from tests.contracts.cases import (
     by_hand,
     cells,
     choices,
+    edits_alone,
     kept_tokens,
-    sinks_of,
     whole,
 )
 from vtprune.errors import UnsupportedCall
@@ -65,9 +65,9 @@ def test_equals_transformers_on_the_short_prompt(case: Case, mode: str) -> None:
     """With the positions whose continuation transformers can count: compact on one dimension, kept on (t, h, w)."""
     got, report = wrapped(case, "auto", **MODES[mode])
     shorts, depths = shortened(case, report)
-    sinks = [sinks_of(case, inputs["input_ids"][0].tolist()) for inputs in case.rows]
+    edits = [edits_alone(case, prompt) for prompt in case.prompts]
     torch.manual_seed(7)
-    expected = oracle.generate(case.model, shorts, depths, sinks, max_new_tokens=4, **MODES[mode])
+    expected = oracle.generate(case.model, shorts, depths, edits, max_new_tokens=4, **MODES[mode])
     assert len(got.tokens) == len(case.prompts) * MODES[mode].get("num_return_sequences", 1)
     assert torch.equal(got.tokens, expected)
 

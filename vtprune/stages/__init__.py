@@ -10,6 +10,7 @@ from vtprune.stages import (
     diverse,
     encoder,
     glances,
+    heads,
     mergers,
     networks,
     recency,
@@ -87,6 +88,7 @@ STAGES: dict[str, type] = {
         sinks.MassiveActivations,
         sinks.WithoutMassive,
         sinks.Redistribute,
+        heads.HeadMasks,
     )
 }
 """What a stored pipeline may be made of, by class name."""
