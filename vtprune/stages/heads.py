@@ -42,7 +42,8 @@ class HeadMasks:
     @property
     def neutral(self) -> bool:
         """Whether nothing is hidden."""
-        return self.classes is not None and all(name == "dense" for layer in self.classes for name in layer)
+        names = {name for layer in self.classes or () for name in layer}
+        return names == {"dense"}
 
     def __call__(self, name: str, rows: Tensor, keys: Tensor, sinks: Tensor) -> Tensor:
         seen = (rows < 0)[:, :, None] | ((keys < 0) & ~sinks)[:, None]
