@@ -29,6 +29,7 @@ WITHOUT_LLAVA = {
     "information_horizon": "the shares of its stages are not public",
     "vflowopt": "as vflowopt_select",
     "zero_tprune": "image classification",
+    "blindsight": "Qwen2-VL, Qwen2.5-VL and Gemma 3, by thresholds that are not public",
 }
 """Methods of a paper, and why none of its budgets is one for LLaVA-1.5."""
 

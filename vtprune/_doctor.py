@@ -109,13 +109,18 @@ def _methods(skeleton: Any) -> Iterator[tuple[str, str]]:
     import vtprune
     from vtprune.catalog import build
 
-    works, refused = [], []
+    works, refused, unmeasured = [], [], []
     for name in vtprune.list_methods():
+        pipeline = build(name)
+        if getattr(pipeline.attention, "classes", ()) is None:
+            unmeasured.append(name)
+            continue
         try:
-            with vtprune.pruning(skeleton, name, keep=0.5 if build(name).drops else 1.0):
+            with vtprune.pruning(skeleton, name, keep=0.5 if pipeline.drops else 1.0):
                 works.append(name)
         except VtpruneError as error:
             refused.append(f"{name}: {error}")
     yield "methods", ", ".join(works) or "none"
+    yield "methods to be measured for", ", ".join(unmeasured) or "none"
     for line in refused or ["nothing"]:
         yield "unsupported", line

@@ -207,7 +207,7 @@ def _check_options(pipeline: Pipeline, budget: Budget, history: int, on_report: 
             else (", or put its `attention` into a pipeline that drops tokens, with dataclasses.replace")
         )
         raise InvalidOption(f"method {pipeline.name!r} keeps everything, got keep={budget.keep}: use keep=1.0{hint}")
-    if pipeline.attention is not None and getattr(pipeline.attention, "of", None) not in ("weights", "mask"):
+    if pipeline.attention is not None and getattr(pipeline.attention, "of", None) not in ("weights", "mask", "masses"):
         raise InvalidOption(f"attention={pipeline.attention!r}: expected a stage that changes weights or masks")
 
 

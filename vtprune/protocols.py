@@ -84,13 +84,13 @@ class AttentionEdit(Protocol):
     """Changes attention inside the language model; no token is dropped.
 
     `name` is for reports. `neutral` says that it changes nothing, so that nothing is hooked. What it changes is told by
-    `of`: see `WeightEdit` and `MaskEdit`.
+    `of`: see `WeightEdit`, `MaskEdit` and, which only looks, `HeadWatch`.
     """
 
     @property
     def name(self) -> str: ...
     @property
-    def of(self) -> Literal["weights", "mask"]: ...
+    def of(self) -> Literal["weights", "mask", "masses"]: ...
     @property
     def neutral(self) -> bool: ...
 
@@ -105,3 +105,26 @@ class WeightEdit(AttentionEdit, Protocol):
     @property
     def sinks(self) -> SinkRule: ...
     def __call__(self, weights: Tensor, visual: Tensor, sinks: Tensor) -> Tensor: ...
+
+
+class MaskEdit(AttentionEdit, Protocol):
+    """Hides keys from tokens of pictures in a prefill with several, head by head.
+
+    `classes` names that of every head of every layer. The call says which of the keys the tokens of a prompt may see in
+    heads of a class, (B, K, n) bool: `rows` (B, K) and `keys` (B, n) are the numbers of their pictures, -1 for text,
+    `sinks` (B, n) which keys are sinks. Keys that the model hides stay hidden, and every token sees itself.
+    """
+
+    @property
+    def classes(self) -> tuple[tuple[str, ...], ...] | None: ...
+    def __call__(self, name: str, rows: Tensor, keys: Tensor, sinks: Tensor) -> Tensor: ...
+
+
+class HeadWatch(AttentionEdit, Protocol):
+    """Looks where tokens of pictures attend to in a prefill with several, and changes nothing.
+
+    The call gets the number of a layer and the attention (B, H, 3) of the tokens of later pictures: to their own
+    picture, to sinks and to other pictures, on average. `found` (B,) is False where a prompt has but one picture.
+    """
+
+    def __call__(self, layer: int, masses: Tensor, found: Tensor) -> None: ...

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import vtprune
 from tests import models
-from tests.contracts import oracle, sinks
+from tests.contracts import edits, heads, oracle, sinks
 from tests.contracts.dense import Merge
 from tests.contracts.merges import merges_of, noted
 from tests.models import CLIPS, IMAGE_FAMILIES, ONE_AND_TWO, QWEN, VIDEO_FAMILIES, Prompt
@@ -63,10 +63,20 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sparsevlm": {"recycled": 0.2},
     "dyvte": {"first": 1 / 6, "patience": 1, "below": 0.4},
     "attention_sink": {"share": 0.2, "threshold": 1.9, "most": 0.8, "least": 0.05, "channels": (3, 17, 40)},
+    "blindsight": {
+        "classes": (
+            ("sink", "intra", "intra+sink", "dense"),
+            ("dense",) * 4,
+            ("intra",) * 4,
+            ("intra+sink", "intra+sink", "dense", "dense"),
+            ("sink", "sink", "intra", "intra"),
+            ("dense", "intra", "sink", "intra+sink"),
+        )
+    },
 }
 """Parameters that are not the default ones: tiny pictures have too few tokens for the shares that are recycled, of six
-layers too few are left for dyvte to find more than one layer to leave at, and tiny models have no massive activations.
-"""
+layers too few are left for dyvte to find more than one layer to leave at, tiny models have no massive activations, and
+heads have no classes before they are measured."""
 PIPELINES = {method: EXTRAS.get(method) or build(method.partition("-")[0], SETTINGS.get(method)) for method in METHODS}
 FAMILIES = IMAGE_FAMILIES
 CORE_FAMILIES = ("llava", "llava_onevision", "qwen2_5_vl")
@@ -84,7 +94,12 @@ NEUTRAL = tuple(method for method in METHODS if not PIPELINES[method].drops)
 """Methods that refuse any budget but 1.0."""
 EDITING = tuple(method for method in METHODS if PIPELINES[method].attention is not None)
 """Those of them that change attention instead: at their neutral settings they change nothing."""
-NEUTRAL_SETTINGS: dict[str, dict[str, Any]] = {"attention_sink": {"share": 1.0}}
+MARKING = ("attention_sink",)
+"""Those of them whose cache remembers something."""
+NEUTRAL_SETTINGS: dict[str, dict[str, Any]] = {
+    "attention_sink": {"share": 1.0},
+    "blindsight": {"classes": (("dense",) * 4,) * 6},
+}
 IN_LAYERS = tuple(method for method in METHODS if PIPELINES[method].inside)
 """Methods that prune between the decoder layers."""
 ONLY_INSIDE = tuple(method for method, one in PIPELINES.items() if (one.inside or one.cache) and not one.picks)
@@ -311,6 +326,15 @@ def _counts(family: str, prompt: Prompt, kind: Kind) -> tuple[int, ...]:
 
 
 @functools.cache
+def _lengths(family: str, prompt: Prompt, kind: Kind) -> tuple[int, ...]:
+    """Tokens of every picture of a prompt, separators counted in."""
+    model = spare_model_of(family)
+    with vtprune.pruning(model, "identity", keep=1.0) as pruner, torch.no_grad():
+        model(**_inputs(family, (prompt,), kind))
+    return tuple(segment.parts[-1].stop for segment in pruner.last.segments)
+
+
+@functools.cache
 def _relevance(family: str, prompt: Prompt, kind: Kind) -> list[Tensor]:
     """Scores for every picture of a prompt, the same wherever it stands."""
     return [
@@ -507,18 +531,31 @@ def by_hand(
         depths=kept.depths,
         later=kept.stored if cached else None,
         merges=kept.merges,
-        sinks=sinks_of(case, case.inputs((prompt,))["input_ids"][0].tolist()),
+        edits=edits_alone(case, prompt),
     )
 
 
-def sinks_of(case: Case, ids: Sequence[int], written: Sequence[bool] | None = None) -> sinks.Told | None:
-    """What the reference has to know of the ids of a row where the method gives attention of sinks to the picture.
+def edits_alone(case: Case, prompt: Prompt) -> edits.Told | None:
+    """`edits_of` a prompt of its own."""
+    ids = case.inputs((prompt,))["input_ids"][0].tolist()
+    return edits_of(case, ids, [(0, len(ids), prompt)])
+
+
+def edits_of(
+    case: Case, ids: Sequence[int], turns: Sequence[tuple[int, int, Prompt]], written: Sequence[bool] | None = None
+) -> edits.Told | None:
+    """What the reference has to know of the ids of a row where the method changes attention.
 
     Args:
+        turns: where every prompt of the row begins and ends.
         written: which of them the model wrote; None: nothing.
     """
-    if case.method != "attention_sink":
+    if case.method not in EDITING:
         return None
     wanted = placeholders(case.model)
-    marks = sinks.Marks([token in wanted for token in ids], [not own for own in written or [False] * len(ids)])
-    return sinks.Told(marks, sinks.Edit(**case.settings))
+    visual = [token in wanted for token in ids]
+    if case.method == "attention_sink":
+        marks = sinks.Marks(visual, [not own for own in written or [False] * len(ids)])
+        return edits.Told(marks, sinks.Edit(**case.settings))
+    lengths = [(start, stop, _lengths(case.family, prompt, case.kind)) for start, stop, prompt in turns]
+    return edits.Told(heads.pictures_of(visual, lengths), case.settings["classes"])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.contracts import dense
-from tests.contracts import sinks as attention
+from tests.contracts import edits as attention
 
 
 @dataclass
@@ -112,7 +112,7 @@ def decode(
     merges: Sequence[dense.Merge] = (),
     later: list[int] | None = None,
     since: list[int] | None = None,
-    sinks: attention.Told | None = None,
+    edits: attention.Told | None = None,
 ) -> tuple[list[int], Tensor]:
     """Greedy tokens and raw logits (steps, V) of the shortened prompt.
 
@@ -121,9 +121,9 @@ def decode(
         later: how many of them later tokens see it in; None: as many.
         since: from which of the tokens at `kept` on those are; None: behind the last.
         merges: which of them go into which between layers.
-        sinks: of all tokens, where attention of sinks goes to the picture; of those at `kept` it is the same then.
+        edits: where the method changes attention, and then all tokens are kept.
     """
-    assert sinks is None or len(kept) == len(sinks.marks.visual)
+    assert edits is None or len(kept) == prompt.embeds.shape[1]
     short = shorten(prompt, kept, compact=compact)
     next_id = int(prompt.positions[0, -1]) + 1
     if compact:
@@ -139,7 +139,7 @@ def decode(
         ids = positions if positions.shape[0] == 1 else positions[:, None]
         with (
             dense.hidden(model, [depths or []], [merges], later=later and [later], since=since and [since]),
-            attention.told(model, [sinks], [0]),
+            attention.edited(model, [edits], [0]),
         ):
             hidden = model.model.language_model(
                 inputs_embeds=embeds, position_ids=ids, attention_mask=torch.ones(1, length, dtype=torch.long), **extra
@@ -163,7 +163,7 @@ def generate(
     depths: Sequence[list[int]],
     merges: Sequence[Sequence[dense.Merge]],
     later: Sequence[list[int]],
-    sinks: Sequence[attention.Told | None],
+    edits: Sequence[attention.Told | None],
     **mode: Any,
 ) -> Tensor:
     """New tokens (rows, steps) of transformers' own `generate` from the short prompts, left padded.
@@ -172,7 +172,7 @@ def generate(
         depths: for every prompt, how many decoder layers each of its tokens is seen in.
         merges: for every prompt, which of its tokens go into which between layers.
         later: how many layers new words see each of its tokens in.
-        sinks: for every prompt, where attention of sinks goes to the picture.
+        edits: for every prompt, where the method changes attention.
     """
     width = max(short.embeds.shape[1] for short in shorts)
     pads = [width - short.embeds.shape[1] for short in shorts]
@@ -185,7 +185,7 @@ def generate(
     handle = model.model.language_model.register_forward_pre_hook(_deepstack_of(shorts, pads), with_kwargs=True)
     try:
         rows, after = ([[0] * pad + row for row, pad in zip(one, pads, strict=True)] for one in (depths, later))
-        with dense.hidden(model, rows, moved, later=after), attention.told(model, sinks, pads):
+        with dense.hidden(model, rows, moved, later=after), attention.edited(model, edits, pads):
             return model.generate(inputs_embeds=embeds, attention_mask=mask, position_ids=position_ids, **mode)
     finally:
         handle.remove()

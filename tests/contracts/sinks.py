@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,14 +44,6 @@ class Marks:
         return Marks([False] * pad + self.visual, [False] * pad + self.told)
 
 
-@dataclass(frozen=True)
-class Told:
-    """What the reference is told of one prompt."""
-
-    marks: Marks
-    edit: Edit
-
-
 @dataclass
 class Count:
     """How many rows of heads were changed, how many sinks there were of tokens looked at, by layer."""
@@ -59,14 +51,6 @@ class Count:
     changed: int = 0
     rows: int = 0
     sinks: dict[int, Tensor] = field(default_factory=dict)
-
-
-def told(model: nn.Module, rows: Sequence[Told | None], pads: Sequence[int]) -> AbstractContextManager[Any]:
-    """`edited` for prompts padded on the left, nothing where nothing is told of them."""
-    known = [row for row in rows if row is not None]
-    if not known:
-        return nullcontext()
-    return edited(model, [row.marks.padded(pad) for row, pad in zip(known, pads, strict=True)], known[0].edit)
 
 
 @contextmanager

@@ -131,7 +131,8 @@ def test_pruning_moves_the_logits_far_more_than_the_tolerance(case: Case) -> Non
     with case.pruned():
         got = answer(case.model, case.batch)
     moved = [distance(got.logits[row], unpruned(case).logits[row]) for row in range(2)]
-    assert min(moved) > 1000 * TOLERANCE
+    of_all = min if case.method != "blindsight" else max  # it leaves rows with one picture as they are
+    assert of_all(moved) > 1000 * TOLERANCE
 
 
 @cells(methods=IN_LAYERS)

@@ -18,6 +18,7 @@ from tests.contracts.cases import (
     GIVEN,
     IN_LAYERS,
     IN_TOWER,
+    MARKING,
     NEUTRAL,
     PIPELINES,
     PRUNING_METHODS,
@@ -114,7 +115,7 @@ def test_embeddings_without_ids_or_pictures(case: Case, refuses: Refuses) -> Non
         case.model(inputs_embeds=embeds, attention_mask=case.batch["attention_mask"])
 
 
-@cells(methods=(*PRUNING_METHODS, *EDITING))
+@cells(methods=(*PRUNING_METHODS, *MARKING))
 def test_a_pruned_cache_elsewhere(case: Case, refuses: Refuses) -> None:
     with restored(case):
         with case.pruned(case.prompts[:1]):

@@ -26,12 +26,12 @@ from tests.contracts.cases import (
     cells,
     choices,
     distance,
+    edits_of,
     kept_tokens,
-    sinks_of,
     whole,
 )
 from tests.contracts.dense import Merge
-from tests.contracts.sinks import Told
+from tests.contracts.edits import Told
 from tests.models import Prompt
 
 pytestmark = pytest.mark.law("7 turns")
@@ -58,14 +58,16 @@ class Conversation:
     grids: dict[str, list[Tensor]] = field(default_factory=dict)
     kept: list[int] = field(default_factory=list)
     written: list[bool] = field(default_factory=list)
+    turns: list[tuple[int, int, Prompt]] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)
     stored: list[int] = field(default_factory=list)
     since: list[int] = field(default_factory=list)
     merges: list[Merge] = field(default_factory=list)
 
-    def say(self, inputs: dict[str, Tensor]) -> None:
+    def say(self, inputs: dict[str, Tensor], prompt: Prompt) -> None:
         """A prompt of one row."""
         ids = inputs["input_ids"][0].tolist()
+        self.turns.append((len(self.ids), len(self.ids) + len(ids), prompt))
         self.ids += ids
         self.written += [False] * len(ids)
         self.types += inputs["mm_token_type_ids"][0].tolist() if "mm_token_type_ids" in inputs else [0] * len(ids)
@@ -136,8 +138,8 @@ class Chat:
     def turn(self, prompts: tuple[Prompt, ...]) -> Turn:
         """One more prompt of every row, and the model's reply."""
         alone = [self.case.inputs((prompt,)) for prompt in prompts]
-        for conversation, inputs in zip(self.rows, alone, strict=True):
-            conversation.say(inputs)
+        for conversation, inputs, prompt in zip(self.rows, alone, prompts, strict=True):
+            conversation.say(inputs, prompt)
         fresh = self.case.inputs(prompts)
         self._append({name: fresh[name] for name in WHOLE if name in fresh})
         given: dict[str, Any] = {**fresh, **self.so_far}
@@ -163,7 +165,7 @@ class Chat:
                 stored=list(conversation.stored),
                 merges=tuple(conversation.merges),
             )
-            told = sinks_of(self.case, conversation.ids, conversation.written)
+            told = edits_of(self.case, conversation.ids, conversation.turns, conversation.written)
             before.append((conversation.whole(), so_far, told))
             since.append(list(conversation.since))
             conversation.reply(reply.tokens[row].tolist())
@@ -213,7 +215,7 @@ def check(case: Case, turns: Turns, positions: str) -> list[Turn]:
                 later=kept.stored,
                 since=turn.since[row],
                 merges=kept.merges,
-                sinks=told,
+                edits=told,
             )
             assert_close(turn.reply.logits[row], logits)
             assert turn.reply.tokens[row].tolist() == tokens

@@ -26,8 +26,8 @@ from tests.contracts.cases import (
     candidate_positions,
     cells,
     choices,
+    edits_alone,
     kept_tokens,
-    sinks_of,
     whole,
 )
 from vtprune.errors import UnsupportedCall
@@ -71,10 +71,10 @@ def shortened(case: Case, report: Any) -> tuple[list[oracle.Merged], list[list[i
 def test_equals_transformers_on_the_short_prompt(case: Case, mode: str) -> None:
     """With the positions whose continuation transformers can count: compact on one dimension, kept on (t, h, w)."""
     got, report = wrapped(case, "auto", **MODES[mode])
-    sinks = [sinks_of(case, inputs["input_ids"][0].tolist()) for inputs in case.rows]
+    edits = [edits_alone(case, prompt) for prompt in case.prompts]
     shortly = shortened(case, report)
     torch.manual_seed(7)
-    expected = oracle.generate(case.model, *shortly, sinks, max_new_tokens=4, **MODES[mode])
+    expected = oracle.generate(case.model, *shortly, edits, max_new_tokens=4, **MODES[mode])
     assert len(got.tokens) == len(case.prompts) * MODES[mode].get("num_return_sequences", 1)
     assert torch.equal(got.tokens, expected)
 
@@ -100,7 +100,7 @@ def test_equals_transformers_on_a_cache_rewritten_by_hand(case: Case, mode: str)
         torch.manual_seed(7)
         with reference_of(case, report, 0, inputs).hooked():
             expected = oracle.generate(
-                case.model, [prompted], everything, [()], everything, max_new_tokens=4, **MODES[mode]
+                case.model, [prompted], everything, [()], everything, [None], max_new_tokens=4, **MODES[mode]
             )
         assert torch.equal(got.tokens, expected)
 

@@ -31,7 +31,7 @@ from tests.models import BOS, IMAGE, ONE_AND_TWO, VIDEO, Prompt
 from tests.test_memory import LiveBytes
 from vtprune.catalog import build
 from vtprune.errors import InvalidOption, UnsupportedCall, UnsupportedModel
-from vtprune.inside.sinks import _allowed
+from vtprune.inside.sinks import allowed_by
 from vtprune.stages.sinks import MassiveActivations, Redistribute, WithoutMassive
 
 GIVEN = {"share": 0.2, "threshold": 1.9, "most": 0.8, "least": 0.05, "channels": (3, 17, 40)}
@@ -363,8 +363,8 @@ def test_a_mask_says_the_same_in_every_form():
     added = torch.zeros(square.shape).masked_fill(~square, torch.finfo(torch.float32).min)
     expected = torch.tensor([[[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]], [[0, 1, 1, 1, 0], [0, 1, 1, 1, 1]]]).bool()
     for mask in (valid, valid.long(), square, added):
-        assert torch.equal(_allowed(mask, rows, 3, 5), expected)
-    assert torch.equal(_allowed(None, rows, 3, 5)[0], expected[0])
+        assert torch.equal(allowed_by(mask, rows, 3, 5), expected)
+    assert torch.equal(allowed_by(None, rows, 3, 5)[0], expected[0])
 
 
 def test_guessed_words_are_taken_back():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import vtprune
 from tests import models
 from tests.contracts import oracle
+from tests.contracts.cases import SETTINGS
 from tests.models import IMAGE, PAD, VIDEO, VISION_END, VISION_START, Prompt
 from vtprune import Pick, Pipeline, PruneReport
 from vtprune.catalog import build
@@ -161,8 +162,11 @@ def room(method: str) -> dict[str, Any]:
 
 
 def reachable(method: str) -> dict[str, Any]:
-    """A budget for `wrap` where six layers cannot have the default one on average, or the method takes no other."""
-    return {"keep": 0.6} if method in IN_LAYERS else {"keep": 1.0} if method in LOSSLESS else {}
+    """A budget for `wrap` where six layers cannot have the default one on average, or the method takes no other; with
+    parameters at which tiny models show something."""
+    if method in LOSSLESS:
+        return {"keep": 1.0, **SETTINGS.get(method, {})}
+    return {"keep": 0.6} if method in IN_LAYERS else {}
 
 
 def llava(**options: Any) -> nn.Module:

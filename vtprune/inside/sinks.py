@@ -237,7 +237,7 @@ class SinkFinder:
         queries = decoder.queries(number, held["q_proj"], cos, sin)
         for start in range(0, rows.shape[1], _ROWS):
             tile = slice(start, start + _ROWS)
-            allowed = _allowed(given.get("attention_mask"), rows[:, tile], K, keys.shape[2])
+            allowed = allowed_by(given.get("attention_mask"), rows[:, tile], K, keys.shape[2])
             scale = decoder.attention(number).scaling
             weights = attentions.rows_attention(queries[:, :, tile], keys, allowed, scale=scale)
             yield attentions.weighted_values(edit(weights, visual, sinks) - weights, values)
@@ -248,7 +248,7 @@ def _hidden(args: Any, kwargs: dict[str, Any]) -> Tensor:
     return found
 
 
-def _allowed(mask: Any, rows: Tensor, K: int, keys: int) -> Tensor:
+def allowed_by(mask: Any, rows: Tensor, K: int, keys: int) -> Tensor:
     """(B, R, keys) bool: what the mask that a layer was given, of any form, lets rows of its K tokens see."""
     if torch.is_tensor(mask) and mask.ndim == 4:
         own = mask.expand(len(rows), *mask.shape[1:])[:, 0, :, :keys]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from vtprune.methods.adaptinfer import adaptinfer
 from vtprune.methods.atp import atp
 from vtprune.methods.attention_sink import attention_sink
+from vtprune.methods.blindsight import blindsight
 from vtprune.methods.cdpruner import cdpruner
 from vtprune.methods.dart import dart
 from vtprune.methods.divprune import divprune
@@ -88,6 +89,7 @@ METHODS: dict[str, Callable[..., Pipeline]] = {
     "zipvl": zipvl,
     "look_m": look_m,
     "attention_sink": attention_sink,
+    "blindsight": blindsight,
     "pool": pool,
     "random": random,
     "uniform": uniform,

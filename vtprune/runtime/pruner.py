@@ -25,13 +25,13 @@ from vtprune.report import PruneReport
 from vtprune.runtime.caching import inside_of
 from vtprune.runtime.calls import Call, bind
 from vtprune.runtime.decide import Decision, decide
+from vtprune.runtime.edits import Edits
 from vtprune.runtime.encoded import Encoded
 from vtprune.runtime.encoder import EncoderTap
 from vtprune.runtime.evidence import Given, readings_of
 from vtprune.runtime.placing import PromptReader
 from vtprune.runtime.reporting import Reports
 from vtprune.runtime.shorten import Scheme, resume, shorten
-from vtprune.runtime.sinks import Sinks
 from vtprune.schedule import AnySchedule, in_front
 from vtprune.seam import HANDLE, refuse_copy
 from vtprune.types import Budget
@@ -83,7 +83,7 @@ class Pruner:
         self._tap.on_encoded = self._encoded_now
         self._schedule = schedule
         self._deep = inside_of(pipeline, budget, schedule, inner, self._lm)
-        self._sinks = Sinks(pipeline, schedule, inner, self._lm, self._owner)
+        self._edits = Edits(pipeline, schedule, inner, self._lm, self._owner)
         self._reports = Reports(
             pipeline,
             inner.config.get_text_config(),  # type: ignore[union-attr, operator]
@@ -157,7 +157,7 @@ class Pruner:
         ]
         if self._deep is not None:
             self._deep.hook()
-        self._sinks.hook()
+        self._edits.hook()
         if self._scheme.rotary:
             rotary: Any = lm.rotary_emb
             self._handles.append(rotary.register_forward_pre_hook(self._before_rotary, with_kwargs=True))
@@ -173,7 +173,7 @@ class Pruner:
         self._handles.clear()
         if self._deep is not None:
             self._deep.remove()
-        self._sinks.remove()
+        self._edits.remove()
         self._tap.remove()
 
     def __repr__(self) -> str:
@@ -218,7 +218,7 @@ class Pruner:
             changed = None if call.state is None else resume(given, call.state)
             if self._deep is not None:
                 self._deep.resume(changed, call.state)
-            self._sinks.resume(call, given)
+            self._edits.resume(call, given)
         call.enter_language_model(embeds)
         return None if changed is None else ((), changed)
 
@@ -241,7 +241,7 @@ class Pruner:
         pictures = torch.from_numpy(prompt.pictures).to(embeds.device, non_blocking=True)
         whole = decision.row_lengths == prompt.layout.row_lengths
         if whole and self._deep is None and not self._always_cut:
-            self._sinks.prefill(call, given)
+            self._edits.prefill(call, given)
             if call.state is None:
                 return None
             call.state.pictures = pictures
@@ -258,7 +258,7 @@ class Pruner:
         if self._deep is not None:
             self._deep.prefill(prompt, decision, call.short, cache, call.state)
             call.pending = (embeds, decision)
-        self._sinks.prefill(call, given, call.short.cut, None if self._deep is None else self._deep.passage)
+        self._edits.prefill(call, given, call.short.cut, None if self._deep is None else self._deep.passage)
         return call.short.arguments
 
     @torch.compiler.disable
@@ -281,7 +281,7 @@ class Pruner:
         short, state = call.leave_language_model()
         cache = None if output is None else output.past_key_values
         passed = None if self._deep is None else self._deep.finish(None if short is None else short.state, cache)
-        self._sinks.finish(state or call.state, done=output is not None)
+        self._edits.finish(state or call.state, done=output is not None)
         if output is None or state is None:
             return None
         if passed is not None:

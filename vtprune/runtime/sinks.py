@@ -61,9 +61,7 @@ class Sinks:
         if self._finder is not None:
             self._finder.remove()
 
-    def prefill(
-        self, call: Call, given: Mapping[str, Any], cut: Cut | None = None, passage: Passage | None = None
-    ) -> None:
+    def prefill(self, call: Call, given: Mapping[str, Any], cut: Cut | None, passage: Passage | None) -> None:
         """Look for sinks in a call with pictures, which was shortened by `cut` and is cut on in a `passage`.
 
         Raises:
@@ -104,14 +102,16 @@ class Sinks:
         embeds, cache = given["inputs_embeds"], given.get("past_key_values")
         B, K = embeds.shape[:2]
         state = call.state
-        if state is None and (K == 1 or given.get("use_cache") is False or not _remembers(cache)):
+        known = _known(state, pictures=False)
+        if K == 1 and not (self._edits and known.pictures):
+            return
+        if state is None and (given.get("use_cache") is False or not _remembers(cache)):
             return
         self._check(cache)
         if state is None:
             call.fresh = self._state(given, torch.zeros(B, dtype=torch.long, device=embeds.device))
         visual = torch.zeros(B, K, dtype=torch.bool, device=embeds.device)
         valid = None if K == 1 else masks.valid_tokens(given.get("attention_mask"), B, K, physical_length(cache))
-        known = _known(state, pictures=False)
         self._finder.begin(
             Scene(
                 visual=visual,

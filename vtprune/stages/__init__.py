@@ -11,6 +11,7 @@ from vtprune.stages import (
     encoder,
     filters,
     glances,
+    heads,
     mergers,
     networks,
     peaks,
@@ -103,6 +104,7 @@ STAGES: dict[str, type] = {
         sinks.MassiveActivations,
         sinks.WithoutMassive,
         sinks.Redistribute,
+        heads.HeadMasks,
     )
 }
 """What a stored pipeline may be made of, by class name."""
