@@ -7,6 +7,7 @@ What runs, of the full product of methods, families and laws (`selection` decide
 * by default: for the laws that depend on the method, `CORE_METHODS` (one of each kind of stage) on every family and
   every other method on `CORE_FAMILIES`; for `RUNTIME_LAWS`, which see kinds of stages and not methods, `CORE_METHODS`
   on `CORE_FAMILIES` and `WIDE_METHODS`, which have most kinds between them, on every family.
+  A test marked `kinds` runs for `CORE_METHODS` alone.
 * `-m matrix`: besides, every method on every family for the laws that depend on it; for `RUNTIME_LAWS`
   `RUNTIME_METHODS` on every family and each other method on one, the families in turn.
 * `-m ""`: everything.

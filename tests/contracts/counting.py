@@ -40,6 +40,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Markers that only the law files use."""
     config.addinivalue_line("markers", "law(name): the law of the design that a test checks")
+    config.addinivalue_line("markers", "kinds: what depends on kinds of stages alone, by default for the core methods")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -58,7 +59,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         case = callspec.params["case"]
         item.user_properties.append(("cell", (case.method, case.family, law.args[0])))
         again = callspec.params.get("positions", case.positions) != case.positions
-        if cases.selection(case.method, case.family, law.args[0], again=again) != left_out:
+        found = cases.selection(case.method, case.family, law.args[0], again=again)
+        if found == "default" and item.get_closest_marker("kinds") and case.method not in cases.CORE_METHODS:
+            found = "matrix"
+        if found != left_out:
             item.add_marker("matrix")
 
 

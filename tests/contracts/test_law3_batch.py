@@ -73,6 +73,7 @@ def test_with_rows_of_text_alone_and_of_both_kinds(case: Case) -> None:
     check_rows(case, MIXED if case.kind == "image" else MIXED_CLIPS)
 
 
+@pytest.mark.kinds
 @cells()
 def test_with_a_number_of_tokens_for_a_budget(case: Case) -> None:
     if case.keep == 1.0:
@@ -81,6 +82,7 @@ def test_with_a_number_of_tokens_for_a_budget(case: Case) -> None:
         check_rows(case, case.prompts, keep=case.few)
 
 
+@pytest.mark.kinds
 @cells()
 @pytest.mark.parametrize("per", ["part", "prompt"])
 def test_with_budgets_per_part_and_per_prompt(case: Case, per: str) -> None:
@@ -126,6 +128,7 @@ def test_right_padding_in_a_plain_forward(case: Case) -> None:
             assert_close(together[row, : len(alone)], alone)
 
 
+@pytest.mark.kinds
 @cells()
 @torch.no_grad()
 def test_left_padding_in_a_plain_forward(case: Case) -> None:

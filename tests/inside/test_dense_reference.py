@@ -37,7 +37,10 @@ AVERAGE_LAYERS = {
     "dyvte": (3,),
 }
 """Where six layers are cut, counted by hand from the published shares of the depth, or from the budget."""
-families = pytest.mark.parametrize("family", FAMILIES)
+families = pytest.mark.parametrize(
+    "family", [name if name in SOME else pytest.param(name, marks=pytest.mark.matrix) for name in FAMILIES]
+)
+"""Some of them, and all in the matrix."""
 prompts = pytest.mark.parametrize("prompts", PROMPTS)
 
 
