@@ -119,7 +119,6 @@ def test_settings_that_the_method_does_not_take_are_refused(llava, path, wrong):
         ("fastv", [(0.0,)]),  # the last token, in the layer before the cut in front of layer 1
         ("pyramiddrop", [(2.0,), (3.0,), (5.0,)]),  # in layers 2, 3 and 5 themselves, of which 5 was not measured
         ("sparsevlm", [(0.5,), (2.5,)]),  # raters are text; two of its three points fall on layer 1
-        ("sparsevlm_plus", [(0.5,), (2.5,)]),  # the same, where attention is divided before
     ],
 )
 def test_every_drop_point_gets_the_constants_of_the_layer_it_looks_at(llava, path, method, constants):
@@ -127,6 +126,32 @@ def test_every_drop_point_gets_the_constants_of_the_layer_it_looks_at(llava, pat
         stages = [pruner.pipeline.inside[number] for number in pruner._deep.schedule.stages]
     found = [stage.picks[0].debiasers[0].constants for stage in stages]
     assert found == [constant if constant != (5.0,) else None for constant in constants]
+
+
+def test_what_was_not_measured_each_picture_tells_itself(llava, path):
+    """Massive heads, attention that is divided and weighted words have other trends than the mean."""
+    with vtprune.pruning(llava, "adaptinfer", keep=0.6, debias=True, calibration=path) as pruner:
+        assert all(stage.picks[0].debiasers[0].constants is None for stage in pruner.pipeline.inside)
+    with pytest.raises(InvalidOption, match="uses nothing of it"):
+        vtprune.wrap(llava, "sparsevlm_plus", keep=0.6, debias=True, calibration=path)
+
+
+def test_parts_of_a_scorer_know_their_trends(llava, path):
+    """Of TransPrune the attention of text in the layer behind each cut; what layers change has no trend."""
+    with vtprune.pruning(llava, "transprune", keep=0.6, debias=True, calibration=path) as pruner:
+        scorers = [pick.scorer for stage in pruner.pipeline.inside for pick in stage.picks]
+    assert {scorer.second.debiaser.constants for scorer in scorers if hasattr(scorer.second, "debiaser")} > {None}
+    assert not any(hasattr(scorer.first, "debiaser") for scorer in scorers)
+
+
+def test_other_weights_behind_the_same_embeddings_are_another_model(path):
+    """As of a fine-tuned model whose embeddings were frozen."""
+    other = models.build("llava", layers=6)
+    for name, weight in other.named_parameters():
+        if "embed_tokens" not in name:
+            weight.data.normal_(generator=torch.Generator().manual_seed(len(name)))
+    with pytest.raises(InvalidOption, match="another model"):
+        vtprune.wrap(other, "fastv", keep=0.6, debias=True, calibration=path)
 
 
 def test_another_form_takes_its_own_constants(llava, path):

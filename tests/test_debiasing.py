@@ -21,10 +21,10 @@ from vtprune.errors import InvalidOption
 from vtprune.glances import Glance
 from vtprune.pipeline import LayerStage
 from vtprune.stages import STAGES
-from vtprune.stages.debiasers import WithoutPadding, WithoutSinks, WithoutTrend
+from vtprune.stages.debiasers import WithoutSinks, WithoutTrend
 from vtprune.stages.glances import MeanAttention, Undecayed
 from vtprune.stages.recency import WithoutRecency
-from vtprune.stages.scorers import Constant, Glanced, Importance, Mixed, Norm, Product
+from vtprune.stages.scorers import Constant, Debiased, Glanced, Importance, Mixed, Norm, Product
 from vtprune.stages.selectors import TopK
 from vtprune.stages.sinks import WithoutMassive
 from vtprune.types import Ordinal, Part, VisualTokens
@@ -121,7 +121,7 @@ def test_it_comes_first_in_every_pick_by_attention(method: str) -> None:
     ]
 
 
-@pytest.mark.parametrize("wrong", ["recencies", "", 1, 0, 2.5, ("recency",), WithoutSinks, []])
+@pytest.mark.parametrize("wrong", ["recencies", "", 1, 0, 2.5, ("recencies",), WithoutSinks, []])
 def test_what_is_no_debiaser_is_refused_with_the_names(model: nn.Module, wrong: Any) -> None:
     with pytest.raises(InvalidOption, match="recency, cubic, sinks, padding, trend, massive, rope"):
         vtprune.wrap(model, "fastervlm", debias=wrong)
@@ -155,7 +155,60 @@ def test_dart_ranks_by_the_length_of_keys() -> None:
         debiased(build("dart"), True)
 
 
-@pytest.mark.parametrize("name", ["padding", "trend"])
+@pytest.mark.parametrize("method", [name for name in IN_LAYERS if name != "vflowopt"])
+def test_padding_of_pictures_leaves_first_between_layers(method: str) -> None:
+    """Bars at the edges are told in front of the language model, and remembered: hidden states resemble nothing."""
+    model = models.build("llava", layers=6)
+    inputs = models.inputs(model, ONE)
+    bars = torch.zeros(1, 4, 4, dtype=torch.bool)
+    bars[:, 0] = bars[:, -1] = True
+
+    def letterboxed(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return torch.where(bars.flatten()[None, :, None], torch.ones(output.shape[-1]), output)
+
+    handle = model.model.multi_modal_projector.register_forward_hook(letterboxed)
+    depths = {}
+    for name in (None, "padding", ("padding", "recency")):
+        with vtprune.pruning(model, method, keep=0.6, debias=name) as pruner, torch.no_grad():
+            model(**inputs)
+            depths[name] = pruner.last.segments[0].depths
+    handle.remove()
+    for name in ("padding", ("padding", "recency")):
+        kept, gone = depths[name][~bars.flatten()], depths[name][bars.flatten()]
+        assert gone.max() <= kept.min()
+        assert sorted(depths[name].tolist()) == sorted(depths[None].tolist())
+
+
+def test_parts_of_a_scorer_that_attend_are_debiased() -> None:
+    """Of MustDrop both filters and the importance, and what counts by them; of TransPrune not what layers change."""
+    own = Backwards(times=2.0)
+    plain, found = (debiased(build("mustdrop", {"vision": False, "adaptive": True}), one) for one in (None, own))
+    for before, after in zip(plain.inside, found.inside, strict=True):
+        scorer = after.picks[0].scorer
+        assert {scorer.overall, scorer.single, scorer.importance} == {
+            Debiased(scorer=part, debiaser=own)
+            for part in (
+                before.picks[0].scorer.overall,
+                before.picks[0].scorer.single,
+                before.picks[0].scorer.importance,
+            )
+        }
+        assert after.counter.filter == scorer
+        assert after.picks[0].debiasers == ()
+    mixed = debiased(build("transprune"), own).inside[0].picks[0].scorer
+    assert mixed.second == Debiased(scorer=build("transprune").inside[0].picks[0].scorer.second, debiaser=own)
+    assert mixed.first == build("transprune").inside[0].picks[0].scorer.first
+
+
+@pytest.mark.parametrize("method", ["look_m", "zipvl"])
+def test_what_chooses_in_the_cache_is_debiased(method: str) -> None:
+    own = Backwards(times=2.0)
+    found = debiased(build(method), own)
+    assert [pick.debiasers for pick in found.cache.picks] == [(own,)]
+    assert replace(found.cache, picks=build(method).cache.picks) == build(method).cache
+
+
+@pytest.mark.parametrize("name", ["trend"])
 @pytest.mark.parametrize("method", IN_LAYERS)
 def test_grids_have_holes_between_layers(method: str, name: str) -> None:
     with pytest.raises(InvalidOption, match=f"debias={name!r}: method {method!r} cuts between layers"):
@@ -163,7 +216,7 @@ def test_grids_have_holes_between_layers(method: str, name: str) -> None:
     assert debiased(build("todre"), name).name == f"todre+{name}", "its attention is that of the encoder"
 
 
-@pytest.mark.parametrize("stage", [WithoutTrend(), WithoutPadding()], ids=str)
+@pytest.mark.parametrize("stage", [WithoutTrend(), (WithoutTrend(), WithoutRecency())], ids=str)
 def test_so_they_have_for_the_stages_behind_the_names(model: nn.Module, stage: Any) -> None:
     with pytest.raises(InvalidOption, match="cuts between layers"):
         report(model, "pyramiddrop", keep=0.5, debias=stage)

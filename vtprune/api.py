@@ -42,7 +42,7 @@ def wrap(
     per: Per = "image",
     positions: str = "auto",
     backend: str = "auto",
-    debias: bool | str | Debiaser | None = None,
+    debias: bool | str | Debiaser | tuple[str | Debiaser, ...] | None = None,
     calibration: str | Path | None = None,
     on_report: Callable[[PruneReport], None] | None = None,
     history: int = 1,
@@ -61,7 +61,7 @@ def wrap(
             `"auto"` compacts on 1-D RoPE and keeps on M-RoPE. Cuts between decoder layers always keep them.
         backend: `"auto"`, `"torch"` or `"triton"`.
         debias: to take off attention: True or `"recency"`, `"cubic"`, `"sinks"`, `"padding"`, `"trend"`; in methods
-            that cut between layers also `"rope"` or `"massive"`; or a debiaser.
+            that cut between layers also `"rope"` or `"massive"`; a debiaser, or a tuple of several.
         calibration: a file of `vtprune calibrate`, for methods that cut between layers. One of few pictures warns.
         on_report: called with the `PruneReport` of every prefill.
         history: how many reports `model.vtprune.history` remembers.

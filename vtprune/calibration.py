@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from math import isfinite, log
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vtprune._checks import check_positive, check_share
 from vtprune.errors import InvalidOption
-from vtprune.glances import Glance
+from vtprune.glances import Glance, Need
 from vtprune.methods.vflowopt import vflowopt
 from vtprune.picking import Pick
 from vtprune.pipeline import LayerStage, Pipeline
 from vtprune.schedule import AnySchedule
+from vtprune.stages.glances import MeanAttention
 from vtprune.stages.recency import WithoutRecency
+from vtprune.stages.scorers import Debiased
 
 FORMAT = 2
 FEW = 32
@@ -28,7 +30,7 @@ FEW = 32
 LAYERS = ("horizon", "points")
 """Parameters it brings that say which averages a method reaches."""
 _WITHOUT_SETTINGS = 1
-_SAMPLED = 4096
+_SAMPLED, _WEIGHTS = 256, 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,29 +192,53 @@ class Calibration:
 
     def _known(self, pick: Pick, layer: int) -> Pick:
         """A pick whose debiasers of a trend know its constants, where it looks at a layer that was measured."""
-        looks = next((need for need in pick.scorer.needs if isinstance(need, Glance)), None)
-        trend = None if looks is None else self._trend(looks, layer)
-        if trend is None:
-            return pick
-        found = []
-        for debiaser in pick.debiasers:
-            if isinstance(debiaser, WithoutRecency) and debiaser.constants is None:
-                constants = trend.exponential if debiaser.form == "exponential" else trend.cubic
-                debiaser = replace(debiaser, constants=constants)
-            found.append(debiaser)
-        return replace(pick, debiasers=tuple(found))
+        trend = self._trend(pick.scorer.needs, layer)
+        debiasers = tuple(_with_trend(one, trend) for one in pick.debiasers)
+        return replace(pick, scorer=self._known_parts(pick.scorer, layer), debiasers=debiasers)
 
-    def _trend(self, glance: Glance, layer: int) -> Trend | None:
-        rows = "last" if glance.rows == "last" else "text"
-        looked_at = layer - 1 if glance.at == "before" else layer
+    def _known_parts(self, scorer: Any, layer: int) -> Any:
+        """The same of scorers that others are made of."""
+        if isinstance(scorer, Debiased):
+            trend = self._trend(scorer.needs, layer)
+            return replace(scorer, debiaser=_with_trend(scorer.debiaser, trend))
+        own = fields(scorer) if hasattr(scorer, "__dataclass_fields__") else ()
+        parts = {field.name: getattr(scorer, field.name) for field in own if field.init}
+        known = {name: self._known_parts(part, layer) for name, part in parts.items() if hasattr(part, "needs")}
+        return replace(scorer, **known) if known else scorer
+
+    def _trend(self, needs: Iterable[Need], layer: int) -> Trend | None:
+        """That of the one glance among what a scorer needs; measured are means over heads and rows, and no others.
+
+        Rows that rate the pictures are some of those of text.
+        """
+        glances = [need for need in needs if isinstance(need, Glance)]
+        if len(glances) != 1 or not isinstance(glances[0].rule, MeanAttention):
+            return None
+        rows = "last" if glances[0].rows == "last" else "text"
+        looked_at = layer - 1 if glances[0].at == "before" else layer
         return next((one for one in self.trends if (one.rows, one.layer) == (rows, looked_at)), None)
 
 
+def _with_trend(debiaser: Any, trend: Trend | None) -> Any:
+    if trend is None or not isinstance(debiaser, WithoutRecency) or debiaser.constants is not None:
+        return debiaser
+    return replace(debiaser, constants=trend.exponential if debiaser.form == "exponential" else trend.cubic)
+
+
 def quick_fingerprint(inner: nn.Module) -> str:
-    """Tells base models apart, whatever their dtype: a hash of sizes and of some numbers of the input embeddings."""
+    """Tells base models apart, whatever their dtype: a hash of sizes and of some numbers of some of the weights."""
     text: Any = inner.config.get_text_config()  # type: ignore[union-attr, operator]
     sizes = [getattr(text, name, None) for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")]
-    weight = inner.get_input_embeddings().weight.detach()  # type: ignore[operator]
-    sample = weight.reshape(-1)[:: max(1, weight.numel() // _SAMPLED)].to(torch.bfloat16).float().cpu()
-    described = [inner.config.model_type, *sizes, *weight.shape, *sample.tolist()]  # type: ignore[union-attr]
+    wide = [own for own in inner.parameters() if own.ndim > 1 and own.is_floating_point()]
+    some = [wide[len(wide) * number // _WEIGHTS] for number in range(_WEIGHTS)] if wide else []
+    embeddings = inner.get_input_embeddings().weight  # type: ignore[operator]
+    numbers = [_sampled(weight) for weight in (embeddings, *some)]
+    described = [inner.config.model_type, *sizes, *embeddings.shape, *numbers]  # type: ignore[union-attr]
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
+
+
+def _sampled(weight: Tensor) -> list[float]:
+    """Some of its numbers, evenly apart, as bfloat16 has them."""
+    flat = weight.detach().reshape(-1)
+    found: list[float] = flat[:: max(1, flat.numel() // _SAMPLED)].to(torch.bfloat16).float().cpu().tolist()
+    return found

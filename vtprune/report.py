@@ -171,7 +171,8 @@ class PruneReport:
     `importance` names the evidence behind attention-guided choices (`cls_attention`, `received_attention`) or is None.
     `attention` says what was changed in attention inside the language model, None where nothing was.
     `patches` counts those left of a picture or frame after each block of the encoder, where the method cuts there.
-    `flops_before` and `flops_after` are estimates of the operations of the language model in the prefill, from lengths.
+    `flops_before` and `flops_after` are estimates of the operations of the language model in the prefill, from lengths
+    of the call: keys of earlier turns, and attention that is left out where layers attend to fewer, are not counted.
     `layers` is the number of decoder layers. `picks` are the names that `SegmentReport.taken` counts. `length_before`
     and `length_after` (in the last layer) are tokens per row, padding left out where there are pictures; without any,
     nothing is read from the device and it is counted in.

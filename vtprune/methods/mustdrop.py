@@ -31,7 +31,8 @@ def mustdrop(
         below those of cached words). The number that goes on halves from cut to cut, raised to one power for the
         average asked for, and tokens that pass the filter go first; the authors keep whatever passes, which
         `adaptive` does below the budget. As many windows merge as the budget needs, see `mustdrop_vision`; key tokens
-        are those of most attention in the block that makes the features.
+        are those of most attention in the block that makes the features. Since caches are trimmed behind the prefill,
+        answers with a cache and without one differ.
 
     Published:
         llava: keep=0.3333 | 0.2222 | 0.1111, least_overall=0.001 | 0.0012, adaptive=True

@@ -16,8 +16,9 @@ def zipvl(*, mass: float = 0.975) -> Pipeline:
 
     Title: ZipVL: Efficient Large Vision-Language Models with Dynamic Token Sparsification
     Source: arXiv 2410.08584
-    Deviations: text always takes part (the authors rank it, too), and what a picture loses holds 1 - `mass` of all
-        attention at most. What is left out is not stored (as in their second version; the first one stores it in fewer
+    Deviations: text always takes part (the authors rank it, too), and every picture loses as many tokens as hold
+        1 - `mass` of all attention where the least attended ones go; which ones go, another score decides, as with the
+        authors. What is left out is not stored (as in their second version; the first one stores it in fewer
         bits). The rows are the last 64 and 64 evenly apart (the authors: at random). The budget is the most that a
         layer stores. Queries and keys are computed once more to choose by. Nothing is chosen again while decoding.
 

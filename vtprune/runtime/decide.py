@@ -210,7 +210,7 @@ def _choose(pipeline: Pipeline, stack: Stack) -> Choice:
     stages = torch.full(stack.at.shape, DROPPED, device=stack.at.device)
     if stack.k == stack.at.shape[1]:
         own = torch.arange(stack.k, device=stack.at.device).expand(stack.at.shape)
-        sound = soundness(stack.tokens) if pipeline.inside else ()
+        sound = soundness(stack.tokens) if pipeline.inside or pipeline.cache or pipeline.attention else ()
         stages.zero_()
         if "protect" in stack.tokens.evidence:
             stages.scatter_(1, stack.tokens.evidence["protect"], PROTECTED)

@@ -14,6 +14,7 @@ from transformers.cache_utils import StaticCache
 from vtprune.adapters.base import Host
 from vtprune.adapters.decoder import Decoder, decoder_of
 from vtprune.cache import CacheState, DeepState, each_once
+from vtprune.debiasing import padding_of
 from vtprune.errors import UnsupportedCall
 from vtprune.inside.caching import trim
 from vtprune.inside.glances import MOST_ROWS, find_raters
@@ -25,6 +26,7 @@ from vtprune.runtime.decide import Decision
 from vtprune.runtime.reading import Prompt
 from vtprune.runtime.shorten import Shortened
 from vtprune.schedule import AnySchedule, ExitSchedule, Schedule
+from vtprune.stages.debiasers import BARS
 from vtprune.types import Budget
 
 
@@ -76,6 +78,7 @@ class Deep:
         self._pipeline = pipeline
         self._budget = budget
         self._stages = _stages(pipeline, schedule)
+        self._padding = padding_of(pipeline)
         self._rows = {glance.rows for glance in pipeline.glances.values()}
         self._rows |= {glance.rows for glance in pipeline.states.values()}
 
@@ -153,6 +156,8 @@ class Deep:
         depths = torch.zeros_like(stack.at).scatter(1, keep, self.schedule.depth)
         evidence = dict(stack.tokens.evidence)
         protect = evidence.pop("protect", None)
+        if self._padding is not None:
+            evidence[BARS] = self._padding.bars(stack.tokens)
         return LayerStack(
             at=at // L * K + short.cut.slots.reshape(-1)[at],
             origin=keep,

@@ -55,6 +55,7 @@ STAGES: dict[str, type] = {
         networks.ExitGate,
         scorers.Changed,
         states.TokenTransition,
+        scorers.Debiased,
         scorers.Mixed,
         scorers.Product,
         scorers.Given,

@@ -12,6 +12,9 @@ from vtprune.kernels import reference as kernels
 from vtprune.stages.vectors import FEATURES, needed_for, vectors_of
 from vtprune.types import VisualTokens
 
+BARS = "bars"
+"""Evidence of which tokens are padding, where features do not tell."""
+
 
 @dataclass(frozen=True)
 class MinMax:
@@ -87,17 +90,22 @@ class WithoutPadding:
 
     Pictures padded to a square have such bars on two sides. They score lowest of the picture, but may still be taken
     where nothing else is left. A single row or column of tokens has none. `alike` is the cosine similarity from which
-    tokens count as equal.
+    tokens count as equal. Between layers, where hidden states resemble nothing any more, `evidence["bars"]` tells.
     """
 
     alike: float = 0.999
 
     def __call__(self, tokens: VisualTokens, scores: Tensor) -> Tensor:
         lowest = scores.amin(dim=1, keepdim=True) - 1
+        known = tokens.evidence.get(BARS)
+        return torch.where(self.bars(tokens) if known is None else known, lowest, scores)
+
+    def bars(self, tokens: VisualTokens) -> Tensor:
+        """(S, N), True at tokens of bars, by the features in front of the language model."""
         sizes = [part.tokens for part in tokens.parts]
         units = kernels.unit_rows(tokens.features).split(sizes, dim=1)
         barred = [self._bars(own, part.grid) for own, part in zip(units, tokens.parts, strict=True)]
-        return torch.where(torch.cat(barred, dim=1), lowest, scores)
+        return torch.cat(barred, dim=1)
 
     def _bars(self, units: Tensor, grid: tuple[int, int]) -> Tensor:
         """(S, n): tokens in bars, unless the whole part is one."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from vtprune._checks import check_positive, check_share
 from vtprune.errors import InvalidOption
 from vtprune.glances import ChangeRule, Glance, Need, RowRule, Rows, StateGlance, StateRule, Transition
-from vtprune.protocols import Scorer
+from vtprune.protocols import Debiaser, Scorer
 from vtprune.readings import Reading, Rule
 from vtprune.stages.debiasers import MinMax
 from vtprune.stages.rules import ClsOrReceived
@@ -111,6 +111,21 @@ class Read:
 
     def __call__(self, tokens: VisualTokens) -> Tensor:
         return evidence_of(tokens, self.reading.name).float()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Debiased:
+    """A scorer whose scores go through a debiaser: for parts of scorers that are made of others."""
+
+    scorer: Scorer
+    debiaser: Debiaser
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return self.scorer.needs | getattr(self.debiaser, "needs", frozenset())
+
+    def __call__(self, tokens: VisualTokens) -> Tensor:
+        return self.debiaser(tokens, self.scorer(tokens).float())
 
 
 @dataclass(frozen=True)
