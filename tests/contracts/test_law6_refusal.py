@@ -13,6 +13,7 @@ import torch
 
 import vtprune
 from tests.contracts.cases import (
+    CACHING,
     EDITING,
     FAMILIES,
     GIVEN,
@@ -35,6 +36,8 @@ from vtprune.errors import BackendUnavailable, InvalidOption, MissingEvidence, U
 pytestmark = pytest.mark.law("6 refusal")
 Refuses = Callable[..., Any]
 
+UNFORCED = (*IN_TOWER, *CACHING)
+"""Methods to which no token can be forced: patches are gone before there are tokens, and every layer stores its own."""
 BAD_KEEPS = (0, 0.0, -1, -0.5, 1.5, float("nan"), float("inf"), True, False, "half", None)
 
 
@@ -135,7 +138,7 @@ def test_chunked_prefill(case: Case, refuses: Refuses) -> None:
         answer(case.model, case.rows[0])
 
 
-@cells(methods=[method for method in PRUNING_METHODS if method not in IN_LAYERS])
+@cells(methods=[method for method in PRUNING_METHODS if method not in (*IN_LAYERS, *UNFORCED)])
 def test_evidence_that_does_not_fit(case: Case, refuses: Refuses) -> None:
     with restored(case), case.pruned(case.prompts[:1], keep=4) as pruner:
         first = answer(case.model, case.rows[0])
@@ -155,7 +158,7 @@ def test_evidence_that_does_not_fit(case: Case, refuses: Refuses) -> None:
         assert torch.equal(again.logits, first.logits)
 
 
-@cells(methods=IN_LAYERS)
+@cells(methods=[method for method in IN_LAYERS if method not in UNFORCED])
 def test_evidence_that_does_not_fit_between_layers(case: Case, refuses: Refuses) -> None:
     """Glances cannot be given, and tokens are forced only as far as every cut can honour it."""
     with restored(case), case.pruned(case.prompts[:1]) as pruner:
@@ -179,7 +182,23 @@ def test_evidence_that_does_not_fit_between_layers(case: Case, refuses: Refuses)
         assert torch.equal(again.logits, first.logits)
 
 
-@cells(methods=IN_LAYERS, kinds=("image",))
+@cells(methods=UNFORCED)
+def test_where_no_token_can_be_forced(case: Case, refuses: Refuses) -> None:
+    """Not a single one, and neither in nor out; what does not fit for other reasons is refused for these."""
+    with restored(case), case.pruned(case.prompts[:1]) as pruner:
+        first = answer(case.model, case.rows[0])
+        with refuses(InvalidOption, "does not read"), pruner.using(mood=[torch.zeros(3)]):
+            pass
+        why = "prunes inside the encoder, before" if case.method in IN_TOWER else "cuts the cache, where no token"
+        for name in ("protect", "forbid"):
+            for tokens in (torch.tensor([1]), torch.arange(5), torch.tensor([10_000])):
+                with refuses(UnsupportedCall, why), pruner.using(**{name: [tokens]}):
+                    answer(case.model, case.rows[0])
+        again = answer(case.model, case.rows[0])
+        assert torch.equal(again.logits, first.logits)
+
+
+@cells(methods=(*IN_LAYERS, *CACHING), kinds=("image",))
 def test_gaps_that_there_are_not(case: Case, refuses: Refuses) -> None:
     """Tokens that leave between layers have had their position ids; only what goes before leaves gaps to close."""
     with restored(case):
@@ -189,7 +208,7 @@ def test_gaps_that_there_are_not(case: Case, refuses: Refuses) -> None:
             assert pruner.last.positions == pruner.positions == "compact"
             return
         for keep in (case.keep, 1.0):
-            with refuses(InvalidOption, "positions='compact': method .* cuts between decoder layers only"):
+            with refuses(InvalidOption, "positions='compact': method .* cuts nothing in front of the language model"):
                 case.wrap(case.model, keep=keep, positions="compact")
         for positions in ("auto", "keep"):
             with case.pruned(positions=positions) as pruner:

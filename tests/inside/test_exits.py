@@ -114,8 +114,8 @@ def test_a_chat_goes_on(rule, family, turns, options):
     with pruned(model_of(family), "dyvte", positions="keep", **options) as pruner:
         chat = Chat(family, pruner)
         done = [chat.turn(prompts) for prompts in TURNS[turns]]
-    for reply, told, reached in done:
-        assert_same(reply, dense(model_of(family), told, reached))
+    for reply, told, reached, merged in done:
+        assert_same(reply, dense(model_of(family), told, reached, merged))
 
 
 @rules

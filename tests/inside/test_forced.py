@@ -11,12 +11,15 @@ from tests.inside.common import (
     BUDGETS,
     DEEP,
     EARLY,
+    EXITS,
     LAYERS,
     ONE,
     SOME,
     STEPS,
+    Run,
     assert_same,
     dense,
+    merges,
     model_of,
     pruned,
     reach,
@@ -27,15 +30,21 @@ from tests.models import ONE_AND_TWO
 from vtprune.catalog import build
 from vtprune.errors import UnsupportedCall
 
-methods = pytest.mark.parametrize("method", BUDGETS)
+methods = pytest.mark.parametrize("method", [method for method in BUDGETS if method not in EXITS])
+"""Where whole pictures leave no token can be forced: see `test_where_all_leave_none_can_be_protected` and the next."""
+deep = pytest.mark.parametrize("method", [method for method in DEEP if method not in EXITS])
 some = pytest.mark.parametrize("family", SOME)
 PROTECT = [[3], [[0, 5], None]]
 FORBID = [[1, 2], [None, [4]]]
 """Of a row with one picture and a row with two: three pictures, with other numbers of tokens forced in each."""
 IN, OUT = [[3], [0, 5], []], [[1, 2], [], [4]]
 """The same, picture by picture."""
-OPTIONS = {"sparsevlm_plus": {"keep": 0.6}, "information_horizon": {"horizon": None}}
-"""So that the last cut leaves as many as are forced in."""
+OPTIONS = {
+    "sparsevlm_plus": {"keep": 0.6},
+    "transprune": {"keep": 0.45},
+    "information_horizon": {"horizon": None},
+}
+"""So that as many leave at the first cut as are forced out, and the last one leaves as many as are forced in."""
 
 
 def forced(model, method, inputs, mode=None, evidence=None, **options):
@@ -45,7 +54,8 @@ def forced(model, method, inputs, mode=None, evidence=None, **options):
             got = answer(model, inputs, **{"steps": STEPS, **(mode or {})})
         report = pruner.last
     beams = len(report.length_before) // len(inputs["input_ids"])
-    return got, report, reach(report, inputs["input_ids"].repeat_interleave(beams, dim=0))
+    ids, attended = (inputs[name].repeat_interleave(beams, dim=0) for name in ("input_ids", "attention_mask"))
+    return Run(got, report, reach(report, ids), merges(report, attended))
 
 
 def unforced(model, method, inputs, **options):
@@ -64,39 +74,40 @@ def test_in_a_batch_of_rows_with_other_numbers_of_them(method, family):
     """They go as far as is said, as many tokens as ever go as far, and the answer is that of the dense model."""
     model, inputs = model_of(family), models.inputs(model_of(family), ONE_AND_TWO)
     free = unforced(model, method, inputs, positions="keep")
-    got, report, reached = forced(model, method, inputs, positions="keep")
+    got = forced(model, method, inputs, positions="keep")
+    report = got.report
     for segment, before, protect, forbid in zip(report.segments, free.segments, IN, OUT, strict=True):
         assert segment.depths[protect].tolist() == [LAYERS] * len(protect)
         assert segment.depths[forbid].tolist() == [first_cut(free)] * len(forbid)
         assert sorted(segment.depths.tolist()) == sorted(before.depths.tolist())
         assert [token for token, pick in zip(segment.keep.tolist(), segment.taken.tolist()) if pick == -1] == protect
-    assert (reached[0] < LAYERS).any() and [one.depths.tolist() for one in report.segments] != [
+    assert (got.reach[0] < LAYERS).any() and [one.depths.tolist() for one in report.segments] != [
         one.depths.tolist() for one in free.segments
     ]
-    if method != "vflowopt":  # it merges, and the reference does not
-        assert_same(got, dense(model, inputs, reached))
+    if method != "vflowopt":  # it merges in front of the language model, and the reference only inside
+        assert_same(got.answer, dense(model, inputs, got.reach, got.merges))
 
 
 @some
 @methods
 def test_rows_alone_without_a_cache_and_in_beams(method, family):
     model, inputs = model_of(family), models.inputs(model_of(family), ONE_AND_TWO)
-    together, report, reached = forced(model, method, inputs)
-    uncached, _, again = forced(model, method, inputs, {"use_cache": False})
-    assert torch.equal(again, reached)
-    assert_same(uncached, together)
-    _, _, searched = forced(model, method, inputs, {"num_beams": 2})
-    assert torch.equal(searched, reached.repeat_interleave(2, dim=0))
+    together = forced(model, method, inputs)
+    uncached = forced(model, method, inputs, {"use_cache": False})
+    assert torch.equal(uncached.reach, together.reach)
+    assert_same(uncached.answer, together.answer)
+    searched = forced(model, method, inputs, {"num_beams": 2})
+    assert torch.equal(searched.reach, together.reach.repeat_interleave(2, dim=0))
     for row, prompt in enumerate(ONE_AND_TWO):
         evidence = {"protect": PROTECT[row : row + 1], "forbid": FORBID[row : row + 1]}
-        alone, own, _ = forced(model, method, models.inputs(model, (prompt,)), evidence=evidence)
-        assert [one.depths.tolist() for one in own.segments] == [
-            one.depths.tolist() for one in report.segments if one.row == row
+        alone = forced(model, method, models.inputs(model, (prompt,)), evidence=evidence)
+        assert [one.depths.tolist() for one in alone.report.segments] == [
+            one.depths.tolist() for one in together.report.segments if one.row == row
         ]
-        assert_same(alone, together, [row])
+        assert_same(alone.answer, together.answer, [row])
 
 
-@pytest.mark.parametrize("method", DEEP)
+@deep
 def test_one_that_is_forced_in_takes_the_place_of_one_that_is_forced_out(method):
     """At the first cut all the others are chosen as ever: up to there attention is that of the whole model."""
     model, inputs = model_of("llava"), models.inputs(model_of("llava"), ONE)
@@ -104,7 +115,7 @@ def test_one_that_is_forced_in_takes_the_place_of_one_that_is_forced_out(method)
     first = int(free.min())
     (left,), (gone,) = ((free > first).nonzero()[:1, 0].tolist(), (free == first).nonzero()[:1, 0].tolist())
     evidence = {"protect": [[gone]], "forbid": [[left]]}
-    _, report, _ = forced(model, method, inputs, evidence=evidence)
+    report = forced(model, method, inputs, evidence=evidence).report
     passed = set((report.segments[0].depths > first).nonzero()[:, 0].tolist())
     assert passed == set((free > first).nonzero()[:, 0].tolist()) - {left} | {gone}
 
@@ -114,7 +125,7 @@ def test_as_many_as_the_last_cut_leaves_are_all_that_it_leaves(method):
     model, inputs = model_of("llava"), models.inputs(model_of("llava"), ONE)
     count = unforced(model, method, inputs).kept
     chosen = list(range(16))[:: 16 // count][:count]
-    _, report, _ = forced(model, method, inputs, evidence={"protect": [chosen]})
+    report = forced(model, method, inputs, evidence={"protect": [chosen]}).report
     assert report.segments[0].keep.tolist() == chosen
     assert report.segments[0].taken.tolist() == [-1] * count
 
@@ -127,7 +138,7 @@ def test_budgets_of_parts_and_of_whole_prompts(method, family, per):
     free = unforced(model, method, inputs, per=per)
     last = [segment.n - 1 for segment in free.segments]
     evidence = {"protect": [[last[0]], [[last[1]], None]], "forbid": [None, [None, [0]]]}
-    _, report, _ = forced(model, method, inputs, evidence=evidence, per=per)
+    report = forced(model, method, inputs, evidence=evidence, per=per).report
     assert [int(report.segments[i].depths[last[i]]) for i in (0, 1)] == [LAYERS] * 2
     assert int(report.segments[2].depths[0]) == first_cut(free)
     assert report.average == pytest.approx(free.average)
@@ -152,17 +163,17 @@ def test_where_a_picture_may_leave_the_protected_ones_are_the_least_that_stays(b
     assert_same(got, dense(model, inputs, reached))
 
 
-@pytest.mark.parametrize("method", DEEP)
+@deep
 def test_pictures_of_a_later_turn(method):
     """On a cache whose layers are of different length."""
     with pruned(model_of("llava"), method) as pruner:
         chat = Chat("llava", pruner)
         chat.turn(FIRST)
         with pruner.using(protect=[[[3], None], [[6]]], forbid=[[None, [1]], None]):
-            reply, told, reached = chat.turn(PICTURES)
+            reply, told, reached, merged = chat.turn(PICTURES)
         depths = [segment.depths for segment in pruner.last.segments]
     assert (int(depths[0][3]), int(depths[2][6]), int(depths[1][1])) == (LAYERS, LAYERS, int(depths[1].min()))
-    assert_same(reply, dense(model_of("llava"), told, reached))
+    assert_same(reply, dense(model_of("llava"), told, reached, merged))
 
 
 def refused(method, match, evidence, **options):
@@ -183,9 +194,16 @@ def test_more_than_the_last_cut_leaves(method, keep, count):
     refused(method, f"{count + 1} tokens protected, but only {count} of 16 ", evidence, keep=keep)
 
 
-def test_where_all_leave_none_can_be_protected():
+@pytest.mark.parametrize("method", ["information_horizon", *EXITS])
+def test_where_all_leave_none_can_be_protected(method):
     """A horizon behind which no token is left is honoured or the protection is: never the one in silence."""
-    refused("information_horizon", "1 tokens protected, but only 0 of 16 stay", {"protect": [[3]]})
+    refused(method, "1 tokens protected, but only 0 of 16 stay", {"protect": [[3]]})
+
+
+@pytest.mark.parametrize("method", EXITS)
+def test_where_all_leave_together_none_can_be_forbidden(method):
+    """None leaves before the others."""
+    refused(method, "1 of 16 tokens forbidden, but 16 must stay at the first cut", {"forbid": [[1]]})
 
 
 @pytest.mark.parametrize(

@@ -149,6 +149,10 @@ IN_LAYERS = tuple(method for method in vtprune.list_methods() if build(method).i
 """Methods that cut between decoder layers."""
 
 
+CACHING = tuple(method for method in vtprune.list_methods() if build(method).cache is not None)
+"""Methods that let all tokens pass and store fewer of them."""
+
+
 LOSSLESS = tuple(method for method in vtprune.list_methods() if not build(method).drops)
 """Methods that drop nothing."""
 EDITING = tuple(method for method in LOSSLESS if build(method).attention is not None)

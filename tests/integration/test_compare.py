@@ -14,6 +14,7 @@ from torch import nn
 import vtprune
 from tests import models
 from tests.integration.common import (
+    CACHING,
     FRAMES,
     LOSSLESS,
     ONE,
@@ -84,7 +85,7 @@ def test_without_arguments_every_method_that_needs_only_the_model_is_compared() 
     The others that cut between layers need some in front and behind: two are too few for the budgets.
     """
     model = llava(layers=6)
-    apart = {*LOSSLESS, "cdpruner", "tome", "flowcut", "mustdrop_vision", "zero_tprune"}
+    apart = {*LOSSLESS, "cdpruner", "tome", "flowcut", "mustdrop", "mustdrop_vision", "zero_tprune"}
     rows = vtprune.compare(model, models.inputs(model, ONE), max_new_tokens=2)
     assert [row.method for row in rows[:1]] == ["identity"]
     assert {row.method for row in rows[1:]} == set(vtprune.list_methods()) - apart
@@ -94,7 +95,9 @@ def test_without_arguments_every_method_that_needs_only_the_model_is_compared() 
     assert {name for name, keep in reached if keep == 0.11} >= set(vtprune.list_methods()) - apart - deep
     assert ("pyramiddrop", 0.5) in reached
     assert ("pyramiddrop", 0.25) not in reached
-    assert all(row.kept < row.tokens for row in rows[1:])
+    assert all(row.kept < row.tokens for row in rows[1:] if row.method not in CACHING)
+    assert all(row.kept == row.tokens for row in rows[1:] if row.method in CACHING), "fewer are stored"
+    assert all(row.report.average < row.tokens for row in rows[1:])
 
 
 def test_every_row_is_announced_as_it_comes() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import vtprune
 from tests import models
 from tests.integration.common import (
+    CACHING,
     FRAMES,
     IN_LAYERS,
     LOSSLESS,
@@ -53,11 +54,12 @@ def least_wanted(model: nn.Module, inputs: dict[str, Any]) -> list[int]:
 BETWEEN = [
     name
     for name in vtprune.list_methods()
-    if name not in (*LOSSLESS, "cdpruner", *IN_LAYERS) and build(name).encoder is None
+    if name not in (*LOSSLESS, "cdpruner", *IN_LAYERS, *CACHING) and build(name).encoder is None
 ]
 """Methods that prune between encoder and language model and need no evidence but the model's.
 
-Inside the encoder no token can be forced, see law 6; inside the language model see `tests/inside/test_forced.py`.
+Inside the encoder no token can be forced, see law 6, nor in caches, see below; inside the language model see
+`tests/inside/test_forced.py`.
 """
 
 
@@ -71,6 +73,21 @@ def test_protected_tokens_are_kept_and_forbidden_ones_dropped(method: str) -> No
     assert len(kept) == K
     assert set(dropped[:2]) <= set(kept)
     assert wanted[0] not in kept
+
+
+@pytest.mark.parametrize("method", CACHING)
+@pytest.mark.parametrize("evidence", ["protect", "forbid"])
+def test_tokens_of_a_cache_cannot_be_forced(method: str, evidence: str) -> None:
+    """Every layer stores its own. The call is refused, and the next one stores what it did before."""
+    model = vtprune.wrap(llava(), method, keep=K)
+    inputs = models.inputs(model, ONE)
+    expected = write(model, inputs)
+    stored = model.vtprune.last.segments[0].cached
+    with pytest.raises(UnsupportedCall, match="cuts the cache, where no token can be forced"):
+        kept_with(model, inputs, **{evidence: [torch.tensor([3])]})
+    assert torch.equal(write(model, inputs), expected)
+    assert torch.equal(model.vtprune.last.segments[0].cached, stored)
+    assert (model.vtprune.last.kept, model.vtprune.last.average) == (16, pytest.approx(K))
 
 
 def test_the_report_tells_protected_tokens_from_picked_ones(model: nn.Module) -> None:
