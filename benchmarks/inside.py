@@ -60,7 +60,8 @@ VISUAL = 576
 WARM_UPS = 2
 Pair = tuple[float, float]
 Hooks = tuple[Callable[..., Any], Callable[..., Any]]
-INSIDE = [method for method in vtprune.list_methods() if vtprune.describe(method).in_layers]
+CARDS = [vtprune.describe(method) for method in vtprune.list_methods()]
+INSIDE = [card.name for card in CARDS if card.in_layers or card.in_cache]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,22 +141,29 @@ class Runs:
 def probe_of(runs: Runs, arm: Arm) -> dict[str, int]:
     """Bytes of looking; none where the method does not look."""
     pipeline = build(arm.method or "identity")
-    glance = next(iter(pipeline.glances.values()), None)
+    looks = pipeline.glances if pipeline.cache is None else pipeline.cache.choice.glances
+    glance = next(iter(looks.values()), None)
     if glance is None:
         return dict.fromkeys(("probe_bytes", "probe_shapes_bytes", "probe_adds_bytes"), 0)
     base, lm = runs.model.model, runs.model.model.language_model
-    schedule = schedule_of(pipeline, base, lm)
-    number, ahead = schedule.layers[0], glance.at == "behind"
-    before, behind = lm.layers[number - 1].self_attn, lm.layers[number]
-    hook = behind.register_forward_pre_hook if ahead else before.register_forward_hook
     first = (Pick(name="first", scorer=Constant(), selector=TopK()),)
-    blind = replace(pipeline, inside=tuple(replace(stage, picks=first, counter=None) for stage in pipeline.inside))
+    if pipeline.cache is not None:
+        attention, entering, ahead = lm.layers[0].self_attn, VISUAL, pipeline.cache.sparse
+        hook = attention.register_forward_pre_hook if ahead else attention.register_forward_hook
+        blind = replace(pipeline, cache=replace(pipeline.cache, picks=first, counter=None))
+    else:
+        schedule = schedule_of(pipeline, base, lm)
+        number, ahead = schedule.layers[0], glance.at == "behind"
+        before, behind = lm.layers[number - 1].self_attn, lm.layers[number]
+        hook = behind.register_forward_pre_hook if ahead else before.register_forward_hook
+        blind = replace(pipeline, inside=tuple(replace(stage, picks=first, counter=None) for stage in pipeline.inside))
+        entering = schedule.counts(VISUAL, Budget(keep=arm.keep))[0]
     looking, without = (runs.weighed(arm, one, (hook, hook)).bytes for one in (pipeline, blind))
     shape, itemsize = Shape.of(lm.config), runs.model.dtype.itemsize
-    K = runs.ids.shape[1] - VISUAL + schedule.counts(VISUAL, Budget(keep=arm.keep))[0]
+    K = runs.ids.shape[1] - VISUAL + entering
     queries, keys = (K * heads * shape.head_dim * itemsize for heads in (shape.heads, shape.key_heads))
     again = K * shape.d * itemsize + keys if ahead else 0
-    rows = 1 if glance.rows == "last" else TEXT_AFTER
+    rows = {"last": 1, "sampled": 128, "all": 256}.get(glance.rows, TEXT_AFTER)
     return {
         "probe_bytes": looking.most - without.begun,
         "probe_shapes_bytes": shape.heads * rows * K * 4 + queries + keys + again,

@@ -32,10 +32,10 @@ def noted() -> Iterator[None]:
     choose, write = Walk._choose, Reports._report
 
     def choosing(walk: Any, stack: Any, number: int, hidden: Tensor, glances: Any) -> Any:
-        keep, merged = choose(walk, stack, number, hidden, glances)
+        selection, merged = choose(walk, stack, number, hidden, glances)
         if merged is not None:
-            _note(walk, stack, walk.layers[number], keep, merged.into)
-        return keep, merged
+            _note(walk, stack, walk.layers[number], selection.keep, merged.into)
+        return selection, merged
 
     def writing(reports: Any, *args: Any) -> PruneReport:
         report = write(reports, *args)

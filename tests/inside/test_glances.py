@@ -213,3 +213,25 @@ def test_of_a_long_text_the_last_words_are_read():
         model(**told)
     L = told["input_ids"].shape[1]
     assert spy.seen[0].own[0].tolist() == list(range(L - MOST_ROWS, L))
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_glance_behind_one_cut_and_one_before_the_next_share_a_layer(cached):
+    """The first computes queries and keys of a layer by itself, the second takes those of its own call."""
+    model, told = model_of("llava"), models.inputs(model_of("llava"), ONE)
+    spies = Spy(), Spy()
+    glances = Glanced(rule=spies[0], rows="last", at="behind"), Glanced(rule=spies[1], rows="text")
+    inside = tuple(
+        LayerStage(at=at, keep=keep, picks=(Pick(name="spied", scorer=glance, selector=TopK()),))
+        for at, keep, glance in zip((2, 3), (0.5, 0.25), glances, strict=True)
+    )
+    pipeline = Pipeline(name="spying", picks=(), inside=inside)
+    with torch.no_grad(), vtprune.pruning(model, pipeline, keep=0.55) as pruner:
+        model(**told, use_cache=cached)
+        reached = reach(pruner.last, told["input_ids"])
+    eager = model_of("llava", "eager")
+    with torch.no_grad(), hidden(eager, reached):
+        maps = eager(**told, output_attentions=True).attentions
+    seen, left = spies[1].seen[-1], reached[0] > 2
+    expected = maps[2][0][:, asked(told, 0, "text")][..., left]
+    assert (seen.weights[0] - expected).abs().max() < TOLERANCE

@@ -118,10 +118,13 @@ class Subject:
         parts = {segment.parts for segment in report.segments}
         if [segment.row for segment in report.segments] != list(range(len(texts))) or len(parts) != 1:
             raise UnsupportedCall("expected one picture for each prompt, all of them packed in the same way")
+        inside = pruner.pipeline.inside or pruner.pipeline.cache
         answers = Answers(
             words=tuple(judged(text) for text in texts),
             kept=tuple(report.average_of(segment) for segment in report.segments),
-            tokens=None if report.merged or pruner.pipeline.inside else tuple(one.keep for one in report.segments),
+            tokens=None
+            if report.merged or pruner.pipeline.inside or pruner.pipeline.cache
+            else tuple(one.keep for one in report.segments),
         )
         return answers, parts.pop()
 

@@ -93,6 +93,7 @@ class _Thread(threading.local):
     """The call of one thread that is under way, and what the projections before a drop point gave."""
 
     passage: Passage | None = None
+    attending = False
     caches = False
 
     def __init__(self) -> None:
@@ -150,6 +151,7 @@ class LayerCutter:
         """Leave the call alone that comes next; returns what there was."""
         passage, self._thread.passage = self._thread.passage, None
         self._thread.projected.clear()
+        self._thread.attending = False
         return passage
 
     @property
@@ -162,12 +164,13 @@ class LayerCutter:
 
     @torch.compiler.disable
     def _attending(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self._thread.attending = True
         self._thread.caches = kwargs.get("past_key_values") is not None
 
     @torch.compiler.disable
     def _projected(self, name: str, module: nn.Module, args: Any, output: Tensor) -> None:
         """Hold queries of the rows that are looked at, and keys where no cache does."""
-        walk = self._walk()
+        walk = self._walk() if self._thread.attending else None  # else a glance calls the projection by itself
         if walk is not None and name == "q_proj":
             self._thread.projected[name] = kernels.cut_sequence(output.detach(), walk.rows)
         elif walk is not None and not self._thread.caches:
@@ -176,7 +179,7 @@ class LayerCutter:
     @torch.compiler.disable
     def _attended(self, number: int, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """Glances at the layer before a drop point: its own queries, and keys as the cache has them now."""
-        passage = self._thread.passage
+        passage, self._thread.attending = self._thread.passage, False
         if passage is None or passage.walk is None or not passage.walk.due(number + 1) or not passage.walk.asks:
             return
         rotary, cache = kwargs["position_embeddings"], kwargs.get("past_key_values")

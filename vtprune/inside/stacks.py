@@ -35,9 +35,10 @@ class LayerStack:
 
     `origin` (S, n) says which of the N tokens at first they are, ascending, `counts` how many stay behind each drop
     point, `protect` (S, m) which of the N stay behind all.
-    `depths` (S, N) is how many layers each token has gone through, as far as that is decided; `numbers` are those of
-    the pictures, `wishes` (S,) each what counters said last. `into` (S, N), where the method merges, says which of the
-    N holds each of them by now, -1 where it is lost.
+    `depths` (S, N) is how many layers each token has gone through, as far as that is decided, and `taken` (S, N) which
+    pick of the pipeline took it at the last cut it passed, -1 where it is protected; `numbers` are those of the
+    pictures, `wishes` (S,) each what counters said last. `into` (S, N), where the method merges, says which of the N
+    holds each of them by now, -1 where it is lost.
     """
 
     at: Tensor
@@ -48,6 +49,7 @@ class LayerStack:
     evidence: Mapping[str, Tensor]
     counts: tuple[int, ...]
     depths: Tensor
+    taken: Tensor
     numbers: tuple[int, ...]
     into: Tensor | None = None
     wishes: tuple[Tensor, ...] = ()
@@ -91,6 +93,7 @@ class LayerStack:
             protect=None if self.protect is None else self.protect[chosen],
             counts=counts,
             depths=self.depths[chosen],
+            taken=self.taken[chosen],
             numbers=tuple(self.numbers[row] for row in rows),
             into=None if self.into is None else self.into[chosen],
             wishes=tuple(wish[chosen] for wish in self.wishes),

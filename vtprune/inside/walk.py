@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
@@ -13,7 +13,7 @@ from vtprune.inside.stacks import Entry, LayerStack
 from vtprune.kernels import host
 from vtprune.kernels import reference as kernels
 from vtprune.pipeline import LayerStage
-from vtprune.types import Merged
+from vtprune.types import Merged, Selection
 
 
 @dataclass
@@ -21,7 +21,8 @@ class Walk:
     """Where everything is: `index` (B, K) are places in the sequence at entry, `slots` those of every cut for the way
     back, `places` (B, K') what of the sequence in front of each goes on, None where all does. `stored` (B, K) tells for
     each what behind it is real, `lengths` how many tokens that are in each row. `trims` says that caches of layers
-    behind the first are cut to what is left behind the last.
+    behind the first are cut to what is left behind the last. `picks` are the numbers, among all of the pipeline, of the
+    first pick at each drop point.
 
     `sums` (B, K) are what layers add up of every token, by name; `entered` (B, R, D) is what the layer in front of a
     drop point got of the rows.
@@ -32,6 +33,7 @@ class Walk:
     depth: int
     entry: Entry
     stacks: list[LayerStack]
+    picks: tuple[int, ...] = ()
     trims: bool = False
     index: Tensor = field(init=False)
     valid: Tensor = field(init=False)
@@ -58,10 +60,18 @@ class Walk:
     @property
     def depths(self) -> dict[int, Tensor]:
         """Of every picture, by its number, how many layers each of its tokens at first has gone through, (N,)."""
+        return self._of_pictures(lambda stack: stack.depths)
+
+    @property
+    def taken(self) -> dict[int, Tensor]:
+        """Of every picture, by its number, which pick took each of its tokens at the last cut it passed, (N,)."""
+        return self._of_pictures(lambda stack: stack.taken)
+
+    def _of_pictures(self, rows: Callable[[LayerStack], Tensor]) -> dict[int, Tensor]:
         return {
             number: row
             for stack in self.stacks
-            for number, row in zip(stack.numbers, stack.depths.unbind(), strict=True)
+            for number, row in zip(stack.numbers, rows(stack).unbind(), strict=True)
         }
 
     @property
@@ -149,7 +159,8 @@ class Walk:
         kept = self.valid.clone()
         chosen = [self._choose(stack, number, hidden, glances) for stack in self.stacks]
         flat = hidden.reshape(-1, hidden.shape[2])
-        for stack, (keep, merged) in zip(self.stacks, chosen, strict=True):
+        for stack, (selection, merged) in zip(self.stacks, chosen, strict=True):
+            keep = _kept(stack, selection)
             kept.view(-1)[stack.at] = False
             kept.view(-1)[stack.at.gather(1, keep)] = True
             if merged is not None:
@@ -157,7 +168,7 @@ class Walk:
         hidden = flat.view(hidden.shape)
         places, self.valid, slots = kernels.kept_indices(kept, max(lengths), left_padded=self.entry.left_padded)
         pairs = zip(self.stacks, chosen, strict=True)
-        self.stacks = [self._moved(stack, keep, merged, slots, number) for stack, (keep, merged) in pairs]
+        self.stacks = [self._moved(stack, *choice, slots, number) for stack, choice in pairs]
         self.index, self.rows = self.index.gather(1, places), slots.gather(1, self.rows)
         self.sums = {name: values.gather(1, places) for name, values in self.sums.items()}
         self.slots.append(slots)
@@ -181,18 +192,17 @@ class Walk:
 
     def _choose(
         self, stack: LayerStack, number: int, hidden: Tensor, glances: Mapping[str, Tensor]
-    ) -> tuple[Tensor, Merged | None]:
-        """Ascending indices (S, k) of the tokens of a stack that go on, and what becomes of them."""
-        S, n = stack.at.shape
+    ) -> tuple[Selection | None, Merged | None]:
+        """Which k tokens of a stack go on, None where all do, and what becomes of them."""
         k = stack.stays(number)
-        if k == n:
-            return torch.arange(n, device=stack.at.device).expand(S, n), None
+        if k == stack.at.shape[1]:
+            return None, None
         tokens = stack.tokens(hidden, glances)
         choice = self.stages[number].choice
         with kernels.exact(hidden.device):
             with torch.no_grad():
                 selection = choice.run(tokens, k)
-            return selection.keep, choice.merge(tokens, selection) if k else None
+            return selection, choice.merge(tokens, selection) if k else None
 
     @torch.no_grad()
     def _counted(
@@ -216,10 +226,23 @@ class Walk:
             rows.setdefault(count, []).append(row)
         return [stack.part(own, number, count) for count, own in rows.items()]
 
-    def _moved(self, stack: LayerStack, keep: Tensor, merged: Merged | None, slots: Tensor, number: int) -> LayerStack:
-        """The stack behind a cut: its places in the shorter sequence, how far each token went and who holds it."""
+    def _moved(
+        self, stack: LayerStack, selection: Selection | None, merged: Merged | None, slots: Tensor, number: int
+    ) -> LayerStack:
+        """The stack behind a cut: its places in the shorter sequence, how far tokens went, who took and holds them."""
+        keep, taken = _kept(stack, selection), stack.taken
+        if selection is not None:
+            own = torch.where(selection.taken < 0, selection.taken, selection.taken + self.picks[number])
+            taken = taken.scatter(1, stack.origin.gather(1, keep), own)
         K, width = self.valid.shape[1], slots.shape[1]
         at, origin = stack.at.gather(1, keep), stack.origin.gather(1, keep)
         depths = stack.depths.scatter(1, stack.origin, self.layers[number]).scatter(1, origin, self.depth)
         at = at // width * K + slots.reshape(-1)[at]
-        return replace(stack, at=at, origin=origin, depths=depths, into=stack.followed(keep, merged))
+        return replace(stack, at=at, origin=origin, depths=depths, taken=taken, into=stack.followed(keep, merged))
+
+
+def _kept(stack: LayerStack, selection: Selection | None) -> Tensor:
+    """Ascending indices (S, k) of the tokens of a stack that go on, all of them where nothing was selected."""
+    if selection is not None:
+        return selection.keep
+    return torch.arange(stack.at.shape[1], device=stack.at.device).expand(stack.at.shape)

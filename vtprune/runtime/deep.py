@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -61,6 +62,13 @@ def _stages(pipeline: Pipeline, schedule: AnySchedule) -> tuple[LayerStage, ...]
     return tuple(found)
 
 
+def _first_picks(pipeline: Pipeline, schedule: AnySchedule) -> tuple[int, ...]:
+    """Number of the first pick at every drop point, as `Pipeline.all_picks` counts."""
+    counts = (len(pipeline.picks), *(len(stage.picks) for stage in pipeline.inside))
+    firsts = tuple(itertools.accumulate(counts))
+    return tuple(firsts[number] for number in schedule.stages)
+
+
 SAMPLED = 64
 
 
@@ -79,6 +87,7 @@ class Deep:
         self._budget = budget
         self._stages = _stages(pipeline, schedule)
         self._padding = padding_of(pipeline)
+        self._picks = _first_picks(pipeline, schedule)
         self._rows = {glance.rows for glance in pipeline.glances.values()}
         self._rows |= {glance.rows for glance in pipeline.states.values()}
 
@@ -99,6 +108,7 @@ class Deep:
             depth=self.schedule.depth,
             entry=entry,
             stacks=stacks,
+            picks=self._picks,
             trims=self._pipeline.trims and short.arguments.get("use_cache") is not False,
         )
         if "raters" in self._rows:
@@ -168,6 +178,7 @@ class Deep:
             protect=protect,
             counts=self.counts(n)[1:],
             depths=depths,
+            taken=one.choice.stages,
             numbers=tuple(one.numbers),
             into=one.choice.into,
         )

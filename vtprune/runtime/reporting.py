@@ -119,7 +119,8 @@ def _segments(prompt: Prompt, decision: Decision, passed: Walk | Keeping | None)
     depths = nothing if walk is None else decision.per_segment(walk.depths)
     cached = nothing if passed is None or passed.cached is None else decision.per_segment(passed.cached)
     into, held = (decision.into, decision.held) if walk is None else decision.holders(walk.into)
-    columns = (decision.stages, into or nothing, held or nothing, depths, cached)
+    taken = decision.stages if walk is None else decision.per_segment(walk.taken)
+    columns = (taken, into or nothing, held or nothing, depths, cached)
     return tuple(
         SegmentReport(
             row=segment.row,
