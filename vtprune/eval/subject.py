@@ -122,9 +122,7 @@ class Subject:
         answers = Answers(
             words=tuple(judged(text) for text in texts),
             kept=tuple(report.average_of(segment) for segment in report.segments),
-            tokens=None
-            if report.merged or pruner.pipeline.inside or pruner.pipeline.cache
-            else tuple(one.keep for one in report.segments),
+            tokens=None if inside or report.merged else tuple(one.keep for one in report.segments),
         )
         return answers, parts.pop()
 
