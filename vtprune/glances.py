@@ -46,7 +46,8 @@ Rows = Literal["last", "text", "raters", "sampled", "all"]
 class RowRule(Protocol):
     """Makes one number per key (B, n) of a `RowAttention`; `name` is that of the evidence.
 
-    One that also has `divides`, and that is True, gets `RowAttention.decay`.
+    One that also has `divides`, and that is True, gets `RowAttention.decay`. One that also has `by_rows`, and that is
+    True, is a mean over real rows, so that it may be taken of blocks of them: only such a rule looks from all rows.
     """
 
     @property
@@ -84,6 +85,11 @@ class Glance:
     def divides(self) -> bool:
         """Whether the rule wants to know the decay of the rotary embedding."""
         return bool(getattr(self.rule, "divides", False))
+
+    @property
+    def whole(self) -> bool:
+        """Whether its rows must be looked from at once, though they may be too many for that."""
+        return self.rows == "all" and not getattr(self.rule, "by_rows", False)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

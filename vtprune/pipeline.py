@@ -238,6 +238,13 @@ class CacheStage:
             raise InvalidOption("a stage of the cache: keys are merged head by head, so heads have to choose as well")
         if any(not isinstance(need, Glance) for need in self.choice.wanted):
             raise InvalidOption("a stage of the cache goes by what its layer attends to, not by the encoder")
+        for glance in self.choice.glances.values():
+            if glance.whole:
+                raise InvalidOption(
+                    f"a stage of the cache goes by {glance.rule.name!r} of rows='all', which are looked from in "
+                    "blocks: expected a rule that is a mean over rows and says so (by_rows=True), as MeanAttention; "
+                    "take one, or rows='sampled'"
+                )
 
     @cached_property
     def choice(self) -> Pipeline:

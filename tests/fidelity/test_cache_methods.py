@@ -19,7 +19,14 @@ from vtprune.pipeline import CacheStage, LayerStage
 from vtprune.schedule import Schedule
 from vtprune.stages.counters import Mass, Negligible
 from vtprune.stages.filters import DualFilter, Passing
-from vtprune.stages.glances import AttentionWhereSeen, MeanAttention, PeakAttention
+from vtprune.stages.glances import (
+    AttentionWhereSeen,
+    MassiveHeads,
+    MeanAttention,
+    PeakAttention,
+    SymmetricText,
+    Undecayed,
+)
 from vtprune.stages.mergers import IntoNearest
 from vtprune.stages.scorers import Constant, Given, Glanced, Importance
 from vtprune.stages.selectors import TopK
@@ -149,7 +156,13 @@ def test_a_random_mixture_half_the_way() -> None:
     assert torch.allclose(half, (mean + own) / 2)
 
 
+def from_all(rule: Any, rows: Any = "all") -> Pick:
+    return Pick(name="one", scorer=Glanced(rule=rule, rows=rows), selector=TopK())
+
+
 PICK = Pick(name="one", scorer=Glanced(rule=MeanAttention(), rows="all"), selector=TopK())
+NO_MEANS = (AttentionWhereSeen(), PeakAttention(), MassiveHeads(), SymmetricText(), Undecayed(rule=PeakAttention()))
+"""Rules whose blocks of rows do not average to what they make of all."""
 COUNTER = Mass(scorer=Glanced(rule=MeanAttention()))
 
 
@@ -160,6 +173,7 @@ COUNTER = Mass(scorer=Glanced(rule=MeanAttention()))
         lambda: CacheStage(picks=(PICK,), heads=True, counter=COUNTER),
         lambda: CacheStage(picks=(PICK,), merger=IntoNearest()),
         lambda: CacheStage(picks=()),
+        *(lambda rule=rule: CacheStage(picks=(from_all(rule),)) for rule in NO_MEANS),
         lambda: CacheStage(picks=(Pick(name="one", scorer=Importance(), selector=TopK()),)),
         lambda: Pipeline(name="both", picks=(PICK,), cache=CacheStage(picks=(PICK,))),
         lambda: Pipeline(name="trims", picks=(PICK,), trims=True),
@@ -171,3 +185,12 @@ COUNTER = Mass(scorer=Glanced(rule=MeanAttention()))
 def test_stages_that_do_not_go_together_are_refused(wrong: Any) -> None:
     with pytest.raises(InvalidOption):
         wrong()
+
+
+def test_only_means_over_rows_look_from_all_of_them() -> None:
+    for rule in (MeanAttention(), Undecayed(rule=MeanAttention())):
+        CacheStage(picks=(from_all(rule),))
+    for rule in NO_MEANS:
+        CacheStage(picks=(from_all(rule, "sampled"),))
+        with pytest.raises(InvalidOption, match=rf"'{rule.name}' of rows='all'.* mean over rows"):
+            CacheStage(picks=(from_all(rule),))

@@ -202,3 +202,33 @@ def test_a_sliding_window(method, build):
     assert fingerprint(model) == before
     vtprune.unwrap(vtprune.wrap(model, "random", keep=0.9))
     assert fingerprint(model) == before
+
+
+UNHOOKED = {("transprune", "q_proj"), ("zipvl", "q_proj")}
+"""Projections that these only call by themselves."""
+
+
+@pytest.mark.parametrize("place", ["q_proj", "self_attn", "layer"])
+@pytest.mark.parametrize("method", ["fastv", "mustdrop", "transprune", "look_m", "zipvl"])
+def test_a_module_that_was_replaced_after_wrap(method, place):
+    """What took its place has no hooks and is refused where there were any; put back, all is as before."""
+    model, other = fresh("llava"), fresh("llava")
+    layers, others = model.model.language_model.layers, other.model.language_model.layers
+    inputs = models.inputs(model, ONE)
+    with vtprune.pruning(model, method, keep=0.6):
+        hooks = [number for number, layer in enumerate(layers) if layer.self_attn._forward_hooks]
+        at = 2 if method == "zipvl" else hooks[-1]
+        (parent, spare), name = {
+            "q_proj": ((layers[at].self_attn, others[at].self_attn), "q_proj"),
+            "self_attn": ((layers[at], others[at]), "self_attn"),
+            "layer": ((layers, others), str(LAYERS - 1)),
+        }[place]
+        expected, hooked = answer(model, inputs), getattr(parent, name)
+        setattr(parent, name, getattr(spare, name))
+        if (method, place) in UNHOOKED:
+            assert torch.equal(answer(model, inputs).logits, expected.logits)
+        else:
+            with pytest.raises(UnsupportedCall, match=r"replaced after wrap.*wrap it again"):
+                answer(model, inputs)
+        setattr(parent, name, hooked)
+        assert torch.equal(answer(model, inputs).logits, expected.logits)

@@ -19,11 +19,12 @@ class Decoder:
     """The layers of a language model, first to last; the first cut may be in front of layer `first`.
 
     A layer has `input_layernorm` and `self_attn` with `q_proj` and `k_proj`, perhaps norms of each head, and an `mlp`
-    where that was asked for.
+    where that was asked for. `listed` is where the model has them, and runs what it finds there.
     """
 
     layers: tuple[nn.Module, ...]
     first: int
+    listed: nn.ModuleList | None = None
 
     def queries(self, number: int, projected: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Queries (B, H, R, d) of one layer from what `q_proj` gave, (B, R, H d)."""
@@ -81,7 +82,7 @@ def decoder_of(inner: Host, lm: Host, *, glances: bool, changes: bool = False, e
     if not implementation.startswith(_IMPLEMENTATIONS):
         raise UnsupportedModel(f"attn_implementation={implementation!r}: {what} take sdpa, flash or eager")
     deep = getattr(getattr(inner.config, "vision_config", None), "deepstack_visual_indexes", None) or ()
-    return Decoder(layers=tuple(layers), first=max(1, len(deep)))
+    return Decoder(layers=tuple(layers), first=max(1, len(deep)), listed=layers)
 
 
 def _is_plain(layer: Host) -> bool:

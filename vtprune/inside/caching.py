@@ -17,6 +17,7 @@ from vtprune.adapters.decoder import Decoder
 from vtprune.errors import UnsupportedCall
 from vtprune.glances import Glance
 from vtprune.inside.glances import seen_by
+from vtprune.inside.hooked import Hooked
 from vtprune.inside.keeping import Keeping, Kept, choose
 from vtprune.inside.walk import Walk
 from vtprune.kernels import reference as kernels
@@ -43,6 +44,7 @@ class CacheCutter:
         self._stage = stage
         self._implementation = implementation
         self._handles: list[RemovableHandle] = []
+        self._hooked = Hooked(decoder)
         self._thread = _Thread()
 
     __deepcopy__ = refuse_copy
@@ -52,6 +54,7 @@ class CacheCutter:
         """Register the hooks."""
         for number in range(len(self._decoder.layers)):
             attention = self._decoder.attention(number)
+            self._hooked.note(number, "self_attn", *(() if self._stage.sparse else ("self_attn.q_proj",)))
             if self._stage.sparse:
                 before, after = functools.partial(self._before, number), self._spread
                 self._handles.append(attention.register_forward_pre_hook(before, with_kwargs=True))
@@ -68,7 +71,12 @@ class CacheCutter:
         self._handles.clear()
 
     def begin(self, keeping: Keeping) -> None:
-        """Choose in the call that comes now."""
+        """Choose in the call that comes now.
+
+        Raises:
+            UnsupportedCall: where what hooks lie on was replaced after wrap.
+        """
+        self._hooked.check()
         self._thread.keeping = keeping
 
     def end(self) -> Keeping | None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from vtprune.adapters.decoder import Decoder
+from vtprune.inside.hooked import Hooked
 from vtprune.inside.sinks import allowed_by
 from vtprune.inside.walk import Walk
 from vtprune.kernels import attention as attentions
@@ -73,6 +74,7 @@ class HeadMasker:
         self._watch = watch
         self._added = implementation == "eager"
         self._handles: list[RemovableHandle] = []
+        self._hooked = Hooked(decoder)
         self._thread = _Thread()
 
     __deepcopy__ = refuse_copy
@@ -81,10 +83,12 @@ class HeadMasker:
     def hook(self) -> None:
         """Register the hooks."""
         for number in self.masked:
+            self._hooked.note(number)
             mask = functools.partial(self._mask, number)
             self._handles.append(self._decoder.layers[number].register_forward_pre_hook(mask, with_kwargs=True))
         for number in range(len(self._decoder.layers)) if self._watch is not None else ():
             attention = self._decoder.attention(number)
+            self._hooked.note(number, "self_attn", *(f"self_attn.{name}" for name in _PROJECTIONS))
             for name in _PROJECTIONS:
                 hold = functools.partial(self._hold, name)
                 self._handles.append(getattr(attention, name).register_forward_hook(hold))
@@ -98,7 +102,12 @@ class HeadMasker:
         self._handles.clear()
 
     def begin(self, album: Album) -> None:
-        """Mask, or look, in the call that comes now."""
+        """Mask, or look, in the call that comes now.
+
+        Raises:
+            UnsupportedCall: where what hooks lie on was replaced after wrap.
+        """
+        self._hooked.check()
         self._thread.album = album
 
     def end(self) -> Album | None:

@@ -17,6 +17,7 @@ from vtprune import masks
 from vtprune._needs import Reads
 from vtprune.adapters.decoder import Decoder
 from vtprune.inside.glances import look, named
+from vtprune.inside.hooked import Hooked
 from vtprune.inside.states import StateTap
 from vtprune.inside.walk import Walk
 from vtprune.kernels import reference as kernels
@@ -111,6 +112,7 @@ class LayerCutter:
         self._sinks = reads.sinks
         self._implementation = implementation
         self._handles: list[RemovableHandle] = []
+        self._hooked = Hooked(decoder)
         self._thread = _Thread()
         self._states = StateTap(decoder, reads, layers, self._walk)
 
@@ -125,17 +127,19 @@ class LayerCutter:
     def hook(self) -> None:
         """Register the hooks."""
         for number in range(self.layers[0], len(self._decoder.layers)):
+            self._hooked.note(number)
             enter = functools.partial(self._enter, number)
             self._handles.append(self._decoder.layers[number].register_forward_pre_hook(enter, with_kwargs=True))
         for number in {layer - 1 for layer in self.layers} if self._before else ():
             attention = self._decoder.attention(number)
+            self._hooked.note(number, "self_attn", "self_attn.q_proj", "self_attn.k_proj")
             for name in ("q_proj", "k_proj"):
                 note = functools.partial(self._projected, name)
                 self._handles.append(getattr(attention, name).register_forward_hook(note))
             self._handles.append(attention.register_forward_pre_hook(self._attending, with_kwargs=True))
             attended = functools.partial(self._attended, number)
             self._handles.append(attention.register_forward_hook(attended, with_kwargs=True))
-        self._handles += self._states.hook()
+        self._handles += self._states.hook(self._hooked)
 
     def remove(self) -> None:
         """Undo `hook`."""
@@ -144,7 +148,13 @@ class LayerCutter:
         self._handles.clear()
 
     def begin(self, passage: Passage) -> None:
-        """Cut, or mend masks, in the call that comes now."""
+        """Cut, or mend masks, in the call that comes now.
+
+        Raises:
+            UnsupportedCall: where it cuts, and what hooks lie on was replaced after wrap.
+        """
+        if passage.walk is not None:
+            self._hooked.check()
         self._thread.passage = passage
 
     def end(self) -> Passage | None:

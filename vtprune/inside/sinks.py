@@ -18,8 +18,8 @@ from torch.utils.hooks import RemovableHandle
 
 from vtprune.adapters.decoder import Decoder
 from vtprune.cache import SinkState
-from vtprune.errors import UnsupportedCall
 from vtprune.glances import SinkRule
+from vtprune.inside.hooked import Hooked
 from vtprune.inside.walk import Walk
 from vtprune.kernels import attention as attentions
 from vtprune.kernels import reference as kernels
@@ -104,7 +104,7 @@ class SinkFinder:
             for number in self.edited:
                 self._rules.setdefault(number, []).append(edit.sinks)
         self._handles: list[RemovableHandle] = []
-        self._hooked: dict[int, list[nn.Module]] = {}
+        self._hooked = Hooked(decoder)
         self._thread = _Thread()
 
     __deepcopy__ = refuse_copy
@@ -113,6 +113,7 @@ class SinkFinder:
     def hook(self) -> None:
         """Register the hooks; channels are looked for in front of a cut, sinks behind it."""
         for number in self._rules:
+            self._hooked.note(number)
             choose = functools.partial(self._choose, number)
             layer = self._decoder.layers[number]
             self._handles.append(layer.register_forward_pre_hook(choose, prepend=True, with_kwargs=True))
@@ -121,16 +122,16 @@ class SinkFinder:
 
     def _hook_attention(self, number: int) -> None:
         attention = self._decoder.attention(number)
-        self._hooked[number] = [getattr(attention, name) for name in (*_PROJECTIONS, "o_proj")]
-        *projections, last = self._hooked[number]
+        self._hooked.note(number, "self_attn", *(f"self_attn.{name}" for name in (*_PROJECTIONS, "o_proj")))
         find, attend, change = (functools.partial(step, number) for step in (self._find, self._attend, self._change))
         self._handles += [
             self._decoder.layers[number].register_forward_pre_hook(find, with_kwargs=True),
             attention.register_forward_pre_hook(attend, with_kwargs=True),
-            last.register_forward_pre_hook(change),
+            attention.o_proj.register_forward_pre_hook(change),
         ]
-        for name, module in zip(_PROJECTIONS, projections, strict=True):
-            self._handles.append(module.register_forward_hook(functools.partial(self._hold, name)))
+        for name in _PROJECTIONS:
+            hold = functools.partial(self._hold, name)
+            self._handles.append(getattr(attention, name).register_forward_hook(hold))
 
     def remove(self) -> None:
         """Undo `hook`."""
@@ -139,7 +140,12 @@ class SinkFinder:
         self._handles.clear()
 
     def begin(self, scene: Scene) -> None:
-        """Look for sinks, or change attention, in the call that comes now."""
+        """Look for sinks, or change attention, in the call that comes now.
+
+        Raises:
+            UnsupportedCall: where what hooks lie on was replaced after wrap.
+        """
+        self._hooked.check()
         self._thread.scene = scene
 
     def end(self) -> Scene | None:
@@ -185,13 +191,6 @@ class SinkFinder:
         scene = self._thread.scene
         if scene is None or not scene.edits:
             return
-        names = (*_PROJECTIONS, "o_proj")
-        for name, hooked in zip(names, self._hooked[number], strict=True):
-            if getattr(module, name) is not hooked:
-                raise UnsupportedCall(
-                    f"{name} of a decoder layer was replaced after wrap (by an adapter, say), so its attention cannot "
-                    "be changed: unwrap, change the model, then wrap it again"
-                )
         self._clear()
         self._thread.given.update(kwargs)
 

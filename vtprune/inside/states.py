@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from vtprune._needs import Reads
 from vtprune.adapters.decoder import Decoder
 from vtprune.glances import Change, RowStates, Transition
+from vtprune.inside.hooked import Hooked
 from vtprune.inside.walk import Walk
 from vtprune.kernels import reference as kernels
 
@@ -29,16 +30,18 @@ class StateTap:
         self._transitions = reads.transitions
         self._walk = walk
 
-    def hook(self) -> list[RemovableHandle]:
-        """Register the hooks, behind those that cut: layers are seen as they run."""
+    def hook(self, hooked: Hooked) -> list[RemovableHandle]:
+        """Register the hooks, behind those that cut: layers are seen as they run; `hooked` notes what they lie on."""
         handles = []
         for number in {layer - 1 for layer in self._layers} if self._states else ():
+            hooked.note(number)
             layer = self._decoder.layers[number]
             handles.append(layer.register_forward_pre_hook(self._entered, with_kwargs=True))
         depth = len(self._decoder.layers)
         for name, transition in self._transitions.items():
             changed = functools.partial(self._changed, name, transition)
             for number in transition.layers(self._layers, depth):
+                hooked.note(number, "self_attn", "mlp")
                 for module in self._decoder.modules(number):
                     handles.append(module.register_forward_hook(changed, with_kwargs=True))
         return handles

@@ -10,10 +10,10 @@ import torch
 from vtprune._needs import NOTHING
 from vtprune.adapters.base import Host
 from vtprune.adapters.decoder import decoder_of
-from vtprune.cache import CacheState, DeepState
+from vtprune.cache import CacheState, DeepState, each_once
 from vtprune.inside.caching import CacheCutter
 from vtprune.inside.keeping import CachedStack, Keeping
-from vtprune.inside.layers import LayerCutter
+from vtprune.inside.layers import LayerCutter, Passage
 from vtprune.pipeline import Pipeline
 from vtprune.runtime.decide import Decision
 from vtprune.runtime.deep import Deep, begin_later, check_growing, entry_of, known_before
@@ -78,6 +78,11 @@ class Caching:
         if "raters" in self._rows:
             keeping.find_raters(short.arguments["inputs_embeds"])
         self._cutter.begin(keeping)
+        if known is not None and state is not None and state.deep is not None and not self._stage.sparse:
+            own = short.cut.valid
+            real = each_once(lambda valid: torch.cat([valid, own], dim=1), known)
+            cached = tuple(valid.shape[1] for valid in known)
+            self._mender.begin(Passage(walk=None, cached=cached, known=real))
 
     def resume(self, arguments: Mapping[str, Any] | None, state: CacheState | None) -> None:
         """Let the layers mend their masks in a call without pictures, where they have stored different numbers."""

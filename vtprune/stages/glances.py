@@ -24,6 +24,7 @@ class MeanAttention:
     """Attention averaged over heads and rows: FastV, arXiv 2403.06764; PyramidDrop, arXiv 2410.17247."""
 
     name: ClassVar[str] = "attention"
+    by_rows: ClassVar[bool] = True
 
     def __call__(self, seen: RowAttention) -> Tensor:
         return _over_rows(seen.weights.mean(dim=1), seen.real)
@@ -107,6 +108,11 @@ class Undecayed:
     @property
     def name(self) -> str:
         return f"undecayed_{self.rule.name}"
+
+    @property
+    def by_rows(self) -> bool:
+        """As the rule: each row is divided by itself."""
+        return bool(getattr(self.rule, "by_rows", False))
 
     def __call__(self, seen: RowAttention) -> Tensor:
         if seen.decay is None:
