@@ -14,7 +14,7 @@ import vtprune
 from tests.contracts.cases import PRUNING_METHODS, Answer, Case, answer, cells, fresh_model
 from tests.contracts.state import restored, snapshot
 from vtprune.picking import Pick
-from vtprune.pipeline import LayerStage, Pipeline
+from vtprune.pipeline import Pipeline
 
 pytestmark = pytest.mark.law("5 undo")
 
@@ -126,15 +126,17 @@ class Fails:
 
 
 def _failing(pipeline: Pipeline, lit: list[int]) -> Pipeline:
-    """The pipeline, but its last scorer fails while `lit`, or those of every cut between layers."""
+    """The pipeline, but its last scorer fails while `lit`, or those of every cut between layers or of the cache."""
+    if pipeline.cache is not None:
+        return replace(pipeline, cache=_failing_stage(pipeline.cache, lit))
     if pipeline.inside:
         return replace(pipeline, inside=tuple(_failing_stage(stage, lit) for stage in pipeline.inside))
     return replace(pipeline, picks=_failing_picks(pipeline.picks, lit))
 
 
-def _failing_stage(stage: LayerStage, lit: list[int]) -> LayerStage:
+def _failing_stage(stage: Any, lit: list[int]) -> Any:
     counter = stage.counter
-    if counter is not None:
+    if hasattr(counter, "scorer"):
         counter = replace(counter, scorer=Fails(counter.scorer, lit))
     return replace(stage, picks=_failing_picks(stage.picks, lit), counter=counter)
 

@@ -226,7 +226,7 @@ def check_caches(case: Case, row: int, done: list[Turn]) -> None:
     """Every reply to one row against caches that are rewritten by hand, turn after turn."""
     reference, heard = caches.Reference(case.model, mass=case.settings.get("mass")), 0
     for turn in done:
-        so_far, _ = turn.rows[row]
+        so_far, *_ = turn.rows[row]
         ids = turn.ids[row]
         found = candidate_positions(case, turn.reports[0], row, ids) if turn.reports else []
         before = so_far.embeds.shape[1] - len(ids) - heard
