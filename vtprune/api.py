@@ -201,11 +201,8 @@ def _check_options(pipeline: Pipeline, budget: Budget, history: int, on_report: 
     if isinstance(history, bool) or not isinstance(history, int) or history < 0:
         raise InvalidOption(f"history={history!r}: expected how many reports to remember, 0 or more")
     if not pipeline.drops and not budget.keeps_all:
-        hint = (
-            ""
-            if pipeline.attention is None
-            else (", or put its `attention` into a pipeline that drops tokens, with dataclasses.replace")
-        )
+        attends = pipeline.attention is not None
+        hint = ", or put its `attention` into a pipeline that drops tokens, with dataclasses.replace" if attends else ""
         raise InvalidOption(f"method {pipeline.name!r} keeps everything, got keep={budget.keep}: use keep=1.0{hint}")
     if pipeline.attention is not None and getattr(pipeline.attention, "of", None) not in ("weights", "mask", "masses"):
         raise InvalidOption(f"attention={pipeline.attention!r}: expected a stage that changes weights or masks")

@@ -118,8 +118,8 @@ def _able(
     With options that only some methods take, those that refuse them are left out, but not all of them.
     """
     found: list[tuple[str, float | int]] = []
-    known = {name: one for name, one in zip(list_methods(), map(build, list_methods()), strict=True) if one.drops}
-    alone = [name for name, one in known.items() if one.asked <= readings_of(one).keys()]
+    known = {name: build(name) for name in list_methods()}
+    alone = [name for name, one in known.items() if one.drops and one.asked <= readings_of(one).keys()]
     for_some = any(options.get(name) not in (None, False) for name in _FOR_SOME)
     refused: InvalidOption | None = None
     for name, budget in itertools.product(alone, budgets):

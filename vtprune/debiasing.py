@@ -65,7 +65,7 @@ def debiased(pipeline: Pipeline, debias: bool | str | Debiaser | tuple[str | Deb
     changed = _everywhere(pipeline, stage)
     if changed == pipeline:
         raise InvalidOption(f"debias={debias!r}: method {pipeline.name!r} looks at no attention{_why(pipeline, stage)}")
-    return replace(changed, name=f"{pipeline.name}+{_label(stage if name is stage else name)}")
+    return replace(changed, name=f"{pipeline.name}+{_label(debias)}")
 
 
 def padding_of(pipeline: Pipeline) -> WithoutPadding | None:

@@ -31,7 +31,7 @@ from tests.models import BOS, IMAGE, ONE_AND_TWO, VIDEO, Prompt
 from tests.test_memory import LiveBytes
 from vtprune.catalog import build
 from vtprune.errors import InvalidOption, UnsupportedCall, UnsupportedModel
-from vtprune.inside.sinks import allowed_by
+from vtprune.inside.hooks import allowed_by
 from vtprune.stages.sinks import MassiveActivations, Redistribute, WithoutMassive
 
 GIVEN = {"share": 0.2, "threshold": 1.9, "most": 0.8, "least": 0.05, "channels": (3, 17, 40)}

@@ -4,57 +4,51 @@ from __future__ import annotations
 
 import functools
 import itertools
-import threading
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from vtprune import masks
 from vtprune.adapters.decoder import Decoder
 from vtprune.errors import UnsupportedCall
 from vtprune.glances import Glance
 from vtprune.inside.glances import seen_by
-from vtprune.inside.hooked import Hooked
+from vtprune.inside.hooks import Hooks, Thread, hidden_of, tables_at, with_hidden
 from vtprune.inside.keeping import Keeping, Kept, choose
 from vtprune.inside.walk import Walk
 from vtprune.kernels import reference as kernels
 from vtprune.pipeline import CacheStage
-from vtprune.seam import refuse_copy
-
-
-class _Thread(threading.local):
-    """The prefill of one thread that is under way, and what belongs to the layer that runs."""
-
-    keeping: Keeping | None = None
-    queries: Tensor | None = None
-    kept: Kept | None = None
-
 
 _ROWS_AT_ONCE = 256
 
 
-class CacheCutter:
-    """Hooks of one stage on one decoder; `begin` and `end` enclose a prefill with pictures."""
+class _Thread(Thread):
+    """The prefill under way, and what belongs to the layer that runs."""
+
+    queries: Tensor | None = None
+    kept: Kept | None = None
+
+    def clear(self) -> None:
+        self.queries = self.kept = None
+
+
+class CacheCutter(Hooks[Keeping]):
+    """The hooks that choose in a prefill with pictures."""
+
+    _thread: _Thread
 
     def __init__(self, decoder: Decoder, stage: CacheStage, implementation: str) -> None:
-        self._decoder = decoder
+        super().__init__(decoder, _Thread())
         self._stage = stage
         self._implementation = implementation
-        self._handles: list[RemovableHandle] = []
-        self._hooked = Hooked(decoder)
-        self._thread = _Thread()
-
-    __deepcopy__ = refuse_copy
-    __reduce_ex__ = refuse_copy  # type: ignore[assignment]
 
     def hook(self) -> None:
         """Register the hooks."""
         for number in range(len(self._decoder.layers)):
             attention = self._decoder.attention(number)
-            self._hooked.note(number, "self_attn", *(() if self._stage.sparse else ("self_attn.q_proj",)))
+            self.note(number, "self_attn", *(() if self._stage.sparse else ("self_attn.q_proj",)))
             if self._stage.sparse:
                 before, after = functools.partial(self._before, number), self._spread
                 self._handles.append(attention.register_forward_pre_hook(before, with_kwargs=True))
@@ -64,37 +58,16 @@ class CacheCutter:
             self._handles.append(attention.q_proj.register_forward_hook(self._projected))
             self._handles.append(attention.register_forward_hook(after, with_kwargs=True))
 
-    def remove(self) -> None:
-        """Undo `hook`."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-
-    def begin(self, keeping: Keeping) -> None:
-        """Choose in the call that comes now.
-
-        Raises:
-            UnsupportedCall: where what hooks lie on was replaced after wrap.
-        """
-        self._hooked.check()
-        self._thread.keeping = keeping
-
-    def end(self) -> Keeping | None:
-        """Leave the call alone that comes next; returns what there was."""
-        keeping, self._thread.keeping = self._thread.keeping, None
-        self._thread.queries = self._thread.kept = None
-        return keeping
-
     @torch.compiler.disable
     def _projected(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        if self._thread.keeping is not None:
+        if self._thread.call is not None:
             self._thread.queries = output.detach()
 
     @torch.compiler.disable
     @torch.no_grad()
     def _after(self, number: int, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """Shorten what the layer has just stored."""
-        keeping, queries = self._thread.keeping, self._thread.queries
+        keeping, queries = self._thread.call, self._thread.queries
         if keeping is None or queries is None:
             return
         stored = cached_layer(kwargs.get("past_key_values"), number)
@@ -125,20 +98,17 @@ class CacheCutter:
         self, number: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Give the attention of a layer the chosen tokens alone."""
-        keeping = self._thread.keeping
+        keeping = self._thread.call
         if keeping is None:
             return None
-        hidden, rest = (args[0], args[1:]) if args else (kwargs["hidden_states"], ())
+        hidden = hidden_of(args, kwargs)
         kept = self._thread.kept = self._chosen(number, keeping, module, hidden, kwargs)
         keeping.kept.append(kept)
         short = kernels.cut_sequence(hidden, kept.places)
-        tables = kwargs["position_embeddings"]
-        rotary = tuple(kernels.cut_sequence(table.expand(len(hidden), -1, -1), kept.places) for table in tables)
+        rotary = tables_at(kwargs["position_embeddings"], kept.places)
         mask = self._mask(keeping.past_valid(number), keeping.valid, kept, short, kwargs.get("attention_mask"))
         changed = {**kwargs, "position_embeddings": rotary, "attention_mask": mask, "position_ids": None}
-        if args:
-            return (short, *rest), changed
-        return (), {**changed, "hidden_states": short}
+        return with_hidden(args, changed, short)
 
     def _mask(self, past: Tensor | None, whole: Tensor, kept: Kept, short: Tensor, given: Any) -> Any:
         """The mask of the chosen tokens (B, K', D) behind those that are cached, (B, past)."""
@@ -158,7 +128,7 @@ class CacheCutter:
     def _spread(self, module: nn.Module, args: Any, output: Any) -> Any:
         """The output of attention at the length of the sequence: nothing is added to what took no part."""
         kept, self._thread.kept = self._thread.kept, None
-        if self._thread.keeping is None or kept is None:
+        if self._thread.call is None or kept is None:
             return None
         whole = kernels.cut_sequence(output[0], kept.slots).masked_fill(~kept.kept[..., None], 0)
         return (whole, *output[1:])

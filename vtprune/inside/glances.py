@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from vtprune.adapters.decoder import Decoder
 from vtprune.glances import Glance, RowAttention
+from vtprune.inside.hooks import allowed_by, tables_at
+from vtprune.inside.stacks import Entry
 from vtprune.inside.walk import Walk
 from vtprune.kernels import attention as attentions
 from vtprune.kernels import reference as kernels
@@ -35,6 +38,11 @@ def find_raters(embeds: Tensor, rows: Tensor, real: Tensor, visual: Tensor) -> T
     return torch.where(above.any(dim=1, keepdim=True), above, real)
 
 
+def rated(entry: Entry, embeds: Tensor, visual: Tensor) -> Entry:
+    """The entry that knows which of its rows of text rate the pictures; all else as in `find_raters`."""
+    return replace(entry, raters=find_raters(embeds, entry.rows, entry.real, visual))
+
+
 @torch.no_grad()
 def look(
     glance: Glance,
@@ -57,14 +65,11 @@ def look(
         mask: what the layer was given; where it is 4-D it says what rows may see.
         past_valid: (B, past) bool, None where nothing cached is padding.
     """
-    count = 1 if glance.rows == "last" else MOST_ROWS
-    rows, real = walk.rows[:, -count:], walk.entry.real[:, -count:]
-    if glance.rows == "raters":
-        assert walk.entry.raters is not None
-        real = walk.entry.raters
+    real = walk.entry.real_of(glance.rows)
+    count = real.shape[1]
     seen = seen_by(
         walk,
-        rows,
+        walk.rows[:, -count:],
         real,
         decoder=decoder,
         layer=layer,
@@ -106,10 +111,8 @@ def seen_by(
 
     `divides` asks for the decay of the rotary embedding as well.
     """
-    B, K = place.valid.shape
-    cos, sin = (kernels.cut_sequence(table.expand(B, -1, -1), rows) for table in rotary)
-    query = decoder.queries(layer, queries, cos, sin)
-    past = keys.shape[2] - K
+    query = decoder.queries(layer, queries, *tables_at(rotary, rows))
+    past = keys.shape[2] - place.valid.shape[1]
     allowed = _allowed(place, rows, past, mask, past_valid)
     with kernels.exact(query.device):
         weights = attentions.rows_attention(query, keys, allowed, scale=decoder.attention(layer).scaling)
@@ -132,14 +135,10 @@ def _decay(ones: Tensor, rows: Tensor, past: int) -> Tensor:
 def _allowed(place: Place, rows: Tensor, past: int, mask: Any, past_valid: Tensor | None) -> Tensor:
     """(B, R, past + K) bool: which keys each row may see."""
     B, K = place.valid.shape
-    if torch.is_tensor(mask) and mask.ndim == 4:
-        own = mask.expand(B, *mask.shape[1:])[:, 0, :, : past + K]
-        own = own.gather(1, rows[..., None].expand(-1, -1, past + K))
-        return own if own.dtype == torch.bool else own >= 0
-    if past_valid is None:
-        past_valid = place.valid.new_ones(B, past)
-    keys = torch.arange(past + K, device=rows.device)
-    return (keys <= rows[..., None] + past) & torch.cat([past_valid, place.valid], dim=1)[:, None]
+    if not (torch.is_tensor(mask) and mask.ndim == 4):
+        before = place.valid.new_ones(B, past) if past_valid is None else past_valid
+        mask = torch.cat([before, place.valid], dim=1)
+    return allowed_by(mask, rows, K, past + K)
 
 
 def named(glances: Mapping[str, Glance], at: str) -> dict[str, Glance]:

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import functools
-import threading
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from vtprune.adapters.decoder import Decoder
-from vtprune.inside.hooked import Hooked
-from vtprune.inside.sinks import allowed_by
+from vtprune.inside.hooks import Hooks, Thread, allowed_by, hidden_of, tables_at
 from vtprune.inside.walk import Walk
 from vtprune.kernels import attention as attentions
 from vtprune.kernels import reference as kernels
 from vtprune.protocols import HeadWatch, MaskEdit
-from vtprune.seam import refuse_copy
 
 _ROWS = 64
 _PROJECTIONS = ("q_proj", "k_proj")
@@ -55,66 +51,43 @@ class Album:
         return pictures, nn.functional.pad(pictures, (past, 0), value=-1), nn.functional.pad(sinks, (past, 0))
 
 
-class _Thread(threading.local):
-    album: Album | None = None
+class _Thread(Thread):
+    """The album of a call, and what the projections of a layer gave."""
 
     def __init__(self) -> None:
         self.held: dict[str, Tensor] = {}
-        self.attending = False
+
+    def clear(self) -> None:
+        self.held.clear()
 
 
-class HeadMasker:
-    """Hooks of one pipeline on one decoder; `begin` and `end` enclose a call of the language model."""
+class HeadMasker(Hooks[Album]):
+    """The hooks that mask heads, or look at them."""
+
+    _thread: _Thread
 
     def __init__(self, decoder: Decoder, edit: MaskEdit | None, watch: HeadWatch | None, implementation: str) -> None:
         classes = () if edit is None else edit.classes or ()
         self.masked = tuple(number for number, own in enumerate(classes) if set(own) != {"dense"})
-        self._decoder = decoder
+        super().__init__(decoder, _Thread())
         self._edit = edit
         self._watch = watch
         self._added = implementation == "eager"
-        self._handles: list[RemovableHandle] = []
-        self._hooked = Hooked(decoder)
-        self._thread = _Thread()
-
-    __deepcopy__ = refuse_copy
-    __reduce_ex__ = refuse_copy  # type: ignore[assignment]
 
     def hook(self) -> None:
         """Register the hooks."""
         for number in self.masked:
-            self._hooked.note(number)
+            self.note(number)
             mask = functools.partial(self._mask, number)
             self._handles.append(self._decoder.layers[number].register_forward_pre_hook(mask, with_kwargs=True))
         for number in range(len(self._decoder.layers)) if self._watch is not None else ():
             attention = self._decoder.attention(number)
-            self._hooked.note(number, "self_attn", *(f"self_attn.{name}" for name in _PROJECTIONS))
+            self.note(number, "self_attn", *(f"self_attn.{name}" for name in _PROJECTIONS))
             for name in _PROJECTIONS:
                 hold = functools.partial(self._hold, name)
                 self._handles.append(getattr(attention, name).register_forward_hook(hold))
             look = functools.partial(self._look, number)
             self._handles.append(attention.register_forward_hook(look, with_kwargs=True))
-
-    def remove(self) -> None:
-        """Undo `hook`."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-
-    def begin(self, album: Album) -> None:
-        """Mask, or look, in the call that comes now.
-
-        Raises:
-            UnsupportedCall: where what hooks lie on was replaced after wrap.
-        """
-        self._hooked.check()
-        self._thread.album = album
-
-    def end(self) -> Album | None:
-        """Leave the call alone that comes next; returns what there was."""
-        album, self._thread.album = self._thread.album, None
-        self._thread.held.clear()
-        return album
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -122,11 +95,11 @@ class HeadMasker:
         self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """The arguments of a layer with a mask (B, H, K, n), made once for all layers of equal classes."""
-        album = self._thread.album
+        album = self._thread.call
         if album is None:
             return None
         assert self._edit is not None and self._edit.classes is not None
-        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        hidden = hidden_of(args, kwargs)
         cache, classes = kwargs.get("past_key_values"), self._edit.classes[number]
         past = 0 if cache is None or number >= len(cache.layers) else cache.layers[number].get_seq_length()
         key = (album.cuts, past, classes)
@@ -153,20 +126,19 @@ class HeadMasker:
 
     @torch.compiler.disable
     def _hold(self, name: str, module: nn.Module, args: Any, output: Tensor) -> None:
-        if self._thread.album is not None:
+        if self._thread.call is not None:
             self._thread.held[name] = output
 
     @torch.compiler.disable
     @torch.no_grad()
     def _look(self, number: int, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """Attention (B, H, 3) of tokens of later pictures to their own, to sinks and to others, on average."""
-        album, held = self._thread.album, self._thread.held
+        album, held = self._thread.call, self._thread.held
         if album is None or self._watch is None:
             return
         rotary, rows = kwargs["position_embeddings"], album.rows
         pictures, keys, sinks = album.now(0)
-        cos, sin = (kernels.cut_sequence(table.expand(len(rows), -1, -1), rows) for table in rotary)
-        queries = self._decoder.queries(number, kernels.cut_sequence(held["q_proj"], rows), cos, sin)
+        queries = self._decoder.queries(number, kernels.cut_sequence(held["q_proj"], rows), *tables_at(rotary, rows))
         stored = self._decoder.keys(number, held["k_proj"], *rotary)
         total = queries.new_zeros(*queries.shape[:2], 3, dtype=torch.float32)
         for start in range(0, rows.shape[1], _ROWS):

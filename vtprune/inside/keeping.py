@@ -9,9 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from vtprune.inside.glances import find_raters
-from vtprune.inside.stacks import Entry
-from vtprune.kernels import host
+from vtprune.inside.stacks import Entry, by_count, visual_of
 from vtprune.kernels import reference as kernels
 from vtprune.pipeline import CacheStage
 from vtprune.types import Ordinal, Part, VisualTokens
@@ -96,10 +94,7 @@ class Keeping:
     @functools.cached_property
     def visual(self) -> Tensor:
         """(B, K), True at the tokens of pictures."""
-        found = torch.zeros_like(self.valid)
-        for stack in self.stacks:
-            found.view(-1)[stack.at] = True
-        return found
+        return visual_of(self.valid, (stack.at for stack in self.stacks))
 
     @property
     def cached(self) -> dict[int, Tensor]:
@@ -119,21 +114,14 @@ class Keeping:
         """(B, past), which cached tokens of a layer are real; None where nothing is cached."""
         return None if self.known is None else self.known[layer]
 
-    def find_raters(self, embeds: Tensor) -> None:
-        """Learn which rows of text rate the pictures, from what enters the language model (B, K, D)."""
-        self.entry = replace(self.entry, raters=find_raters(embeds, self.entry.rows, self.entry.real, self.visual))
-
     def blocks(self, rows: str, size: int) -> list[tuple[Tensor, Tensor]]:
         """Rows (B, R) that are looked from and which of them are real, at most `size` at once."""
-        places, real = self.entry.rows, self.entry.real
-        if rows == "last":
-            places, real = places[:, -1:], real[:, -1:]
-        elif rows == "raters":
-            assert self.entry.raters is not None
-            real = self.entry.raters
-        elif rows == "all":
-            B, K = self.valid.shape
-            places, real = torch.arange(K, device=self.valid.device).expand(B, K), self.valid
+        if rows == "all":
+            real = self.valid
+            places = torch.arange(real.shape[1], device=real.device).expand(real.shape)
+        else:
+            real = self.entry.real_of(rows)
+            places = self.entry.rows[:, -real.shape[1] :]
         return list(zip(places.split(size, dim=1), real.split(size, dim=1), strict=True))
 
 
@@ -196,10 +184,7 @@ def _counted(keeping: Keeping, stack: CachedStack, seen: Tensor, scores: Mapping
     assert counter is not None
     with kernels.exact(seen.device):
         wanted = counter(stack.tokens(seen, scores), stack.count).clamp(0, stack.count)
-    rows: dict[int, list[int]] = {}
-    for row, count in enumerate(host.read_counts(wanted)):
-        rows.setdefault(count, []).append(row)
-    return [stack.part(own, count) for count, own in rows.items()]
+    return [stack.part(rows, count) for count, rows in by_count(wanted).items()]
 
 
 def _count_in(keeping: Keeping, stack: CachedStack, stays: Tensor, heads: int) -> None:

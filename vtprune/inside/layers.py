@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import threading
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,17 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from vtprune import masks
 from vtprune._needs import Reads
 from vtprune.adapters.decoder import Decoder
 from vtprune.inside.glances import look, named
-from vtprune.inside.hooked import Hooked
+from vtprune.inside.hooks import Hooks, Thread, hidden_of, tables_at, with_hidden
 from vtprune.inside.states import StateTap
 from vtprune.inside.walk import Walk
 from vtprune.kernels import reference as kernels
-from vtprune.seam import refuse_copy
 
 
 @dataclass
@@ -85,39 +82,37 @@ class Passage:
         if not walk.slots:
             return given
         if len(walk.slots) not in self.rotary:
-            cos, sin = (kernels.cut_sequence(table.expand(len(walk.index), -1, -1), walk.index) for table in given)
-            self.rotary[len(walk.slots)] = (cos, sin)
+            self.rotary[len(walk.slots)] = tables_at(given, walk.index)
         return self.rotary[len(walk.slots)]
 
 
-class _Thread(threading.local):
-    """The call of one thread that is under way, and what the projections before a drop point gave."""
+class _Thread(Thread):
+    """The passage under way, and what the projections before a drop point gave."""
 
-    passage: Passage | None = None
     attending = False
     caches = False
 
     def __init__(self) -> None:
         self.projected: dict[str, Tensor] = {}
 
+    def clear(self) -> None:
+        self.projected.clear()
+        self.attending = False
 
-class LayerCutter:
-    """Hooks of one pipeline on one decoder; `begin` and `end` enclose a call of the language model."""
+
+class LayerCutter(Hooks[Passage]):
+    """The hooks that cut in front of `layers`, and mend masks behind them in every later call."""
+
+    _thread: _Thread
 
     def __init__(self, decoder: Decoder, reads: Reads, layers: tuple[int, ...], implementation: str) -> None:
+        super().__init__(decoder, _Thread())
         self.layers = layers
-        self._decoder = decoder
         self._before = named(reads.glances, "before")
         self._behind = named(reads.glances, "behind")
         self._sinks = reads.sinks
         self._implementation = implementation
-        self._handles: list[RemovableHandle] = []
-        self._hooked = Hooked(decoder)
-        self._thread = _Thread()
         self._states = StateTap(decoder, reads, layers, self._walk)
-
-    __deepcopy__ = refuse_copy
-    __reduce_ex__ = refuse_copy  # type: ignore[assignment]
 
     @property
     def points(self) -> int:
@@ -127,50 +122,38 @@ class LayerCutter:
     def hook(self) -> None:
         """Register the hooks."""
         for number in range(self.layers[0], len(self._decoder.layers)):
-            self._hooked.note(number)
+            self.note(number)
             enter = functools.partial(self._enter, number)
             self._handles.append(self._decoder.layers[number].register_forward_pre_hook(enter, with_kwargs=True))
         for number in {layer - 1 for layer in self.layers} if self._before else ():
             attention = self._decoder.attention(number)
-            self._hooked.note(number, "self_attn", "self_attn.q_proj", "self_attn.k_proj")
+            self.note(number, "self_attn", "self_attn.q_proj", "self_attn.k_proj")
             for name in ("q_proj", "k_proj"):
                 note = functools.partial(self._projected, name)
                 self._handles.append(getattr(attention, name).register_forward_hook(note))
             self._handles.append(attention.register_forward_pre_hook(self._attending, with_kwargs=True))
             attended = functools.partial(self._attended, number)
             self._handles.append(attention.register_forward_hook(attended, with_kwargs=True))
-        self._handles += self._states.hook(self._hooked)
+        self._handles += self._states.hook(self.note)
 
-    def remove(self) -> None:
-        """Undo `hook`."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-
-    def begin(self, passage: Passage) -> None:
-        """Cut, or mend masks, in the call that comes now.
+    def begin(self, call: Passage) -> None:
+        """Cut, or mend masks alone, in the call that comes now.
 
         Raises:
-            UnsupportedCall: where it cuts, and what hooks lie on was replaced after wrap.
+            UnsupportedCall: where tokens are to be cut and what hooks lie on was replaced after wrap.
         """
-        if passage.walk is not None:
-            self._hooked.check()
-        self._thread.passage = passage
-
-    def end(self) -> Passage | None:
-        """Leave the call alone that comes next; returns what there was."""
-        passage, self._thread.passage = self._thread.passage, None
-        self._thread.projected.clear()
-        self._thread.attending = False
-        return passage
+        if call.walk is not None:
+            self.check()
+        self._thread.call = call
 
     @property
     def passage(self) -> Passage | None:
         """The call under way."""
-        return self._thread.passage
+        found: Passage | None = self._thread.call
+        return found
 
     def _walk(self) -> Walk | None:
-        return None if self._thread.passage is None else self._thread.passage.walk
+        return None if self.passage is None else self.passage.walk
 
     @torch.compiler.disable
     def _attending(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -189,7 +172,7 @@ class LayerCutter:
     @torch.compiler.disable
     def _attended(self, number: int, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """Glances at the layer before a drop point: its own queries, and keys as the cache has them now."""
-        passage, self._thread.attending = self._thread.passage, False
+        passage, self._thread.attending = self.passage, False
         if passage is None or passage.walk is None or not passage.walk.due(number + 1) or not passage.walk.asks:
             return
         rotary, cache = kwargs["position_embeddings"], kwargs.get("past_key_values")
@@ -213,10 +196,9 @@ class LayerCutter:
     def _enter(
         self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        passage = self._thread.passage
+        passage, hidden = self.passage, hidden_of(args, kwargs)
         if passage is None:
             return None
-        hidden, rest = (args[0], args[1:]) if args else (kwargs["hidden_states"], ())
         if passage.nothing_to_mend and kwargs.get("attention_mask") is None and hidden.shape[1] == 1:
             return None
         if passage.walk is not None:
@@ -226,9 +208,7 @@ class LayerCutter:
             changed = {name: passage.cut(value) for name, value in changed.items()}
             changed["position_embeddings"] = passage.tables(kwargs["position_embeddings"])
         changed |= {"position_ids": None, "attention_mask": self._mask(number, passage, hidden, kwargs)}
-        if args:
-            return (hidden, *rest), changed
-        return (), {**changed, "hidden_states": hidden}
+        return with_hidden(args, changed, hidden)
 
     def _pass(self, number: int, passage: Passage, walk: Walk, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Hidden states as layer `number` gets them, cut where a drop point lies in front of it."""

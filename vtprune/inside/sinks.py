@@ -7,24 +7,21 @@ changes in them is brought into the output of the attention before it is project
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from vtprune.adapters.decoder import Decoder
 from vtprune.cache import SinkState
 from vtprune.glances import SinkRule
-from vtprune.inside.hooked import Hooked
+from vtprune.inside.hooks import Hooks, Thread, allowed_by, hidden_of, tables_at
 from vtprune.inside.walk import Walk
 from vtprune.kernels import attention as attentions
 from vtprune.kernels import reference as kernels
 from vtprune.protocols import WeightEdit
-from vtprune.seam import refuse_copy
 
 FIRST = 2
 """The first layer whose attention is changed: what enters the layers before has no massive activations yet."""
@@ -79,41 +76,37 @@ class Scene:
         return nn.functional.pad(found, (0, keys - found.shape[2]))
 
 
-class _Thread(threading.local):
-    """The call of one thread that is under way, and what the attention of a layer was given."""
-
-    scene: Scene | None = None
+class _Thread(Thread):
+    """The scene of a call, and what the attention of a layer was given."""
 
     def __init__(self) -> None:
         self.held: dict[str, Tensor] = {}
         self.given: dict[str, Any] = {}
 
+    def clear(self) -> None:
+        self.held.clear()
+        self.given.clear()
 
-class SinkFinder:
-    """Hooks of one pipeline on one decoder; `begin` and `end` enclose a call of the language model.
 
-    `edit` changes attention, `drops` are rules whose channels are needed in front of layers.
-    """
+class SinkFinder(Hooks[Scene]):
+    """The hooks that look for sinks: `edit` changes attention, `drops` are rules whose channels are needed in front of
+    layers."""
+
+    _thread: _Thread
 
     def __init__(self, decoder: Decoder, edit: WeightEdit | None, drops: Mapping[int, Iterable[SinkRule]]) -> None:
-        self._decoder = decoder
+        super().__init__(decoder, _Thread())
         self._edit = edit
         self.edited = range(FIRST, len(decoder.layers) - 1) if edit is not None else range(0)
         self._rules = {number: list(rules) for number, rules in drops.items()}
         if edit is not None:
             for number in self.edited:
                 self._rules.setdefault(number, []).append(edit.sinks)
-        self._handles: list[RemovableHandle] = []
-        self._hooked = Hooked(decoder)
-        self._thread = _Thread()
-
-    __deepcopy__ = refuse_copy
-    __reduce_ex__ = refuse_copy  # type: ignore[assignment]
 
     def hook(self) -> None:
         """Register the hooks; channels are looked for in front of a cut, sinks behind it."""
         for number in self._rules:
-            self._hooked.note(number)
+            self.note(number)
             choose = functools.partial(self._choose, number)
             layer = self._decoder.layers[number]
             self._handles.append(layer.register_forward_pre_hook(choose, prepend=True, with_kwargs=True))
@@ -122,7 +115,7 @@ class SinkFinder:
 
     def _hook_attention(self, number: int) -> None:
         attention = self._decoder.attention(number)
-        self._hooked.note(number, "self_attn", *(f"self_attn.{name}" for name in (*_PROJECTIONS, "o_proj")))
+        self.note(number, "self_attn", *(f"self_attn.{name}" for name in (*_PROJECTIONS, "o_proj")))
         find, attend, change = (functools.partial(step, number) for step in (self._find, self._attend, self._change))
         self._handles += [
             self._decoder.layers[number].register_forward_pre_hook(find, with_kwargs=True),
@@ -133,39 +126,14 @@ class SinkFinder:
             hold = functools.partial(self._hold, name)
             self._handles.append(getattr(attention, name).register_forward_hook(hold))
 
-    def remove(self) -> None:
-        """Undo `hook`."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-
-    def begin(self, scene: Scene) -> None:
-        """Look for sinks, or change attention, in the call that comes now.
-
-        Raises:
-            UnsupportedCall: where what hooks lie on was replaced after wrap.
-        """
-        self._hooked.check()
-        self._thread.scene = scene
-
-    def end(self) -> Scene | None:
-        """Leave the call alone that comes next; returns what there was."""
-        scene, self._thread.scene = self._thread.scene, None
-        self._clear()
-        return scene
-
-    def _clear(self) -> None:
-        self._thread.held.clear()
-        self._thread.given.clear()
-
     @torch.compiler.disable
     @torch.no_grad()
     def _choose(self, number: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Which channels tell sinks in front of a layer, where that is not known of the conversation."""
-        scene = self._thread.scene
+        scene = self._thread.call
         if scene is None or not scene.looks:
             return
-        hidden = _hidden(args, kwargs)
+        hidden = hidden_of(args, kwargs)
         first = scene.now[1].int().argmax(dim=1, keepdim=True)
         for rule in self._rules[number]:
             if (number, rule.name) not in scene.massive:
@@ -175,11 +143,11 @@ class SinkFinder:
     @torch.no_grad()
     def _find(self, number: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Which of the tokens that enter a layer are sinks; a cache remembers it."""
-        scene = self._thread.scene
+        scene = self._thread.call
         if scene is None or not scene.looks:
             return
         assert self._edit is not None
-        rule, hidden, cache = self._edit.sinks, _hidden(args, kwargs), kwargs.get("past_key_values")
+        rule, hidden, cache = self._edit.sinks, hidden_of(args, kwargs), kwargs.get("past_key_values")
         visual, told, _ = scene.now
         sinks = rule(hidden, scene.massive[number, rule.name]) & told
         stored = 0 if cache is None or number >= len(cache.layers) else cache.layers[number].get_seq_length()
@@ -188,16 +156,16 @@ class SinkFinder:
 
     @torch.compiler.disable
     def _attend(self, number: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        scene = self._thread.scene
+        scene = self._thread.call
         if scene is None or not scene.edits:
             return
-        self._clear()
+        self._thread.clear()
         self._thread.given.update(kwargs)
 
     @torch.compiler.disable
     def _hold(self, name: str, module: nn.Module, args: Any, output: Tensor) -> None:
         """Hold queries of the rows that may change, keys and values where no cache does."""
-        scene = self._thread.scene
+        scene = self._thread.call
         if scene is None or not self._thread.given:
             return  # nothing is edited, or a glance calls the projection by itself
         if name == "q_proj":
@@ -208,7 +176,7 @@ class SinkFinder:
     @torch.compiler.disable
     def _change(self, number: int, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         """The output (B, K, H d) of the attention with what changes in it, row by row."""
-        scene = self._thread.scene
+        scene = self._thread.call
         if scene is None or not scene.edits:
             return None
         output, rows = args[0], scene.now[2]
@@ -218,7 +186,7 @@ class SinkFinder:
             changes = torch.cat(list(self._changes(number, scene, rows, K)), dim=2) * scene.real[:, None, :, None]
         at = rows + torch.arange(0, B * K, K, device=rows.device)[:, None]
         flat = changes.transpose(1, 2).reshape(at.numel(), -1).to(output.dtype)
-        self._clear()
+        self._thread.clear()
         return (output.reshape(B * K, -1).index_add(0, at.flatten(), flat).view(output.shape), *args[1:])
 
     def _changes(self, number: int, scene: Scene, rows: Tensor, K: int) -> Iterator[Tensor]:
@@ -232,26 +200,10 @@ class SinkFinder:
         else:
             keys, values = cache.layers[number].keys, cache.layers[number].values
         visual, sinks = scene.marks_of(number, keys.shape[2]).unbind(dim=1)
-        cos, sin = (kernels.cut_sequence(table.expand(len(rows), -1, -1), rows) for table in rotary)
-        queries = decoder.queries(number, held["q_proj"], cos, sin)
+        queries = decoder.queries(number, held["q_proj"], *tables_at(rotary, rows))
         for start in range(0, rows.shape[1], _ROWS):
             tile = slice(start, start + _ROWS)
             allowed = allowed_by(given.get("attention_mask"), rows[:, tile], K, keys.shape[2])
             scale = decoder.attention(number).scaling
             weights = attentions.rows_attention(queries[:, :, tile], keys, allowed, scale=scale)
             yield attentions.weighted_values(edit(weights, visual, sinks) - weights, values)
-
-
-def _hidden(args: Any, kwargs: dict[str, Any]) -> Tensor:
-    found: Tensor = args[0] if args else kwargs["hidden_states"]
-    return found
-
-
-def allowed_by(mask: Any, rows: Tensor, K: int, keys: int) -> Tensor:
-    """(B, R, keys) bool: what the mask that a layer was given, of any form, lets rows of its K tokens see."""
-    if torch.is_tensor(mask) and mask.ndim == 4:
-        own = mask.expand(len(rows), *mask.shape[1:])[:, 0, :, :keys]
-        own = own.gather(1, rows[..., None].expand(-1, -1, keys))
-        return own if own.dtype == torch.bool else own >= 0
-    causal = torch.arange(keys, device=rows.device) <= rows[..., None] + (keys - K)
-    return causal & mask[:, None].bool() if torch.is_tensor(mask) else causal

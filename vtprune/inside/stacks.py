@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from vtprune.kernels import host
 from vtprune.kernels import reference as kernels
 from vtprune.types import Merged, Ordinal, Part, VisualTokens
 
@@ -27,6 +28,15 @@ class Entry:
     rows: Tensor
     real: Tensor
     raters: Tensor | None = None
+
+    def real_of(self, rows: str) -> Tensor:
+        """(B, r), which of the last r rows glances of a kind look from."""
+        if rows == "last":
+            return self.real[:, -1:]
+        if rows == "raters":
+            assert self.raters is not None
+            return self.raters
+        return self.real
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +119,22 @@ class LayerStack:
             taken = stays.gather(1, merged.into.clamp(min=0)).masked_fill(merged.into < 0, -1)
             holder = holder.scatter(1, self.origin, taken)
         return holder.gather(1, self.into.clamp(min=0)).masked_fill(self.into < 0, -1)
+
+
+def visual_of(valid: Tensor, places: Iterable[Tensor]) -> Tensor:
+    """(B, K), True at the places of pictures, counted through all of `valid` (B, K)."""
+    found = torch.zeros_like(valid)
+    for at in places:
+        found.view(-1)[at] = True
+    return found
+
+
+def by_count(wanted: Tensor) -> dict[int, list[int]]:
+    """The numbers of equal pictures by how many of their tokens stay, (S,): it waits for the device."""
+    rows: dict[int, list[int]] = {}
+    for row, count in enumerate(host.read_counts(wanted)):
+        rows.setdefault(count, []).append(row)
+    return rows
 
 
 def _at_origin(values: Tensor, origin: Tensor) -> Tensor:

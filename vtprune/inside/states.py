@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from vtprune._needs import Reads
 from vtprune.adapters.decoder import Decoder
 from vtprune.glances import Change, RowStates, Transition
-from vtprune.inside.hooked import Hooked
+from vtprune.inside.hooks import hidden_of
 from vtprune.inside.walk import Walk
 from vtprune.kernels import reference as kernels
 
@@ -30,18 +30,18 @@ class StateTap:
         self._transitions = reads.transitions
         self._walk = walk
 
-    def hook(self, hooked: Hooked) -> list[RemovableHandle]:
-        """Register the hooks, behind those that cut: layers are seen as they run; `hooked` notes what they lie on."""
+    def hook(self, note: Callable[..., None]) -> list[RemovableHandle]:
+        """Register the hooks, behind those that cut: layers are seen as they run; `note` is told what they lie on."""
         handles = []
         for number in {layer - 1 for layer in self._layers} if self._states else ():
-            hooked.note(number)
+            note(number)
             layer = self._decoder.layers[number]
             handles.append(layer.register_forward_pre_hook(self._entered, with_kwargs=True))
         depth = len(self._decoder.layers)
         for name, transition in self._transitions.items():
             changed = functools.partial(self._changed, name, transition)
             for number in transition.layers(self._layers, depth):
-                hooked.note(number, "self_attn", "mlp")
+                note(number, "self_attn", "mlp")
                 for module in self._decoder.modules(number):
                     handles.append(module.register_forward_hook(changed, with_kwargs=True))
         return handles
@@ -52,11 +52,12 @@ class StateTap:
         found = {}
         for name, glance in self._states.items():
             assert walk.entered is not None
-            count = 1 if glance.rows == "last" else walk.rows.shape[1]
+            real = walk.entry.real_of(glance.rows)
+            count = real.shape[1]
             seen = RowStates(
                 entering=kernels.cut_sequence(hidden, walk.rows[:, -count:]),
                 earlier=walk.entered[:, -count:],
-                real=walk.entry.real[:, -count:],
+                real=real,
                 number=number - 1,
             )
             with kernels.exact(hidden.device):
@@ -68,8 +69,7 @@ class StateTap:
         """Note the rows of text in front of the layer before a drop point."""
         walk = self._walk()
         if walk is not None:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            walk.entered = kernels.cut_sequence(hidden.detach(), walk.rows)
+            walk.entered = kernels.cut_sequence(hidden_of(args, kwargs).detach(), walk.rows)
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -80,7 +80,7 @@ class StateTap:
         walk = self._walk()
         if walk is None:
             return
-        inputs = args[0] if args else kwargs["hidden_states"]
+        inputs = hidden_of(args, kwargs)
         outputs = output[0] if isinstance(output, tuple) else output
         with kernels.exact(inputs.device):
             walk.add(name, transition.rule(Change(inputs=inputs, outputs=outputs, visual=walk.visual)))

@@ -9,8 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from vtprune.inside.stacks import Entry, LayerStack
-from vtprune.kernels import host
+from vtprune.inside.stacks import Entry, LayerStack, by_count, visual_of
 from vtprune.kernels import reference as kernels
 from vtprune.pipeline import LayerStage
 from vtprune.types import Merged, Selection
@@ -82,10 +81,7 @@ class Walk:
     @property
     def visual(self) -> Tensor:
         """(B, K), True at the tokens of pictures that are left."""
-        found = torch.zeros_like(self.valid)
-        for stack in self.stacks:
-            found.view(-1)[stack.at] = True
-        return found
+        return visual_of(self.valid, (stack.at for stack in self.stacks))
 
     @property
     def cached(self) -> dict[int, Tensor] | None:
@@ -221,10 +217,8 @@ class Walk:
         stack = replace(stack, wishes=(*stack.wishes, wanted)[-stage.patience :])
         if len(stack.wishes) < stage.patience:
             return [stack]
-        rows: dict[int, list[int]] = {}
-        for row, count in enumerate(host.read_counts(torch.stack(list(stack.wishes)).amax(dim=0))):
-            rows.setdefault(count, []).append(row)
-        return [stack.part(own, number, count) for count, own in rows.items()]
+        largest = torch.stack(list(stack.wishes)).amax(dim=0)
+        return [stack.part(rows, number, count) for count, rows in by_count(largest).items()]
 
     def _moved(
         self, stack: LayerStack, selection: Selection | None, merged: Merged | None, slots: Tensor, number: int
@@ -234,10 +228,9 @@ class Walk:
         if selection is not None:
             own = torch.where(selection.taken < 0, selection.taken, selection.taken + self.picks[number])
             taken = taken.scatter(1, stack.origin.gather(1, keep), own)
-        K, width = self.valid.shape[1], slots.shape[1]
         at, origin = stack.at.gather(1, keep), stack.origin.gather(1, keep)
         depths = stack.depths.scatter(1, stack.origin, self.layers[number]).scatter(1, origin, self.depth)
-        at = at // width * K + slots.reshape(-1)[at]
+        at = kernels.moved(at, slots, self.valid.shape[1])
         return replace(stack, at=at, origin=origin, depths=depths, taken=taken, into=stack.followed(keep, merged))
 
 

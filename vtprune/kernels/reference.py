@@ -113,6 +113,14 @@ def kept_indices(kept: Tensor, size: int, *, left_padded: bool = True) -> tuple[
     return indices, valid, slots.clamp_(min=0)
 
 
+def moved(at: Tensor, slots: Tensor, size: int) -> Tensor:
+    """Where tokens at places `at`, counted through all of `slots` (B, L), stand in B sequences of `size`: as counted.
+
+    `slots` is as `kept_indices` returns it.
+    """
+    return at // slots.shape[1] * size + slots.reshape(-1)[at]
+
+
 def vacated_below(ids: Tensor, was: Tensor, stays: Tensor) -> tuple[Tensor, Tensor]:
     """How far every id (B, M) moves down when the ids are closed up that some token had and none has any more.
 

@@ -12,6 +12,7 @@ from vtprune.adapters.base import Host
 from vtprune.adapters.decoder import decoder_of
 from vtprune.cache import CacheState, DeepState, each_once
 from vtprune.inside.caching import CacheCutter
+from vtprune.inside.glances import rated
 from vtprune.inside.keeping import CachedStack, Keeping
 from vtprune.inside.layers import LayerCutter, Passage
 from vtprune.pipeline import Pipeline
@@ -76,7 +77,7 @@ class Caching:
             known=None if known is None or first is None else (first, *known),
         )
         if "raters" in self._rows:
-            keeping.find_raters(short.arguments["inputs_embeds"])
+            keeping.entry = rated(entry, short.arguments["inputs_embeds"], keeping.visual)
         self._cutter.begin(keeping)
         if known is not None and state is not None and state.deep is not None and not self._stage.sparse:
             own = short.cut.valid
@@ -111,9 +112,8 @@ class Caching:
     def _stack(self, one: Any, short: Shortened) -> CachedStack:
         """The tokens of equal units, at their places in the call."""
         stack = one.stack
-        L, K = short.cut.slots.shape[1], short.cut.valid.shape[1]
         return CachedStack(
-            at=stack.at // L * K + short.cut.slots.reshape(-1)[stack.at],
+            at=short.cut.moved(stack.at),
             prompt_rows=one.prompt_rows,
             parts=stack.tokens.parts,
             ordinals=stack.tokens.ordinals,

@@ -18,7 +18,7 @@ from vtprune.cache import CacheState, DeepState, each_once
 from vtprune.debiasing import padding_of
 from vtprune.errors import UnsupportedCall
 from vtprune.inside.caching import trim
-from vtprune.inside.glances import MOST_ROWS, find_raters
+from vtprune.inside.glances import MOST_ROWS, rated
 from vtprune.inside.layers import LayerCutter, Passage
 from vtprune.inside.stacks import Entry, LayerStack
 from vtprune.inside.walk import Walk
@@ -29,6 +29,9 @@ from vtprune.runtime.shorten import Shortened
 from vtprune.schedule import AnySchedule, ExitSchedule, Schedule
 from vtprune.stages.debiasers import BARS
 from vtprune.types import Budget
+
+SAMPLED = 64
+"""How many rows are looked from at the end of a prompt, and evenly apart in front of that, where a sample will do."""
 
 
 def schedule_of(pipeline: Pipeline, inner: Host, lm: Host, measured: tuple[str, ...] = ()) -> AnySchedule:
@@ -67,9 +70,6 @@ def _first_picks(pipeline: Pipeline, schedule: AnySchedule) -> tuple[int, ...]:
     counts = (len(pipeline.picks), *(len(stage.picks) for stage in pipeline.inside))
     firsts = tuple(itertools.accumulate(counts))
     return tuple(firsts[number] for number in schedule.stages)
-
-
-SAMPLED = 64
 
 
 class Deep:
@@ -112,8 +112,7 @@ class Deep:
             trims=self._pipeline.trims and short.arguments.get("use_cache") is not False,
         )
         if "raters" in self._rows:
-            raters = find_raters(short.arguments["inputs_embeds"], entry.rows, entry.real, walk.visual)
-            walk.entry = replace(entry, raters=raters)
+            walk.entry = rated(entry, short.arguments["inputs_embeds"], walk.visual)
         points = len(self.schedule.layers)
         first, known = known_before(short, state, points=points)
         cached = (0,) * points if known is None else tuple(valid.shape[1] for valid in known)
@@ -160,7 +159,6 @@ class Deep:
     def _stack(self, one: Any, short: Shortened) -> LayerStack:
         """The tokens of equal units that enter the language model, at their places there."""
         stack, keep = one.stack, one.choice.keep
-        L, K = short.cut.slots.shape[1], short.cut.valid.shape[1]
         at = stack.at.gather(1, keep)
         n = stack.at.shape[1]
         depths = torch.zeros_like(stack.at).scatter(1, keep, self.schedule.depth)
@@ -169,7 +167,7 @@ class Deep:
         if self._padding is not None:
             evidence[BARS] = self._padding.bars(stack.tokens)
         return LayerStack(
-            at=at // L * K + short.cut.slots.reshape(-1)[at],
+            at=short.cut.moved(at),
             origin=keep,
             prompt_rows=one.prompt_rows,
             parts=stack.tokens.parts,

@@ -69,6 +69,10 @@ class Cut:
         """Hidden states (B, K, D) at the caller's length (B, L, D): each dropped token repeats the kept one before."""
         return kernels.cut_sequence(hidden, self.slots)
 
+    def moved(self, at: Tensor) -> Tensor:
+        """Where tokens at places `at`, counted through all B * L, stand in the short sequence, through all B * K."""
+        return kernels.moved(at, self.slots, self.valid.shape[1])
+
 
 @dataclass(frozen=True, kw_only=True)
 class Shortened:
@@ -162,12 +166,10 @@ def _plan(decision: Decision, layout: Layout) -> Cut:
 
 def _place_merged(short: Tensor, cut: Cut, decision: Decision) -> Tensor:
     """Embeddings (B, K, D) of the short sequence, with merged rows where their tokens stand."""
-    B, K, D = short.shape
-    flat = short.reshape(-1, D)
+    flat = short.flatten(0, 1)
     for rows, at in decision.merged:
-        row = at // cut.slots.shape[1]
-        flat = flat.index_copy(0, row * K + cut.slots.reshape(-1)[at], rows.to(flat.dtype))
-    return flat.view(B, K, D)
+        flat = flat.index_copy(0, cut.moved(at), rows.to(flat.dtype))
+    return flat.view(short.shape)
 
 
 def _incoming_positions(given: Mapping[str, Any], state: CacheState | None, past: int) -> Tensor:
