@@ -72,6 +72,7 @@ def test_other_options_out_of_range_are_refused(model: nn.Module, option: str, v
     assert repr(value) in message
 
 
+@pytest.mark.usefixtures("without_triton")
 def test_an_unavailable_backend_is_refused(model: nn.Module) -> None:
     assert "torch" in refusal(model, BackendUnavailable, backend="triton")
 

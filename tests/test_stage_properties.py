@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from tests.test_selector_properties import Case, cases, only, seldom_random
 from vtprune import Pick, Pipeline
+from vtprune.kernels import reference as kernels
 from vtprune.stages.cells import CellBest, CellCentres, cells_of
 from vtprune.stages.counters import Above, Mass, Outliers
 from vtprune.stages.debiasers import MinMax, WithoutHighNorms, WithoutPadding, WithoutSinks, WithoutTrend
@@ -19,7 +20,7 @@ from vtprune.stages.mergers import IntoCell, IntoNearest, NeighbourSum
 from vtprune.stages.peaks import IntoPeaks
 from vtprune.stages.scorers import Given
 from vtprune.stages.selectors import Stride, TopK
-from vtprune.types import Merged, Part, Selection, VisualTokens
+from vtprune.types import Groups, Merged, Part, Selection, VisualTokens
 
 WORTH = Given(name="scores")
 MEANS = [
@@ -73,7 +74,17 @@ def merge(merger: Any, stack: VisualTokens, k: int) -> tuple[Selection, torch.Te
     selection = pipeline.run(stack, k)
     merged = pipeline.merge(stack, selection)
     assert merged is not None
-    return selection, merger(stack, selection), merged
+    return selection, weights_of(merger(stack, selection), selection), merged
+
+
+def weights_of(found: Any, selection: Selection) -> torch.Tensor:
+    """What a merger returned, as weights (S, K, N)."""
+    if not isinstance(found, Groups):
+        return found
+    K = selection.keep.shape[1]
+    into = found.into.scatter(1, selection.keep, torch.arange(K).expand_as(selection.keep))
+    own = torch.nn.functional.one_hot(selection.keep, into.shape[1]).float()
+    return torch.lerp(kernels.mixture_of(into, found.weights, K), own, found.stays)
 
 
 def with_parts(stack: VisualTokens, grids: tuple[tuple[int, int], ...]) -> VisualTokens:

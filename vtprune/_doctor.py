@@ -22,6 +22,7 @@ def machine() -> Iterator[tuple[str, str]]:
         yield package, _version(package) or "absent"
     yield "torchvision", _torchvision()
     yield "devices", _devices()
+    yield "kernels", _kernels()
 
 
 def model(source: str) -> Iterator[tuple[str, str]]:
@@ -89,6 +90,13 @@ def _devices() -> str:
     if torch.backends.mps.is_available():
         found.append("mps")
     return ", ".join(found)
+
+
+def _kernels() -> str:
+    from vtprune.kernels.backends import unavailable
+
+    why = unavailable()
+    return f"torch: {why}" if why else "triton for tensors on a GPU, torch elsewhere"
 
 
 def _cache(skeleton: Any) -> str:

@@ -19,7 +19,7 @@ from vtprune.calibration import FEW, LAYERS, Calibration
 from vtprune.catalog import build, features_only, list_methods
 from vtprune.debiasing import debiased
 from vtprune.errors import InvalidOption, MissingEvidence, UnsupportedModel
-from vtprune.kernels import choose_backend
+from vtprune.kernels.backends import choose_backend
 from vtprune.pipeline import Pipeline
 from vtprune.protocols import Debiaser, EncoderStage
 from vtprune.report import PruneReport
@@ -59,7 +59,7 @@ def wrap(
             whole `"prompt"`.
         positions: `"compact"` closes the gaps that pruning leaves in the position ids, `"keep"` leaves the ids alone,
             `"auto"` compacts on 1-D RoPE and keeps on M-RoPE. Cuts between decoder layers always keep them.
-        backend: `"auto"`, `"torch"` or `"triton"`.
+        backend: what kernels run on: `"torch"`, `"triton"`, or `"auto"`, Triton for tensors on a GPU.
         debias: to take off attention: True or `"recency"`, `"cubic"`, `"sinks"`, `"padding"`, `"trend"`; in methods
             that cut between layers also `"rope"` or `"massive"`; a debiaser, or a tuple of several.
         calibration: a file of `vtprune calibrate`, for methods that cut between layers. One of few pictures warns.
@@ -71,7 +71,7 @@ def wrap(
         InvalidOption: for an option out of range or an unknown method or parameter.
         UnsupportedModel: for a model without the seam, compiled, or wrapped already.
         MissingEvidence: where the method needs encoder attention and the family offers none.
-        BackendUnavailable: for `backend="triton"`, which this version does not have.
+        BackendUnavailable: for `backend="triton"` where Triton or a device for it is missing.
     """
     budget = Budget(keep=keep, per=per)
     measured = None if calibration is None else _measured(calibration, method, parameters, budget)

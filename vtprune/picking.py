@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from vtprune.errors import InvalidOption, UnsupportedCall
 from vtprune.kernels import host
 from vtprune.kernels import reference as kernels
 from vtprune.protocols import Debiaser, Merger, Scorer, Selector
-from vtprune.types import Merged, Selection, VisualTokens
+from vtprune.types import Groups, Merged, Selection, VisualTokens
 
 _INF = float("inf")
 
@@ -82,16 +82,35 @@ def choose(picks: Sequence[Pick], tokens: VisualTokens, k: int) -> Selection:
 
 def merged(merger: Merger, tokens: VisualTokens, selection: Selection) -> Merged:
     """What a merger makes of the kept tokens."""
-    weights = merger(tokens, selection)
-    S, N = tokens.features.shape[:2]
-    check_returned("the merger", weights, (S, selection.keep.shape[1], N))
-    share, into = weights.max(dim=1)
-    own = torch.arange(weights.shape[1], device=into.device).expand_as(selection.keep)
-    finite = tokens.features.float().nan_to_num(nan=0.0)
-    return Merged(
-        rows=(weights @ finite).to(tokens.features.dtype),
-        into=into.masked_fill(share <= 0, -1).scatter(1, selection.keep, own),
-    )
+    found = mixed(merger(tokens, selection), tokens.features, selection)
+    return replace(found, rows=found.rows.to(tokens.features.dtype))
+
+
+def mixed(mixture: Groups | Tensor, features: Tensor, selection: Selection) -> Merged:
+    """What becomes of kept tokens where rows of `features` (S, N, D) mix as a merger says; rows in fp32.
+
+    Raises:
+        UnsupportedCall: where the merger returned something else.
+    """
+    S, N = features.shape[:2]
+    keep = selection.keep
+    K = keep.shape[1]
+    own = torch.arange(K, device=keep.device).expand_as(keep)
+    if not isinstance(mixture, Groups):
+        check_returned("the merger", mixture, (S, K, N))
+        share, into = mixture.max(dim=1)
+        rows = mixture @ features.float().nan_to_num(nan=0.0)
+        return Merged(rows=rows, into=into.masked_fill(share <= 0, -1).scatter(1, keep, own))
+    check_returned("the merger", mixture.into, (S, N), torch.long)
+    check_returned("the merger", mixture.weights, (S, N))
+    into = mixture.into.scatter(1, keep, own)
+    weights = mixture.weights.clamp(min=0)
+    most = weights.new_zeros(S, K + 1).scatter_reduce(1, into.masked_fill(into < 0, K), weights, "amax")
+    idle = (weights == 0) & (most.gather(1, into.clamp(min=0)) > 0)
+    rows = kernels.merge_rows(features, into, weights, K)
+    if mixture.stays:
+        rows = torch.lerp(rows, kernels.rows_at(features, keep).float(), mixture.stays)
+    return Merged(rows=rows, into=into.masked_fill(idle, -1).scatter(1, keep, own))
 
 
 def _scores(pick: Pick, tokens: VisualTokens, taken: Tensor | None) -> Tensor:

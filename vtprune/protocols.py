@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vtprune.glances import Need, SinkRule
 from vtprune.readings import BlockAttention
-from vtprune.types import EncoderCut, Per, Selection, VisualTokens
+from vtprune.types import EncoderCut, Groups, Per, Selection, VisualTokens
 
 
 class Scorer(Protocol):
@@ -36,13 +36,13 @@ class Selector(Protocol):
 
 
 class Merger(Protocol):
-    """How dropped tokens live on in kept ones: weights (S, K, N), each row a mixture of all tokens.
+    """How dropped tokens live on in kept ones: each in one of them, as `Groups`, or as weights (S, K, N) of mixtures.
 
-    A row is what the kept token of that number becomes; one that takes nothing over has a single 1, at itself. What a
-    merger needs besides the features it names in `needs`, as a scorer does.
+    A row of weights is what the kept token of that number becomes; one that takes nothing over has a single 1, at
+    itself. What a merger needs besides the features it names in `needs`, as a scorer does.
     """
 
-    def __call__(self, tokens: VisualTokens, selection: Selection) -> Tensor: ...
+    def __call__(self, tokens: VisualTokens, selection: Selection) -> Groups | Tensor: ...
 
 
 class Counter(Protocol):

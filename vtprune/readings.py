@@ -15,7 +15,7 @@ class BlockAttention:
     """One attention of the encoder: `query` and `key` (B, H, n, d) after norm and RoPE, `scale` on their product.
 
     Token 0 is a CLS token where `has_cls`, so that n = N + 1 for N patches; n = N elsewhere. `value` is None where
-    nobody asked for it.
+    nobody asked for it. `spans` is as `kernels.attention.attention_to` takes it, where pictures share the sequence.
     """
 
     query: Tensor
@@ -23,6 +23,7 @@ class BlockAttention:
     scale: float
     has_cls: bool
     value: Tensor | None = None
+    spans: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,10 +54,14 @@ class Rule(Protocol):
 
 
 class OfAttention:
-    """Base of rules on the attention of a block, of any encoder unless they say `needs_cls`."""
+    """Base of rules on the attention of a block, of any encoder unless they say `needs_cls`.
+
+    `spanning` rules heed the spans of a `BlockAttention` without CLS tokens; others get its pictures one by one.
+    """
 
     of: ClassVar[Literal["attention"]] = "attention"
     needs_cls: ClassVar[bool] = False
+    spanning: ClassVar[bool] = False
 
 
 class OfProjector:

@@ -152,6 +152,19 @@ class Selection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Groups:
+    """Which of K kept tokens each of N joins: `into` (S, N) index into K, -1 where it is lost; kept ones join theirs.
+
+    A kept token moves to the mean of its group, weighted with `weights` (S, N), nothing where negative; where those add
+    up to nothing all count alike. It keeps the share `stays` of itself.
+    """
+
+    into: Tensor
+    weights: Tensor
+    stays: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Merged:
     """What kept tokens became: `rows` (S, K, D) in their order, `into` (S, N) the index into K of the kept token that
     swallowed a token most of all, its own at a kept one, -1 where it is lost."""

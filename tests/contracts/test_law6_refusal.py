@@ -41,6 +41,7 @@ UNFORCED = (*IN_TOWER, *CACHING)
 BAD_KEEPS = (0, 0.0, -1, -0.5, 1.5, float("nan"), float("inf"), True, False, "half", None)
 
 
+@pytest.mark.usefixtures("without_triton")
 @cells(kinds=("image",))
 def test_options(case: Case, refuses: Refuses) -> None:
     with restored(case):

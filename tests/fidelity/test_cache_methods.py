@@ -15,6 +15,7 @@ from vtprune import Pick, Pipeline
 from vtprune.catalog import build
 from vtprune.errors import InvalidOption
 from vtprune.glances import RowAttention
+from vtprune.picking import mixed
 from vtprune.pipeline import CacheStage, LayerStage
 from vtprune.schedule import Schedule
 from vtprune.stages.counters import Mass, Negligible
@@ -143,15 +144,20 @@ def test_half_the_way_to_the_mean_by_hand() -> None:
     """Token 0 takes 1 and 2 over: (4 + (4 + 8) / 2 + (4 + 0) / 2) / 3 = 4; token 3 stays alone."""
     stack = pictures(torch.tensor([[[4.0, 0.0], [8.0, 0.1], [0.5, 0.1], [0.0, 3.0]]]), (2, 2))
     selection = Selection(keep=torch.tensor([[0, 3]]), taken=torch.zeros(1, 2, dtype=torch.long), counts=(2,))
-    weights = IntoNearest(halfway=True)(stack, selection)
-    assert torch.allclose(weights, torch.tensor([[[2 / 3, 1 / 6, 1 / 6, 0], [0, 0, 0, 1.0]]]))
-    assert torch.allclose(weights @ torch.tensor([4.0, 8.0, 0.0, 7.0]), torch.tensor([4.0, 7.0]))
+    groups = IntoNearest(halfway=True)(stack, selection)
+    values = torch.tensor([[[4.0], [8.0], [0.0], [7.0]]])
+    assert torch.allclose(mixed(groups, values, selection).rows[0, :, 0], torch.tensor([4.0, 7.0]))
+    one_each = mixed(groups, torch.eye(4)[None], selection).rows
+    assert torch.allclose(one_each, torch.tensor([[[2 / 3, 1 / 6, 1 / 6, 0], [0, 0, 0, 1.0]]]))
 
 
 def test_a_random_mixture_half_the_way() -> None:
     stack = pictures(drawn(2, (3, 4), 8), (3, 4))
     selection = Pipeline(name="p", picks=(Pick(name="p", scorer=Constant(), selector=TopK()),)).run(stack, 4)
-    mean, half = IntoNearest()(stack, selection), IntoNearest(halfway=True)(stack, selection)
+    mean, half = (
+        mixed(merger(stack, selection), torch.eye(12).expand(2, -1, -1), selection).rows
+        for merger in (IntoNearest(), IntoNearest(halfway=True))
+    )
     own = torch.nn.functional.one_hot(selection.keep, 12).float()
     assert torch.allclose(half, (mean + own) / 2)
 

@@ -11,12 +11,12 @@ import torch
 from tests.fidelity import loops_stages as loops
 from tests.fidelity.test_methods import at_angles
 from tests.fidelity.test_published_methods import drawn, pictures, rows, scores
-from vtprune import Pick, Pipeline
+from vtprune import Pick, Pipeline, picking
 from vtprune.stages.cells import CellBest, CellCentres, cells_of
-from vtprune.stages.mergers import IntoCell, IntoNearest, NeighbourSum, assigned
+from vtprune.stages.mergers import IntoCell, IntoNearest, NeighbourSum
 from vtprune.stages.scorers import Constant, Given
 from vtprune.stages.selectors import Stride, TopK
-from vtprune.types import Merged, Part, Selection, VisualTokens
+from vtprune.types import Groups, Merged, Part, Selection, VisualTokens
 
 SIZES = [
     (1, (1, 1), 1),
@@ -168,11 +168,27 @@ def test_neighbour_sum_by_hand() -> None:
     assert values == pytest.approx([20 + 10 / 8, 47.5]), "1 and 3 are kept, the nearest of 1 is 0"
 
 
-def test_assigned_by_hand() -> None:
+class Joining:
+    """A merger that says what it is told to; tokens are counted by `weights`."""
+
+    def __init__(self, into: list[int], weights: list[float]) -> None:
+        self.groups = Groups(into=torch.tensor([into]), weights=torch.tensor([weights]))
+
+    def __call__(self, tokens: VisualTokens, selection: Selection) -> Groups:
+        return self.groups
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [([1.0, 3.0, 5.0, 7.0], [0.25 * 8 + 0.75 * 4, 2.0]), ([-1.0, 0.0, 0.0, 7.0], [(8 + 4) / 2, 2.0])],
+)
+def test_groups_by_hand(weights: list[float], expected: list[float]) -> None:
     """Of 0 to 3 the tokens 1 and 2 are kept; 0 joins the first, 3 none. A kept token is never told to join another."""
-    keep, into = torch.tensor([[1, 2]]), torch.tensor([[0, 1, 1, -1]])
-    assert assigned(into, keep, torch.tensor([[1.0, 3.0, 5.0, 7.0]])).tolist() == [[[0.25, 0.75, 0, 0], [0, 0, 1, 0]]]
-    assert assigned(into, keep, torch.tensor([[-1.0, 0.0, 0.0, 7.0]])).tolist() == [[[0.5, 0.5, 0, 0], [0, 0, 1, 0]]]
+    stack = pictures(torch.tensor([[[8.0], [4.0], [2.0], [1.0]]]), (1, 4))
+    selection = Selection(keep=torch.tensor([[1, 2]]), taken=torch.zeros(1, 2, dtype=torch.long), counts=(2,))
+    found = picking.merged(Joining([0, 1, 1, -1], weights), stack, selection)
+    assert found.rows[0, :, 0].tolist() == expected
+    assert found.into.tolist() == [[0, 0, 1, -1]]
 
 
 def test_cells_by_hand() -> None:

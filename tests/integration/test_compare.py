@@ -169,6 +169,7 @@ def test_the_model_is_left_unwrapped_when_a_row_fails(case: str) -> None:
     assert write(model, inputs).tolist() == plain.tolist()
 
 
+@pytest.mark.usefixtures("without_triton")
 @pytest.mark.parametrize("options", [{"methods": ["divprun"]}, {"keep": [0.0]}, {"backend": "triton"}], ids=str)
 def test_a_bad_option_is_refused_before_anything_is_encoded(options: dict[str, Any]) -> None:
     model = llava()

@@ -13,6 +13,12 @@ from vtprune.kernels import host
 from vtprune.kernels import reference as kernels
 
 
+@pytest.fixture(autouse=True)
+def products_are_dear(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the small pictures of these tests are taken for large ones."""
+    monkeypatch.setattr(host, "_CHEAP_PRODUCT", 0)
+
+
 def by_reference(call: Any, *args: Any, **kwargs: Any) -> Any:
     """What the reference itself returns; inputs are left as they are."""
     with pytest.MonkeyPatch.context() as patch:
@@ -47,14 +53,57 @@ def test_similarity_of_a_picture_does_not_depend_on_its_stack() -> None:
 @pytest.mark.parametrize("known", [True, False])
 def test_greedy_choice_is_that_of_the_reference(k: int, m: int, reduce: str, known: bool) -> None:
     tensors, options = greedy(3, 200, m)
-    worths = kernels.cosine_similarity(tensors[0]).mul_(-0.7).add_(tensors[1][:, None])
-    options |= {"reduce": reduce, "worths": worths if known else None}
-    expected = by_reference(kernels.greedy_select, *tensors, k, **options)
-    chosen = kernels.greedy_select(*tensors, k, **options)
+    options |= {"reduce": reduce}
+    select: Any = steps.greedy_select
+    if known:
+        worths = kernels.cosine_similarity(tensors[0]).mul_(-options.pop("weight")).add_(tensors[1][:, None])
+        select, tensors = steps.pairwise_select, (worths, tensors[2])
+    expected = by_reference(select, *tensors, k, **options)
+    chosen = select(*tensors, k, **options)
     assert torch.equal(chosen, expected)
     assert options["available"].gather(1, chosen).all()
     if m:
         assert not (chosen[:, :, None] == options["taken"][:, None]).any()
+
+
+@pytest.mark.parametrize("reduce", ["min", "sum"])
+@pytest.mark.parametrize("k", [1, 9, 30, 60])
+def test_weights_of_tokens_and_the_most_isolated_one_to_start_from(k: int, reduce: Any) -> None:
+    (features, relevance, _), options = greedy(3, 97, 0)
+    options |= {"weight": drawn(3, 97, seed=5).abs(), "reduce": reduce}
+    expected = by_reference(steps.greedy_select, features, relevance, None, k, **options)
+    assert torch.equal(steps.greedy_select(features, relevance, None, k, **options), expected)
+
+
+@pytest.mark.parametrize("m", [0, 2])
+@pytest.mark.parametrize("k", [1, 20])
+def test_similarities_that_are_not_held_choose_the_same(k: int, m: int) -> None:
+    tensors, options = greedy(2, 61, m)
+    expected = by_reference(steps.greedy_select, *tensors, k, **options)
+    assert torch.equal(by_reference(steps.greedy_select, *tensors, k, **options, held=None), expected)
+    rough = by_reference(steps.greedy_select, *tensors, k, **options, held=torch.bfloat16)
+    assert (rough.sort(dim=1).values.diff(dim=1) > 0).all()
+
+
+@pytest.mark.parametrize("limit", [0, 2**27])
+def test_products_that_are_cheap_choose_the_same(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors, options = greedy(3, 120, 2)
+    monkeypatch.setattr(host, "_CHEAP_PRODUCT", limit)
+    expected = by_reference(steps.greedy_select, *tensors, 20, **options)
+    assert torch.equal(steps.greedy_select(*tensors, 20, **options), expected)
+
+
+@pytest.mark.parametrize(("N", "rows_at_once"), [(1, 1024), (7, 3), (40, 16)])
+def test_isolation_is_the_distance_to_the_nearest_other(
+    N: int, rows_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(steps, "_ROWS_AT_ONCE", rows_at_once)
+    units = kernels.unit_rows(drawn(2, N, 5))
+    expected = [
+        [-max((float(a @ b) for j, b in enumerate(row) if j != i), default=-torch.inf) for i, a in enumerate(row)]
+        for row in units
+    ]
+    torch.testing.assert_close(steps.isolation(units), torch.tensor(expected))
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 48])
@@ -64,8 +113,8 @@ def test_guesses_of_what_is_asked_next_change_nothing(at_once: int, monkeypatch:
     units = kernels.unit_rows(drawn(2, 120, 4))
     relevance = units[:, :1].matmul(units.transpose(1, 2))[:, 0]
     options = {"weight": 2.0}
-    chosen = kernels.greedy_select(units, relevance, relevance, 40, **options)
-    assert torch.equal(chosen, by_reference(kernels.greedy_select, units, relevance, relevance, 40, **options))
+    chosen = steps.greedy_select(units, relevance, relevance, 40, **options)
+    assert torch.equal(chosen, by_reference(steps.greedy_select, units, relevance, relevance, 40, **options))
 
 
 @pytest.mark.parametrize("m", [0, 2])
@@ -98,8 +147,8 @@ def test_facility_location_of_equal_tokens_takes_the_lower_index() -> None:
 def test_equal_tokens_are_chosen_by_the_lower_index() -> None:
     units = kernels.unit_rows(torch.ones(1, 100, 3))
     nothing = torch.zeros(1, 100)
-    assert kernels.greedy_select(units, nothing, nothing, 20, weight=1.0).tolist() == [list(range(20))]
-    assert kernels.greedy_select(units, nothing, nothing, 50, weight=1.0).tolist() == [list(range(50))]
+    assert steps.greedy_select(units, nothing, nothing, 20, weight=1.0).tolist() == [list(range(20))]
+    assert steps.greedy_select(units, nothing, nothing, 50, weight=1.0).tolist() == [list(range(50))]
 
 
 @pytest.mark.parametrize("M", [1, 7, 60])

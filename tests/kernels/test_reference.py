@@ -7,8 +7,9 @@ import torch
 
 from tests.fidelity import loops
 from vtprune.errors import BackendUnavailable
-from vtprune.kernels import attention, choose_backend, host
+from vtprune.kernels import attention, host
 from vtprune.kernels import reference as kernels
+from vtprune.kernels.backends import choose_backend
 from vtprune.readings import BlockAttention
 from vtprune.runtime.encoded import by_segment
 from vtprune.stages.rules import Received
@@ -66,7 +67,7 @@ def test_rows_are_cut_bit_for_bit() -> None:
     for rows in (drawn(3, 7, 5), drawn(3, 7, 5).bfloat16(), drawn(3, 5, 7).transpose(1, 2), drawn(6, 7, 5)[::2]):
         indices = torch.tensor([[0, 6, 3], [1, 1, 1], [5, 4, 2]])
         assert torch.equal(
-            kernels.cut_sequence(rows, indices), torch.stack([r[i] for r, i in zip(rows, indices, strict=True)])
+            kernels.rows_at(rows, indices), torch.stack([r[i] for r, i in zip(rows, indices, strict=True)])
         )
         at = indices[:2] + torch.tensor([[2], [0]]) * rows.shape[1]
         assert torch.equal(kernels.take_rows(rows, at), torch.stack([rows[2, indices[0]], rows[0, indices[1]]]))
@@ -77,7 +78,9 @@ def test_top_select_breaks_ties_by_the_lower_index() -> None:
     assert kernels.top_select(scores, 4).tolist() == [[1, 2, 3, 0]]
 
 
-def test_an_explicit_backend_is_honoured_or_refused() -> None:
-    assert choose_backend("auto") == choose_backend("torch") == "torch"
+def test_an_explicit_backend_is_honoured_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [choose_backend(name) for name in ("auto", "torch")] == ["auto", "torch"]
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(BackendUnavailable, match="triton"):
         choose_backend("triton")

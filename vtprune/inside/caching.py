@@ -104,7 +104,7 @@ class CacheCutter(Hooks[Keeping]):
         hidden = hidden_of(args, kwargs)
         kept = self._thread.kept = self._chosen(number, keeping, module, hidden, kwargs)
         keeping.kept.append(kept)
-        short = kernels.cut_sequence(hidden, kept.places)
+        short = kernels.rows_at(hidden, kept.places)
         rotary = tables_at(kwargs["position_embeddings"], kept.places)
         mask = self._mask(keeping.past_valid(number), keeping.valid, kept, short, kwargs.get("attention_mask"))
         changed = {**kwargs, "position_embeddings": rotary, "attention_mask": mask, "position_ids": None}
@@ -130,7 +130,7 @@ class CacheCutter(Hooks[Keeping]):
         kept, self._thread.kept = self._thread.kept, None
         if self._thread.call is None or kept is None:
             return None
-        whole = kernels.cut_sequence(output[0], kept.slots).masked_fill(~kept.kept[..., None], 0)
+        whole = kernels.rows_at(output[0], kept.slots).masked_fill(~kept.kept[..., None], 0)
         return (whole, *output[1:])
 
     def _look(
@@ -147,7 +147,7 @@ class CacheCutter(Hooks[Keeping]):
             sums: dict[str, Tensor] = {}
             count = torch.zeros(len(source), 1, 1, device=source.device)
             for rows, real in keeping.blocks(of_rows, _ROWS_AT_ONCE):
-                own = kernels.cut_sequence(source, rows)
+                own = kernels.rows_at(source, rows)
                 seen = seen_by(
                     keeping,
                     rows,
@@ -209,4 +209,4 @@ def _of_heads(states: Tensor, places: Tensor) -> Tensor:
     B, G = states.shape[:2]
     if len(places) != B * G:
         places = places[:, None].expand(B, G, -1).flatten(0, 1)
-    return kernels.cut_sequence(states.flatten(0, 1), places).unflatten(0, (B, G))
+    return kernels.rows_at(states.flatten(0, 1), places).unflatten(0, (B, G))

@@ -31,7 +31,7 @@ def find_raters(embeds: Tensor, rows: Tensor, real: Tensor, visual: Tensor) -> T
         real: (B, R), False at what only fills up.
         visual: (B, K), True at the tokens of pictures.
     """
-    text = kernels.cut_sequence(embeds, rows).float()
+    text = kernels.rows_at(embeds, rows).float()
     nearness = (embeds.float() @ text.transpose(1, 2)).masked_fill(~real[:, None], float("-inf")).softmax(dim=2)
     mean = (visual[:, None].float() @ nearness)[:, 0] / visual.sum(dim=1, keepdim=True).clamp_min(1)
     above = real & (mean > mean.sum(dim=1, keepdim=True) / real.sum(dim=1, keepdim=True).clamp_min(1))
@@ -127,7 +127,7 @@ def _decay(ones: Tensor, rows: Tensor, past: int) -> Tensor:
     So it is with cached keys, of whose places nothing is known here.
     """
     ones = ones.expand(len(rows), -1, -1)
-    own = kernels.cut_sequence(ones, rows)
+    own = kernels.rows_at(ones, rows)
     decay = own @ ones.transpose(1, 2) / own.square().sum(dim=2, keepdim=True)
     return torch.nn.functional.pad(decay, (past, 0), value=1.0)
 

@@ -138,7 +138,7 @@ class HeadMasker(Hooks[Album]):
             return
         rotary, rows = kwargs["position_embeddings"], album.rows
         pictures, keys, sinks = album.now(0)
-        queries = self._decoder.queries(number, kernels.cut_sequence(held["q_proj"], rows), *tables_at(rotary, rows))
+        queries = self._decoder.queries(number, kernels.rows_at(held["q_proj"], rows), *tables_at(rotary, rows))
         stored = self._decoder.keys(number, held["k_proj"], *rotary)
         total = queries.new_zeros(*queries.shape[:2], 3, dtype=torch.float32)
         for start in range(0, rows.shape[1], _ROWS):

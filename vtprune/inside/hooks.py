@@ -103,7 +103,7 @@ def with_hidden(
 
 def tables_at(rotary: tuple[Tensor, Tensor], places: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines (B, R, d) at places (B, R) of those (B or 1, K, d) of all tokens."""
-    cos, sin = (kernels.cut_sequence(table.expand(len(places), -1, -1), places) for table in rotary)
+    cos, sin = (kernels.rows_at(table.expand(len(places), -1, -1), places) for table in rotary)
     return cos, sin
 
 

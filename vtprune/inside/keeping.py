@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vtprune.inside.stacks import Entry, by_count, visual_of
 from vtprune.kernels import reference as kernels
+from vtprune.picking import mixed
 from vtprune.pipeline import CacheStage
 from vtprune.types import Ordinal, Part, VisualTokens
 
@@ -169,12 +170,12 @@ def _stays(
         tokens = stack.tokens(seen, scores)
         selection = stage.choice.run(tokens, k)
         if stage.merger is not None and k:
-            weights = stage.merger(tokens, selection)
+            mixture = stage.merger(tokens, selection)
             at = where.gather(1, selection.keep)
             for number, tensor in enumerate(states):
                 flat = tensor.flatten(0, 2)
-                merged = (weights @ flat[where].float()).to(flat.dtype)
-                states[number] = flat.index_copy(0, at.flatten(), merged.flatten(0, 1)).view(tensor.shape)
+                rows = mixed(mixture, flat[where], selection).rows.to(flat.dtype)
+                states[number] = flat.index_copy(0, at.flatten(), rows.flatten(0, 1)).view(tensor.shape)
     return selection.keep
 
 

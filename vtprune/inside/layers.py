@@ -73,7 +73,7 @@ class Passage:
         assert walk is not None
         if not torch.is_tensor(value) or value.shape[:2] != walk.entry.valid.shape or not walk.slots:
             return value
-        return kernels.cut_sequence(value, walk.index)
+        return kernels.rows_at(value, walk.index)
 
     def tables(self, given: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Cosines and sines (B, K, d) of the tokens that are left, from those `given` for all; gathered once a cut."""
@@ -165,7 +165,7 @@ class LayerCutter(Hooks[Passage]):
         """Hold queries of the rows that are looked at, and keys where no cache does."""
         walk = self._walk() if self._thread.attending else None  # else a glance calls the projection by itself
         if walk is not None and name == "q_proj":
-            self._thread.projected[name] = kernels.cut_sequence(output.detach(), walk.rows)
+            self._thread.projected[name] = kernels.rows_at(output.detach(), walk.rows)
         elif walk is not None and not self._thread.caches:
             self._thread.projected[name] = output.detach()
 
@@ -237,7 +237,7 @@ class LayerCutter(Hooks[Passage]):
             walk,
             decoder=self._decoder,
             layer=number,
-            queries=attention.q_proj(kernels.cut_sequence(normed, walk.rows)),
+            queries=attention.q_proj(kernels.rows_at(normed, walk.rows)),
             keys=torch.cat([cache.layers[number].keys, keys], dim=2) if passage.cached[walk.cuts] else keys,
             rotary=rotary,
             mask=None,

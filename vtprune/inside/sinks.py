@@ -137,7 +137,7 @@ class SinkFinder(Hooks[Scene]):
         first = scene.now[1].int().argmax(dim=1, keepdim=True)
         for rule in self._rules[number]:
             if (number, rule.name) not in scene.massive:
-                scene.massive[number, rule.name] = rule.massive(kernels.cut_sequence(hidden, first)[:, 0])
+                scene.massive[number, rule.name] = rule.massive(kernels.rows_at(hidden, first)[:, 0])
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -169,7 +169,7 @@ class SinkFinder(Hooks[Scene]):
         if scene is None or not self._thread.given:
             return  # nothing is edited, or a glance calls the projection by itself
         if name == "q_proj":
-            self._thread.held[name] = kernels.cut_sequence(output, scene.now[2])
+            self._thread.held[name] = kernels.rows_at(output, scene.now[2])
         elif self._thread.given.get("past_key_values") is None:
             self._thread.held[name] = output
 

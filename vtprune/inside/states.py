@@ -55,7 +55,7 @@ class StateTap:
             real = walk.entry.real_of(glance.rows)
             count = real.shape[1]
             seen = RowStates(
-                entering=kernels.cut_sequence(hidden, walk.rows[:, -count:]),
+                entering=kernels.rows_at(hidden, walk.rows[:, -count:]),
                 earlier=walk.entered[:, -count:],
                 real=real,
                 number=number - 1,
@@ -69,7 +69,7 @@ class StateTap:
         """Note the rows of text in front of the layer before a drop point."""
         walk = self._walk()
         if walk is not None:
-            walk.entered = kernels.cut_sequence(hidden_of(args, kwargs).detach(), walk.rows)
+            walk.entered = kernels.rows_at(hidden_of(args, kwargs).detach(), walk.rows)
 
     @torch.compiler.disable
     @torch.no_grad()

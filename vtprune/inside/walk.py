@@ -170,7 +170,7 @@ class Walk:
         self.slots.append(slots)
         self.places.append(places)
         self.stored.append(self.valid)
-        return kernels.cut_sequence(hidden, places)
+        return kernels.rows_at(hidden, places)
 
     def left_of(self, number: int) -> Tensor | None:
         """Places (B, K') in the sequence behind a drop point of what is left behind the last; None where all is."""
@@ -183,7 +183,7 @@ class Walk:
     def restore(self, hidden: Tensor) -> Tensor:
         """Hidden states (B, K', D) at the length at entry; each dropped token repeats the kept one before."""
         for slots in reversed(self.slots):
-            hidden = kernels.cut_sequence(hidden, slots)
+            hidden = kernels.rows_at(hidden, slots)
         return hidden
 
     def _choose(

@@ -7,9 +7,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from vtprune.kernels.backends import kernel
+
 _QUERIES_PER_BLOCK = 256
 
 
+@kernel("triton_attention")
 def cls_attention(query: Tensor, key: Tensor, *, scale: float) -> Tensor:
     """Attention of token 0 to all others, averaged over heads.
 
@@ -25,6 +28,7 @@ def cls_attention(query: Tensor, key: Tensor, *, scale: float) -> Tensor:
     return row.mean(dim=1)[:, 0, 1:]
 
 
+@kernel("triton_attention")
 def rows_attention(query: Tensor, key: Tensor, allowed: Tensor, *, scale: float) -> Tensor:
     """Attention of a few rows to all keys, over grouped heads.
 
@@ -52,28 +56,66 @@ def weighted_values(weights: Tensor, value: Tensor) -> Tensor:
     return (grouped @ value).view(B, H, R, -1)
 
 
-def attention_to(query: Tensor, key: Tensor, weights: Tensor, *, scale: float) -> Tensor:
-    """Attention that each token gets from queries weighted with `weights` (B, H or 1, N): (B, H, N), fp32."""
+@kernel("triton_attention")
+def attention_to(query: Tensor, key: Tensor, weights: Tensor, *, scale: float, spans: Tensor | None = None) -> Tensor:
+    """Attention that each token gets from weighted queries.
+
+    Args:
+        query: (B, H, N, d), after norm and RoPE.
+        key: (B, H, N, d).
+        weights: (B, H or 1, N), of the queries.
+        scale: factor on the product of query and key.
+        spans: (N, 2) integers where pictures, frames or windows share a sequence: the first key that each query sees,
+            and the first after them that it does not; all keys by default. They are symmetric, i sees j where j sees
+            i, and each token sees itself.
+
+    Returns:
+        (B, H, N), fp32.
+    """
     columns = torch.zeros(query.shape[:3], device=query.device)
-    for rows, attention in _tiles(query, key, scale):
+    for rows, attention in _tiles(query, key, scale, spans):
         columns += (weights[:, :, None, rows] @ attention)[:, :, 0]
     return columns
 
 
-def attention_from(query: Tensor, key: Tensor, *, scale: float) -> Tensor:
-    """Attention that each token pays to token 0, averaged over heads: (B, N), fp32."""
-    return torch.cat([attention[..., 0].mean(dim=1) for _, attention in _tiles(query, key, scale)], dim=1)
+@kernel("triton_attention")
+def attention_from(query: Tensor, key: Tensor, *, scale: float, spans: Tensor | None = None) -> Tensor:
+    """Attention that each token pays to the first one it sees, averaged over heads: (B, N), fp32.
+
+    That is token 0 without `spans`, which see `attention_to`.
+    """
+    paid = []
+    for rows, attention in _tiles(query, key, scale, spans):
+        if spans is None:
+            paid.append(attention[..., 0].mean(dim=1))
+        else:
+            paid.append(attention.mean(dim=1).gather(2, spans[rows, :1].long().expand(len(query), -1, -1))[..., 0])
+    return torch.cat(paid, dim=1)
 
 
-def received_attention(query: Tensor, key: Tensor, *, scale: float) -> Tensor:
-    """Attention that each token gets, averaged over all queries and heads: (B, N), fp32."""
+def received_attention(query: Tensor, key: Tensor, *, scale: float, spans: Tensor | None = None) -> Tensor:
+    """Attention that each token gets, averaged over heads and over the queries that see it: (B, N), fp32.
+
+    A query counts by 1 / the number of keys it sees: where `spans`, which see `attention_to`, are segments, that makes
+    the mean over the segment of the token, as if it were alone.
+    """
     B, _, N, _ = query.shape
-    return attention_to(query, key, torch.full((B, 1, N), 1 / N, device=query.device), scale=scale).mean(dim=1)
+    if spans is None:
+        weights = torch.full((B, 1, N), 1 / N, device=query.device)
+    else:
+        weights = (1 / (spans[:, 1] - spans[:, 0])).expand(B, 1, N)
+    return attention_to(query, key, weights, scale=scale, spans=spans).mean(dim=1)
 
 
-def _tiles(query: Tensor, key: Tensor, scale: float) -> Iterator[tuple[slice, Tensor]]:
+def _tiles(query: Tensor, key: Tensor, scale: float, spans: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
     """Rows of the attention map, (B, H, rows, N) at a time."""
     turned = key.float().transpose(-1, -2)
     for start in range(0, query.shape[2], _QUERIES_PER_BLOCK):
         rows = slice(start, start + _QUERIES_PER_BLOCK)
-        yield rows, torch.softmax(query[:, :, rows].float() @ turned * scale, dim=-1)
+        scores = query[:, :, rows].float() @ turned * scale
+        if spans is None:
+            yield rows, torch.softmax(scores, dim=-1)
+        else:
+            places = torch.arange(key.shape[2], device=key.device)
+            hidden = (places < spans[rows, :1]) | (places >= spans[rows, 1:])
+            yield rows, torch.softmax(scores.masked_fill(hidden, float("-inf")), dim=-1).masked_fill(hidden, 0)

@@ -1,22 +1,172 @@
-"""The specification of the kernels that select step by step, beyond `reference.greedy_select`.
+"""The specification of the kernels that select step by step.
 
 All take the whole stack at once, wait for no device, and give ties to the first index.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Literal
+
 import torch
 from torch import Tensor
 
+from vtprune.errors import InvalidOption
 from vtprune.kernels import host
-from vtprune.kernels.reference import cosine_similarity
+from vtprune.kernels.backends import kernel
+from vtprune.kernels.reference import cosine_similarity, rows_at, unit_rows
 
 NOVEL = 1e-5
 """A token this close to the span of the chosen ones (squared sine) is not told from rounding errors of fp32."""
+MOST_HELD = 2**31
+"""Similarities of more bytes than that are not held at once where nothing else is said."""
+_ROWS_AT_ONCE = 1024
+
+Held = Literal["auto"] | torch.dtype | None
 
 
+@kernel("triton_greedy")
+def greedy_select(
+    features: Tensor,
+    relevance: Tensor,
+    first: Tensor | None,
+    k: int,
+    *,
+    weight: float | Tensor = 1.0,
+    reduce: Literal["min", "sum"] = "min",
+    taken: Tensor | None = None,
+    available: Tensor | None = None,
+    held: Held = "auto",
+) -> Tensor:
+    """Greedy selection by cosine similarity: k steps for the whole stack at once, without a host synchronisation.
+
+    Seen from a chosen c, candidate i is worth `relevance_i - weight_i * cos(i, c)`, reduced over all chosen; each step
+    takes the best one, the lowest index on ties. Max-min, max-sum, MMR and score x distance are of this form.
+
+    Args:
+        features: (S, N, D), of any length.
+        relevance: (S, N).
+        first: (S, N) worth of being the first choice, where available; None: to resemble the token it resembles most
+            as little as possible. Unused where `taken` is given.
+        k: how many to choose.
+        weight: of similarity against relevance, one number or (S, N).
+        reduce: `"min"` or `"sum"` over the chosen ones.
+        taken: (S, m) indices chosen before, m >= 1; they count as chosen and are not chosen again.
+        available: (S, N) bool, False at what must not be chosen.
+        held: dtype in which S x N x N similarities are held; None: they are computed anew in every step, and memory is
+            O(N). `"auto"` holds them in fp32 up to `MOST_HELD` bytes. On the host it changes nothing.
+
+    Returns:
+        (S, k) indices in the order of choice.
+    """
+    if (none := none_chosen(features, k)) is not None:
+        return none
+    units = unit_rows(features)
+    if host.holds(units):
+        return host.greedy_select(
+            units, relevance, first, k, weight=weight, reduce=reduce, taken=taken, available=available
+        )
+    S, N, _ = units.shape
+    if first is None:
+        first = relevance if taken is not None else isolation(units)
+    dtype = held_dtype(S, N, held)
+    table = None if dtype is None else cosine_similarity(units).to(dtype).view(S * N, N)
+    start = torch.arange(S, device=units.device) * N
+
+    def seen_from(best: Tensor) -> Tensor:
+        if table is None:
+            similar = torch.bmm(units, rows_at(units, best[:, None]).transpose(1, 2))[..., 0]
+        else:
+            similar = table.index_select(0, best + start).float()
+        return relevance - weight * similar
+
+    return _steps(seen_from, first, k, reduce=reduce, taken=taken, available=available)
+
+
+@kernel("triton_greedy")
+def pairwise_select(
+    worths: Tensor,
+    first: Tensor,
+    k: int,
+    *,
+    reduce: Literal["min", "sum"] = "min",
+    taken: Tensor | None = None,
+    available: Tensor | None = None,
+) -> Tensor:
+    """`greedy_select` where it is known what each token (last axis) is worth, seen from each: `worths` (S, N, N).
+
+    The diagonal may hold anything but NaN. All else as there.
+    """
+    if (none := none_chosen(worths, k)) is not None:
+        return none
+    if host.holds(worths):
+        return host.pairwise_select(worths, first, k, reduce=reduce, taken=taken, available=available)
+    S, N, _ = worths.shape
+    rows, start = worths.view(S * N, N), torch.arange(S, device=worths.device) * N
+
+    def seen_from(best: Tensor) -> Tensor:
+        return rows.index_select(0, best + start)
+
+    return _steps(seen_from, first, k, reduce=reduce, taken=taken, available=available)
+
+
+def _steps(
+    seen_from: Callable[[Tensor], Tensor],
+    first: Tensor,
+    k: int,
+    *,
+    reduce: Literal["min", "sum"],
+    taken: Tensor | None,
+    available: Tensor | None,
+) -> Tensor:
+    """The steps of a greedy selection; `seen_from` tells what all (S, N) are worth, seen from one of each row (S,)."""
+    merge = torch.minimum if reduce == "min" else torch.add
+
+    def worth_of(best: Tensor) -> Tensor:
+        return seen_from(best).scatter(1, best[:, None], float("-inf"))
+
+    if available is not None:
+        first = first.masked_fill(~available, float("-inf"))
+    chosen = [first.argmax(dim=1)] if taken is None else []
+    worth = functools.reduce(merge, map(worth_of, chosen if taken is None else taken.unbind(1)))
+    if available is not None:
+        worth = worth.masked_fill(~available, float("-inf"))
+    for _ in range(k - len(chosen)):
+        chosen.append(worth.argmax(dim=1))
+        worth = merge(worth, worth_of(chosen[-1]))
+    return torch.stack(chosen, dim=1)
+
+
+def none_chosen(tokens: Tensor, k: int) -> Tensor | None:
+    """The choice (S, k) where there are no pictures among `tokens` (S, N, ...), or nothing is to be chosen."""
+    if len(tokens) and k:
+        return None
+    return torch.empty(len(tokens), k, dtype=torch.long, device=tokens.device)
+
+
+def held_dtype(S: int, N: int, held: Held) -> torch.dtype | None:
+    """What `held` of `greedy_select` comes to for S x N x N similarities."""
+    if held == "auto":
+        return torch.float32 if 4 * S * N * N <= MOST_HELD else None
+    if held not in (None, torch.float32, torch.bfloat16):
+        raise InvalidOption(f"held={held!r}: expected 'auto', torch.float32, torch.bfloat16 or None")
+    return held
+
+
+def isolation(units: Tensor) -> Tensor:
+    """How little each of `units` (S, N, D) resembles the one it resembles most, itself left out: (S, N)."""
+    found = []
+    for start in range(0, units.shape[1], _ROWS_AT_ONCE):
+        similar = units[:, start : start + _ROWS_AT_ONCE] @ units.transpose(1, 2)
+        similar.diagonal(offset=start, dim1=1, dim2=2).fill_(float("-inf"))
+        found.append(similar.amax(dim=2).neg_())
+    return torch.cat(found, dim=1)
+
+
+@kernel("triton_dpp")
 def dpp_select(
-    units: Tensor,
+    features: Tensor,
     relevance: Tensor,
     k: int,
     *,
@@ -30,7 +180,7 @@ def dpp_select(
     relevance, the most relevant tokens follow.
 
     Args:
-        units: (S, N, D) from `unit_rows`.
+        features: (S, N, D), of any length.
         relevance: (S, N), 0 or more; their scale does not matter.
         k: how many to choose.
         taken: (S, m) indices chosen before; they are conditioned on, whatever their relevance.
@@ -39,6 +189,9 @@ def dpp_select(
     Returns:
         (S, k) indices in the order of choice.
     """
+    if (none := none_chosen(features, k)) is not None:
+        return none
+    units = unit_rows(features)
     S, N, _ = units.shape
     m = 0 if taken is None else taken.shape[1]
     similarity = cosine_similarity(units)
@@ -68,8 +221,9 @@ def dpp_select(
     return torch.stack(chosen, dim=1)
 
 
+@kernel("triton_facility")
 def facility_select(
-    units: Tensor,
+    features: Tensor,
     salience: Tensor,
     k: int,
     *,
@@ -82,7 +236,7 @@ def facility_select(
     over all i of what j would add to that.
 
     Args:
-        units: (S, N, D) from `unit_rows`.
+        features: (S, N, D), of any length.
         salience: (S, N), 0 or more.
         k: how many to choose.
         taken: (S, m) indices chosen before; what they cover is covered.
@@ -91,6 +245,9 @@ def facility_select(
     Returns:
         (S, k) indices in the order of choice.
     """
+    if (none := none_chosen(features, k)) is not None:
+        return none
+    units = unit_rows(features)
     S, N, _ = units.shape
     similarity = cosine_similarity(units)
     rows, start = similarity.view(S * N, N), torch.arange(S, device=units.device) * N
@@ -108,65 +265,3 @@ def facility_select(
         covered = torch.maximum(covered, rows.index_select(0, chosen[-1] + start))
         barred = barred.scatter(1, chosen[-1][:, None], True)
     return torch.stack(chosen, dim=1)
-
-
-def drop_redundant(similarity: Tensor, order: Tensor, count: Tensor, k: int, *, step: int) -> Tensor:
-    """Thin out lists of tokens to `k` each, `step` at a time, by the alternating partition of ToMe (arXiv 2210.09461).
-
-    Of a list, every second token from the first on is held against the others. The `step` with the highest similarity
-    to any of those go (never more than too many, of equal ones the later in the list); the others of the first half,
-    most similar first, and then the second half are the next list.
-
-    Args:
-        similarity: (S, N, N).
-        order: (S, L) indices: the lists.
-        count: (S, 1) long, k <= count <= L: how many of `order` are in the list, from its beginning.
-        k: how many to leave.
-        step: how many to drop in a round.
-
-    Returns:
-        (S, k) indices.
-    """
-    stack = torch.arange(order.shape[0], device=order.device)[:, None, None]
-    while order.shape[1] > k:
-        length = order.shape[1]
-        listed = torch.arange(length, device=order.device) < count
-        ours, theirs = order[:, 0::2], order[:, 1::2]
-        match = similarity[stack, ours[:, :, None], theirs[:, None]]
-        nearest = match.masked_fill(~listed[:, None, 1::2], float("-inf")).amax(dim=2)
-        # Later first among equals: a stable sort of the reversed list. Below any match stand those not listed.
-        nearest = nearest.clamp_min(-2).masked_fill(~listed[:, 0::2], -3).flip(1)
-        ranked = nearest.sort(dim=1, descending=True, stable=True).indices
-        drops = (count - k).clamp(max=step).minimum((count + 1) // 2)
-        stays = torch.cat([listed[:, 0::2].flip(1).gather(1, ranked), listed[:, 1::2]], dim=1)
-        stays[:, : ours.shape[1]] &= torch.arange(ours.shape[1], device=order.device) >= drops
-        joined = torch.cat([ours.flip(1).gather(1, ranked), theirs], dim=1)
-        shorter = length - min(step, length - k, (length + 1) // 2)
-        order = joined.gather(1, stays.byte().sort(dim=1, descending=True, stable=True).indices[:, :shorter])
-        count = count - drops
-    return order
-
-
-def suppress(conflicts: Tensor, order: Tensor) -> Tensor:
-    """Non-maximum suppression: in the given order, whoever is still there removes all that conflict with it.
-
-    Args:
-        conflicts: (S, N, N) bool, symmetric, False on the diagonal.
-        order: (S, N) indices, best first.
-
-    Returns:
-        (S, N) bool, True at survivors.
-    """
-    S, N = order.shape
-    rows, start = conflicts.view(S * N, N), torch.arange(S, device=order.device) * N
-    removed = torch.zeros_like(order, dtype=torch.bool)
-    for index in order.unbind(1):
-        own = removed.gather(1, index[:, None])
-        removed |= rows.index_select(0, index + start) & ~own
-    return ~removed
-
-
-def places_in(order: Tensor) -> Tensor:
-    """Where (S, N) each index stands in `order` (S, N)."""
-    ramp = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    return torch.empty_like(order).scatter_(1, order, ramp)

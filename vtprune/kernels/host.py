@@ -15,6 +15,8 @@ from torch import Tensor
 _BLOCK = 96
 _ROWS_AT_ONCE = 48
 _GAINS_AT_ONCE = 8
+_CHEAP_PRODUCT = 2**27
+"""Up to that many multiplications all similarities of a picture are computed rather than those that are asked for."""
 
 
 def holds(tensor: Tensor) -> bool:
@@ -68,61 +70,122 @@ def _product(rows: Tensor, columns: Tensor) -> Tensor:
 def greedy_select(
     units: Tensor,
     relevance: Tensor,
-    first: Tensor,
+    first: Tensor | None,
     k: int,
     *,
-    weight: float,
+    weight: float | Tensor,
     reduce: Literal["min", "sum"],
-    worths: Tensor | None,
     taken: Tensor | None,
     available: Tensor | None,
 ) -> Tensor:
-    """What `reference.greedy_select` says, row by row in numpy: a step costs a tenth of what torch would take."""
-    S, N, _ = units.shape
-    if worths is None and 3 * k > N:
-        worths = cosine_similarity(units).mul_(-weight).add_(relevance[:, None])
+    """What `greedy.greedy_select` says of unit vectors, all rows of the stack in each step."""
+    factor = weight[:, None] if isinstance(weight, Tensor) else weight
+    _, N, D = units.shape
+    if (first is not None or taken is not None) and 3 * k <= N and N * N * D > _CHEAP_PRODUCT:
+        worths = _Worths(units, _values(relevance), factor)
+        start = relevance if first is None else first
+        return _steps(worths.seen_from, start, k, reduce=reduce, taken=taken, available=available)
+    similarity = cosine_similarity(units)
+    if first is None:
+        similarity.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
+        first = similarity.amax(dim=2).neg_()
+    known = similarity.mul_(-factor).add_(relevance[:, None])
+    return pairwise_select(known, first, k, reduce=reduce, taken=taken, available=available)
+
+
+def pairwise_select(
+    worths: Tensor,
+    first: Tensor,
+    k: int,
+    *,
+    reduce: Literal["min", "sum"],
+    taken: Tensor | None,
+    available: Tensor | None,
+) -> Tensor:
+    """What `greedy.pairwise_select` says, all rows of the stack in each step."""
+    table, stack = _values(worths), np.arange(len(worths))
+
+    def seen_from(best: np.ndarray, promise: np.ndarray) -> np.ndarray:
+        return table[stack, best]
+
+    return _steps(seen_from, first, k, reduce=reduce, taken=taken, available=available)
+
+
+def _steps(
+    seen_from: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    first: Tensor,
+    k: int,
+    *,
+    reduce: Literal["min", "sum"],
+    taken: Tensor | None,
+    available: Tensor | None,
+) -> Tensor:
+    """The steps of a greedy selection in numpy: each costs a tenth of what torch would take.
+
+    `seen_from` tells what all (S, N) are worth, seen from one of each row (S,); the second argument is high where rows
+    are likely to be asked for soon.
+    """
+    S, N = first.shape
     merge, neutral = (np.minimum, np.inf) if reduce == "min" else (np.add, 0.0)
-    base, starts, chosen = _values(relevance), _values(first), np.empty((S, k), dtype=np.int64)
-    for row in range(S):
-        seen_from = _Worths(units[row], base[row], weight).seen_from if worths is None else _known(worths[row])
-        worth = np.full(N, neutral, dtype=np.float32)
-        if available is not None:
-            worth[~_values(available[row])] = -np.inf
-        promise, candidates = base[row], merge(starts[row], worth)
-        unseen = [] if taken is None else taken[row].tolist()
-        for step in range(k):
-            for index in unseen:
-                merge(worth, seen_from(index, promise), out=worth)
-                worth[index] = -np.inf
-                promise = candidates = worth
-            best = int(candidates.argmax())
-            chosen[row, step] = best
-            unseen = [best]
+    stack, chosen = np.arange(S), np.empty((S, k), dtype=np.int64)
+    worth = np.full((S, N), neutral, dtype=np.float32)
+    if available is not None:
+        worth[~_values(available)] = -np.inf
+    candidates = merge(_values(first), worth)
+    unseen = [] if taken is None else list(_values(taken).T)
+    for step in range(k):
+        for best in unseen:
+            merge(worth, seen_from(best, candidates), out=worth)
+            worth[stack, best] = -np.inf
+            candidates = worth
+        best = candidates.argmax(axis=1)
+        chosen[:, step] = best
+        unseen = [best]
     return torch.from_numpy(chosen)
+
+
+def merge_rows(features: Tensor, into: Tensor, weights: Tensor, k: int) -> Tensor:
+    """What `reference.merge_rows` says of finite features in fp32: every token is added where it belongs, and once."""
+    S, N, D = features.shape
+    groups = torch.where(into < 0, k, into) + torch.arange(S)[:, None] * (k + 1)
+    total = torch.zeros(S * (k + 1)).index_add(0, groups.flatten(), weights.float().clamp(min=0).flatten())
+    counts = torch.where(total.gather(0, groups.flatten()).view(S, N) > 0, weights.clamp(min=0), 1.0)
+    amount = torch.zeros(S * (k + 1)).index_add(0, groups.flatten(), counts.flatten())
+    shares = counts / amount.gather(0, groups.flatten()).view(S, N)
+    rows = (features * shares[..., None]).flatten(0, 1)
+    return torch.zeros(S * (k + 1), D).index_add(0, groups.flatten(), rows).view(S, k + 1, D)[:, :k]
 
 
 def facility_select(similarity: Tensor, salience: Tensor, covered: Tensor, barred: Tensor, k: int) -> Tensor:
     """What `greedy.facility_select` says, lazily: a gain never grows, so one known from an earlier step is a bound.
 
-    Each step brings the highest bounds up to date until the highest of all is.
+    Each step brings the highest bounds up to date, in all pictures that need it, until the highest of all is.
     """
     S, N, _ = similarity.shape
-    chosen = np.empty((S, k), dtype=np.int64)
-    for row in range(S):
-        table, worth = _values(similarity[row]), _values(salience[row].float())
-        cover, bound = _values(covered[row]).copy(), np.full(N, np.inf, dtype=np.float32)
-        bound[_values(barred[row])] = -np.inf
-        for step in range(k):
-            known = np.isneginf(bound)
-            while not known[best := int(bound.argmax())]:
-                stale = np.where(known, -np.inf, bound)
-                likely = range(N) if step == 0 else np.argpartition(stale, -min(_GAINS_AT_ONCE, N))[-_GAINS_AT_ONCE:]
-                likely = np.asarray(likely)[~known[likely]]
-                bound[likely] = worth[likely] * np.maximum(table[likely] - cover, 0).sum(axis=1)
-                known[likely] = True
-            chosen[row, step] = best
-            np.maximum(cover, table[best], out=cover)
-            bound[best] = -np.inf
+    table, worth, cover = _values(similarity), _values(salience.float()), _values(covered).copy()
+    stack, chosen = np.arange(S), np.empty((S, k), dtype=np.int64)
+
+    def gains_of(rows: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        gained = np.maximum(table[rows[:, None], tokens] - cover[rows][:, None], 0).sum(axis=2)
+        return worth[rows[:, None], tokens] * gained
+
+    blocks = np.array_split(np.arange(N), -(-N // _ROWS_AT_ONCE))
+    bound = np.concatenate([gains_of(stack, np.broadcast_to(block, (S, len(block)))) for block in blocks], axis=1)
+    bound[_values(barred)] = -np.inf
+    known = np.ones((S, N), dtype=bool)
+    for step in range(k):
+        best = bound.argmax(axis=1)
+        while len(stale := np.flatnonzero(~known[stack, best])):
+            count = min(_GAINS_AT_ONCE, N)
+            likely = np.argpartition(np.where(known, -np.inf, bound)[stale], -count, axis=1)[:, -count:]
+            where = (stale[:, None], likely)
+            bound[where] = np.where(known[where], bound[where], gains_of(stale, likely))
+            known[where] = True
+            best[stale] = bound[stale].argmax(axis=1)
+        chosen[:, step] = best
+        np.maximum(cover, table[stack, best], out=cover)
+        bound[stack, best] = -np.inf
+        known = np.isneginf(bound)
     return torch.from_numpy(chosen)
 
 
@@ -156,43 +219,54 @@ def _values(tensor: Tensor) -> np.ndarray:
     return tensor.detach().numpy()
 
 
-def _known(worths: Tensor) -> Callable[[int, np.ndarray], np.ndarray]:
-    """`_Worths.seen_from` where all rows `worths` (N, N) are known."""
-    table = _values(worths)
-    return lambda index, promise: table[index]
-
-
 class _Worths:
-    """Rows of `relevance - weight * similarity` of `units` (N, D), computed when asked for.
+    """Rows of `relevance - weight * similarity` of a stack of `units` (S, N, D), computed when asked for.
 
     With each go those that are likely to be asked for next: a product with a few rows costs little more than one with a
     single row. Where guesses fail, everything is computed.
     """
 
-    def __init__(self, units: Tensor, relevance: np.ndarray, weight: float) -> None:
+    def __init__(self, units: Tensor, relevance: np.ndarray, weight: float | Tensor) -> None:
+        S, N, _ = units.shape
         self._units = units
         self._relevance = relevance
-        self._weight = weight
-        self._known: dict[int, np.ndarray] = {}
+        self._weight = _values(weight)[:, 0] if isinstance(weight, Tensor) else np.full((S, 1), weight, np.float32)
+        self._stack = np.arange(S)
+        self._slots = np.full((S, N), -1)
+        self._known = np.zeros(S, dtype=np.int64)
+        self._rows = np.empty((S, min(N, 2 * _ROWS_AT_ONCE), N), dtype=np.float32)
 
-    def seen_from(self, index: int, promise: np.ndarray) -> np.ndarray:
-        """Row `index` (N,); `promise` (N,) is high where rows are likely to be asked for soon."""
-        row = self._known.get(index)
-        if row is None:
-            self._compute(index, promise)
-            row = self._known[index]
-        return row
+    def seen_from(self, best: np.ndarray, promise: np.ndarray) -> np.ndarray:
+        """Rows (S, N), one of each picture; `promise` (S, N) is high where rows are likely to be asked for soon."""
+        slots = self._slots[self._stack, best]
+        if slots.min() < 0:
+            for row in np.flatnonzero(slots < 0):
+                self._compute(int(row), int(best[row]), promise[row])
+            slots = self._slots[self._stack, best]
+        return self._rows[self._stack, slots]
 
-    def _compute(self, index: int, promise: np.ndarray) -> None:
-        N = self._units.shape[0]
-        if 2 * len(self._known) >= N:
-            wanted, rows = range(N), _values(cosine_similarity(self._units[None])[0].mul_(-self._weight))
+    def _compute(self, row: int, index: int, promise: np.ndarray) -> None:
+        units, slots, known = self._units[row], self._slots[row], self._known[row]
+        N = len(slots)
+        if 2 * known >= N:
+            wanted = np.flatnonzero(slots < 0)
+            product = _values(cosine_similarity(units[None])[0])[wanted]
         else:
-            likely = promise.copy()
-            likely[list(self._known)] = -np.inf
+            likely = np.where(slots < 0, promise, -np.inf)
             likely[index] = np.inf
-            guesses = np.argpartition(likely, -min(_ROWS_AT_ONCE, N))[-_ROWS_AT_ONCE:]
-            product = _product(self._units, self._units.index_select(0, torch.from_numpy(guesses)))
-            wanted, rows = guesses.tolist(), np.multiply(_values(product).T, -self._weight, order="C")
-        rows += self._relevance
-        self._known.update(zip(wanted, rows, strict=True))
+            wanted = np.argpartition(likely, -min(_ROWS_AT_ONCE, N))[-_ROWS_AT_ONCE:]
+            wanted = wanted[slots[wanted] < 0]
+            product = _values(_product(units, units.index_select(0, torch.from_numpy(wanted)))).T
+        self._make_room(known + len(wanted))
+        rows = self._rows[row, known : known + len(wanted)]
+        np.multiply(product, -self._weight[row], out=rows)
+        rows += self._relevance[row]
+        slots[wanted] = np.arange(known, known + len(wanted))
+        self._known[row] += len(wanted)
+
+    def _make_room(self, needed: int) -> None:
+        S, room, N = self._rows.shape
+        if needed > room:
+            grown = np.empty((S, min(N, max(needed, 2 * room)), N), dtype=np.float32)
+            grown[:, :room] = self._rows
+            self._rows = grown

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vtprune.kernels import host
+from vtprune.kernels.backends import kernel
 
 
 def unit_rows(features: Tensor) -> Tensor:
@@ -28,63 +29,6 @@ def cosine_similarity(units: Tensor) -> Tensor:
 def top_select(scores: Tensor, k: int) -> Tensor:
     """Indices (S, k) of the k highest scores (S, N), best first; the lower index wins a tie."""
     return torch.sort(scores, dim=1, descending=True, stable=True).indices[:, :k]
-
-
-def greedy_select(
-    units: Tensor,
-    relevance: Tensor,
-    first: Tensor,
-    k: int,
-    *,
-    weight: float = 1.0,
-    reduce: Literal["min", "sum"] = "min",
-    worths: Tensor | None = None,
-    taken: Tensor | None = None,
-    available: Tensor | None = None,
-) -> Tensor:
-    """Greedy selection: k steps for the whole stack at once, without a host synchronisation.
-
-    Seen from a chosen c, candidate i is worth `relevance_i - weight * cos(i, c)`, reduced over all chosen; each step
-    takes the best one, the lowest index on ties. Max-min, max-sum and MMR are of this form.
-
-    Args:
-        units: (S, N, D) from `unit_rows`.
-        relevance: (S, N).
-        first: (S, N) worth of being the first choice, where available; unused where `taken` is given.
-        k: how many to choose.
-        weight: of similarity against relevance.
-        reduce: `"min"` or `"sum"` over the chosen ones.
-        worths: (S, N, N) where known: what each (last axis) is worth, seen from each; overwritten. Its diagonal may
-            hold anything but NaN. `units`, `relevance` and `weight` are not read then.
-        taken: (S, m) indices chosen before, m >= 1; they count as chosen and are not chosen again.
-        available: (S, N) bool, False at what must not be chosen.
-
-    Returns:
-        (S, k) indices in the order of choice.
-    """
-    if host.holds(units):
-        return host.greedy_select(
-            units, relevance, first, k, weight=weight, reduce=reduce, worths=worths, taken=taken, available=available
-        )
-    S, N, _ = units.shape
-    table = cosine_similarity(units).mul_(-weight).add_(relevance[:, None]) if worths is None else worths
-    table.diagonal(dim1=1, dim2=2).fill_(float("-inf"))
-    start = torch.arange(S, device=units.device) * N
-    if available is not None:
-        first = first.masked_fill(~available, float("-inf"))
-
-    def seen_from(best: Tensor) -> Tensor:
-        return table.view(S * N, N).index_select(0, best + start)
-
-    merge = torch.minimum if reduce == "min" else torch.add
-    chosen = [first.argmax(dim=1)] if taken is None else []
-    worth = functools.reduce(merge, map(seen_from, chosen if taken is None else taken.unbind(1)))
-    if available is not None:
-        worth = worth.masked_fill(~available, float("-inf"))
-    for _ in range(k - len(chosen)):
-        chosen.append(worth.argmax(dim=1))
-        worth = merge(worth, seen_from(chosen[-1]))
-    return torch.stack(chosen, dim=1)
 
 
 def kept_indices(kept: Tensor, size: int, *, left_padded: bool = True) -> tuple[Tensor, Tensor, Tensor]:
@@ -146,7 +90,74 @@ def vacated_below(ids: Tensor, was: Tensor, stays: Tensor) -> tuple[Tensor, Tens
     return moves, vacated.sum(dim=1, keepdim=True)
 
 
-def cut_sequence(rows: Tensor, indices: Tensor) -> Tensor:
+@kernel("triton_rows")
+def cut_sequence(tensors: Sequence[Tensor], indices: Tensor, valid: Tensor | None = None) -> list[Tensor]:
+    """What is left of tensors that run along the same sequence: embeddings, position ids, masks, further inputs.
+
+    Args:
+        tensors: each (B, L, ...) of any dtype and strides.
+        indices: (B, K), which of the L stay.
+        valid: (B, K) bool, False at padding, where zeros are written; None: there is none.
+
+    Returns:
+        Of each (B, K, ...), laid out in memory as it was: where L and B lay behind other dimensions, they still do.
+    """
+    found = []
+    for tensor in tensors:
+        short = rows_at(tensor, indices)
+        if valid is not None:
+            padding = ~valid.view(*valid.shape, *(1,) * (tensor.ndim - 2))
+            short = short.masked_fill(padding, 0)
+        found.append(in_order_of(tensor, short))
+    return found
+
+
+def in_order_of(tensor: Tensor, short: Tensor) -> Tensor:
+    """`short`, with its dimensions in memory in the order of those of `tensor`."""
+    order = memory_order(tensor)
+    if order == list(range(tensor.ndim)):
+        return short.contiguous()
+    return short.permute(order).contiguous().permute([order.index(dim) for dim in range(len(order))])
+
+
+def memory_order(tensor: Tensor) -> list[int]:
+    """The dimensions of a tensor, those of the largest steps in memory first; those that are repeated stay in place."""
+    steps = tensor.stride()
+    if 0 in steps:
+        return list(range(tensor.ndim))
+    return sorted(range(tensor.ndim), key=lambda dim: (-steps[dim], dim))
+
+
+@kernel("triton_rows")
+def merge_rows(features: Tensor, into: Tensor, weights: Tensor, k: int) -> Tensor:
+    """Weighted means of the tokens that each of k groups consists of: the same ones on every run.
+
+    Args:
+        features: (S, N, D); what is no number counts as 0.
+        into: (S, N), the group of each token, -1 for none.
+        weights: (S, N), what a token counts in the mean, nothing where negative; where those of a group add up to
+            nothing, its tokens count alike.
+        k: how many groups; every one has a token.
+
+    Returns:
+        (S, k, D), fp32.
+    """
+    finite = features.float().nan_to_num(nan=0.0)
+    if host.holds(features):
+        return host.merge_rows(finite, into, weights, k)
+    return mixture_of(into, weights, k) @ finite
+
+
+def mixture_of(into: Tensor, weights: Tensor, k: int) -> Tensor:
+    """The means of `merge_rows` as a matrix (S, k, N)."""
+    belongs = into[:, None] == torch.arange(k, device=into.device)[:, None]
+    mixture = belongs * weights[:, None].clamp(min=0)
+    total = mixture.sum(dim=2, keepdim=True)
+    mixture = torch.where(total > 0, mixture, belongs.to(mixture.dtype))
+    return mixture / mixture.sum(dim=2, keepdim=True)
+
+
+def rows_at(rows: Tensor, indices: Tensor) -> Tensor:
     """Rows (B, K, ...) of `rows` (B, L, ...) at `indices` (B, K)."""
     B, L = rows.shape[:2]
     return take_rows(rows, indices if B == 1 else indices + torch.arange(0, B * L, L, device=indices.device)[:, None])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vtprune.cache import CacheState, physical_length, state_of
 from vtprune.errors import MissingEvidence, UnsupportedCall
+from vtprune.kernels.backends import Use
 from vtprune.masks import first_square
 from vtprune.protocols import Allowance, EncoderStage
 from vtprune.report import Stopwatch
@@ -28,7 +29,7 @@ class Call:
     `expected` names the kinds whose pixels it brings, `prefill` says that nothing was cached before it, `past` how
     much, `state` how it was pruned. `prompt` is its visual side, once every expected kind is encoded, `short` the
     shortened call of the language model, `pending` what its report needs where that has to wait for what layers cut.
-    `fresh` is the state of a cache that had none, of a call that cut nothing.
+    `fresh` is the state of a cache that had none, of a call that cut nothing; `use` which backend kernels ran on.
     """
 
     ids: Tensor | None
@@ -44,10 +45,11 @@ class Call:
     short: Shortened | None = None
     pending: tuple[Tensor, Any] | None = None
     fresh: CacheState | None = None
+    use: Use = field(default_factory=Use)
 
     @classmethod
-    def begin(cls, given: Mapping[str, Any], owner: str) -> Call:
-        """Read the arguments of the base model.
+    def begin(cls, given: Mapping[str, Any], owner: str, backend: str) -> Call:
+        """Read the arguments of the base model; kernels will run on `backend`.
 
         Raises:
             UnsupportedCall: for features encoded elsewhere, a cache that a pruner other than `owner` made, or a 4-D
@@ -76,6 +78,7 @@ class Call:
             prefill=cache is None or (many and past == 0),
             past=past,
             state=state,
+            use=Use(backend),
         )
 
     @property
@@ -133,3 +136,12 @@ def bind(
     given.pop("self", None)
     extra = given.pop("kwargs", {})
     return {**given, **extra}
+
+
+def with_positions(
+    args: tuple[Any, ...], kwargs: dict[str, Any], positions: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a rotary embedding with other position ids, passed as they were."""
+    if "position_ids" in kwargs:
+        return args, {**kwargs, "position_ids": positions}
+    return (args[0], positions, *args[2:]), kwargs

@@ -18,9 +18,11 @@ from transformers.utils.generic import ModelOutput
 
 from vtprune.adapters.base import Encoding
 from vtprune.errors import UnsupportedCall
+from vtprune.kernels import backends, host
 from vtprune.kernels import reference as kernels
+from vtprune.kernels.backends import Use
 from vtprune.protocols import Allowance, EncoderStage
-from vtprune.readings import BlockAttention, Rule
+from vtprune.readings import BlockAttention, OfAttention, Rule
 from vtprune.report import Stopwatch
 from vtprune.types import Modality
 
@@ -56,7 +58,7 @@ class Encoded:
 
     `readings` are by name, not yet mapped to tokens; `has_cls` is that of the encoder they were taken from. `cut` says
     what pruned inside the encoder, and to which budget; None where nothing did. `patches` are those left after each of
-    its blocks then. `asked` see `asked_length`.
+    its blocks then. `use` says which backend kernels ran on. `asked` see `asked_length`.
     """
 
     kind: Modality
@@ -68,6 +70,7 @@ class Encoded:
     readings: Mapping[str, Blocks]
     has_cls: bool
     stopwatch: Stopwatch
+    use: Use
     cut: tuple[EncoderStage, Allowance] | None = None
     patches: tuple[int, ...] = ()
     asked: list[np.ndarray] = field(default_factory=list, compare=False, repr=False)
@@ -132,6 +135,8 @@ def by_segment(rule: Rule, attention: BlockAttention, lengths: tuple[int, ...]) 
     """A rule on pictures or frames that share one sequence and do not see each other; runs of equal ones as a batch."""
     values, start = [], 0
     with kernels.exact(attention.query.device):
+        if len(set(lengths)) > 1 and _spans_pay(rule, attention):
+            return rule(replace(attention, spans=_spans_of(lengths, attention.query.device)))
         for length, run in itertools.groupby(lengths):
             count = len(list(run))
             stop = start + count * length
@@ -142,3 +147,20 @@ def by_segment(rule: Rule, attention: BlockAttention, lengths: tuple[int, ...]) 
             values.append(rule(replace(attention, query=query, key=key)).flatten(0, 1))
             start = stop
     return torch.cat(values)[None]
+
+
+def _spans_pay(rule: Rule, attention: BlockAttention) -> bool:
+    """Whether a rule should get all pictures in one call: only Triton leaves out what they would see of each other."""
+    if attention.has_cls or not (isinstance(rule, OfAttention) and rule.spanning):
+        return False
+    with backends.using("auto") as use:
+        here = use.requested == "auto" and not host.holds(attention.query) and not backends.missing()
+        return here or use.requested == "triton"
+
+
+def _spans_of(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """What each token sees, (N, 2), where pictures of these lengths share a sequence."""
+    bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
+    tokens = torch.arange(sum(lengths), dtype=torch.int32, device=device)
+    after = torch.searchsorted(bounds, tokens, right=True)
+    return torch.stack([bounds[after - 1], bounds[after]], dim=1)

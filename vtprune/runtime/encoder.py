@@ -16,6 +16,8 @@ from transformers.utils.generic import ModelOutput
 
 from vtprune.adapters.base import Family, Tower, pooled_lengths
 from vtprune.errors import UnsupportedCall
+from vtprune.kernels import backends
+from vtprune.kernels.backends import Use
 from vtprune.protocols import Allowance, EncoderStage
 from vtprune.readings import Reading
 from vtprune.report import Stopwatch
@@ -44,11 +46,12 @@ class _Patches(threading.local):
 class EncoderTap:
     """Wraps `get_image_features` and `get_video_features` of one model, and listens to what a method needs."""
 
-    def __init__(self, inner: nn.Module, family: Family) -> None:
+    def __init__(self, inner: nn.Module, family: Family, backend: str = "auto") -> None:
         self.on_encoded: Callable[[Encoded], None] | None = None
         self.cut: tuple[EncoderStage, Allowance] | None = None
         self._inner = inner
         self._family = family
+        self._backend = backend
         self.kinds: tuple[Modality, ...] = tuple(
             kind for kind in ("image", "video") if hasattr(type(inner), f"get_{kind}_features")
         )
@@ -125,12 +128,12 @@ class EncoderTap:
                 return original(*args, **kwargs)
             stopwatch = Stopwatch()
             readings: dict[str, Blocks] = {}
-            with self._recording(readings, stopwatch):
+            with backends.using(self._backend) as use, self._recording(readings, stopwatch):
                 output = original(*args, **kwargs)
             if isinstance(output, ModelOutput):
                 given = signature.bind_partial(*args, **kwargs).arguments
                 given = {**given, **given.get("kwargs", {})}
-                encoded = self._encoded(kind, given, output.get("pooler_output"), readings, stopwatch)
+                encoded = self._encoded(kind, given, output.get("pooler_output"), readings, stopwatch, use)
                 carry(output, encoded)
                 if self.on_encoded is not None:
                     self.on_encoded(encoded)
@@ -145,6 +148,7 @@ class EncoderTap:
         pooled: Any,
         readings: Mapping[str, Blocks],
         stopwatch: Stopwatch,
+        use: Use,
     ) -> Encoded:
         if pooled is None:
             raise UnsupportedCall(
@@ -165,6 +169,7 @@ class EncoderTap:
             readings=readings,
             has_cls=self._has_cls.get(kind, False),
             stopwatch=stopwatch,
+            use=use,
             cut=self.cut,
             patches=self._patches.counts,
         )

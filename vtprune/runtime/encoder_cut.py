@@ -52,7 +52,7 @@ class Going:
         sums = weighted.new_zeros(B, m + 1, patches.shape[2])
         sums = sums.scatter_add(1, into[..., None].expand_as(weighted), weighted)[:, :m]
         alone = size == self.size.gather(1, cut.keep)
-        own = kernels.cut_sequence(patches, cut.keep)
+        own = kernels.rows_at(patches, cut.keep)
         gone_on = torch.where(alone[..., None], own, (sums / size[..., None]).to(patches.dtype))
         lost = torch.cat([cut.into, cut.into.new_full((B, 1), -1)], dim=1)
         self.home = lost.gather(1, torch.where(self.home < 0, cut.into.shape[1], self.home))
@@ -62,7 +62,7 @@ class Going:
     def restored(self, patches: Tensor) -> Tensor:
         """All N patches (B, N, D) again: each stands where the one stands that holds it, the lost ones are zeros."""
         blank = patches.new_zeros(patches.shape[0], 1, patches.shape[2])
-        return kernels.cut_sequence(torch.cat([patches, blank], dim=1), self.home % (patches.shape[1] + 1))
+        return kernels.rows_at(torch.cat([patches, blank], dim=1), self.home % (patches.shape[1] + 1))
 
     def steps_to_holders(self) -> Tensor:
         """(B, N): how many patches further on the one stands that holds a patch; 0 at those that stay or are lost."""

@@ -20,10 +20,11 @@ from torch.utils.hooks import RemovableHandle
 
 from vtprune.adapters.base import Family, language_model
 from vtprune.cache import check_prunable, mark_pruned
+from vtprune.kernels import backends
 from vtprune.pipeline import Pipeline
 from vtprune.report import PruneReport
 from vtprune.runtime.caching import inside_of
-from vtprune.runtime.calls import Call, bind
+from vtprune.runtime.calls import Call, bind, with_positions
 from vtprune.runtime.decide import Decision, decide
 from vtprune.runtime.edits import Edits
 from vtprune.runtime.encoded import Encoded
@@ -78,7 +79,7 @@ class Pruner:
         self._shells: tuple[nn.Module, ...] = ()
         self._lm = language_model(inner)
         assert self._lm is not None
-        self._tap = EncoderTap(inner, family)
+        self._tap = EncoderTap(inner, family, backend)
         self._reader = PromptReader(inner, family, self._tap.kinds)
         self._tap.on_encoded = self._encoded_now
         self._schedule = schedule
@@ -88,7 +89,6 @@ class Pruner:
             pipeline,
             inner.config.get_text_config(),  # type: ignore[union-attr, operator]
             family=family.name,
-            backend=backend,
             positions=self.positions,
             history=history,
             on_report=on_report,
@@ -185,7 +185,9 @@ class Pruner:
 
     @torch.compiler.disable
     def _before_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._thread.call = Call.begin(bind(self._inner_signature, module, args, kwargs), self._owner)
+        call = Call.begin(bind(self._inner_signature, module, args, kwargs), self._owner, self.backend)
+        self._thread.call = call
+        backends.begin(call.use)
         self._thread.call.check_cut(self._tap.cut)
         self._reader.read(self._thread.call)
 
@@ -195,8 +197,10 @@ class Pruner:
             self._thread.call.encoded[encoded.kind] = encoded
             self._reader.read(self._thread.call)
 
+    @torch.compiler.disable
     def _after_base(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self._thread.call = None
+        backends.end()
 
     @torch.compiler.disable
     def _before_language_model(
@@ -214,7 +218,7 @@ class Pruner:
         else:
             call.check_no_hidden_pictures()
             if call.prefill:
-                self._reports.publish(embeds, call.stopwatch)
+                self._reports.publish(call, embeds)
             changed = None if call.state is None else resume(given, call.state)
             if self._deep is not None:
                 self._deep.resume(changed, call.state)
@@ -236,11 +240,10 @@ class Pruner:
                 given=self._thread.given,
                 counts=None if self._deep is None else self._deep.counts,
             )
-        if self._deep is None:
-            self._publish(call, embeds, decision)
         pictures = torch.from_numpy(prompt.pictures).to(embeds.device, non_blocking=True)
         whole = decision.row_lengths == prompt.layout.row_lengths
         if whole and self._deep is None and not self._always_cut:
+            self._publish(call, embeds, decision)
             self._edits.prefill(call, given)
             if call.state is None:
                 return None
@@ -255,7 +258,9 @@ class Pruner:
                 pictures=pictures,
                 scheme=self._scheme,
             )
-        if self._deep is not None:
+        if self._deep is None:
+            self._publish(call, embeds, decision)
+        else:
             self._deep.prefill(prompt, decision, call.short, cache, call.state)
             call.pending = (embeds, decision)
         self._edits.prefill(call, given, call.short.cut, None if self._deep is None else self._deep.passage)
@@ -267,11 +272,7 @@ class Pruner:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         call = self._thread.call
         positions = None if call is None or call.short is None else call.short.rotary_positions
-        if positions is None:
-            return None
-        if "position_ids" in kwargs:
-            return args, {**kwargs, "position_ids": positions}
-        return (args[0], positions, *args[2:]), kwargs
+        return None if positions is None else with_positions(args, kwargs, positions)
 
     @torch.compiler.disable
     def _after_language_model(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -296,5 +297,4 @@ class Pruner:
         return output
 
     def _publish(self, call: Call, embeds: Tensor, decision: Decision, passed: Any = None) -> None:
-        given = self._thread.given
-        self._reports.publish(embeds, call.stopwatch, prompt=call.prompt, decision=decision, given=given, passed=passed)
+        self._reports.publish(call, embeds, decision, given=self._thread.given, passed=passed)

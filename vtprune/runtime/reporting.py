@@ -12,7 +12,8 @@ from vtprune.estimates import Shape, kv_bytes_per_token, prefill_flops
 from vtprune.inside.keeping import Keeping
 from vtprune.inside.walk import Walk
 from vtprune.pipeline import Pipeline
-from vtprune.report import DROPPED, PruneReport, SegmentReport, Stopwatch
+from vtprune.report import DROPPED, PruneReport, SegmentReport
+from vtprune.runtime.calls import Call
 from vtprune.runtime.decide import Decision
 from vtprune.runtime.evidence import Given, readings_of
 from vtprune.runtime.reading import Prompt
@@ -27,7 +28,6 @@ class Reports:
         config: Any,
         *,
         family: str,
-        backend: str,
         positions: str,
         history: int,
         on_report: Callable[[PruneReport], None] | None,
@@ -35,7 +35,6 @@ class Reports:
         self.history: deque[PruneReport] = deque(maxlen=history)
         self._pipeline = pipeline
         self._family = family
-        self._backend = backend
         self._positions = positions
         self._on_report = on_report
         self._layers = int(config.num_hidden_layers)
@@ -44,31 +43,30 @@ class Reports:
 
     def publish(
         self,
+        call: Call,
         embeds: Tensor,
-        stopwatch: Stopwatch,
-        *,
-        prompt: Prompt | None = None,
         decision: Decision | None = None,
+        *,
         given: Given | None = None,
         passed: Walk | Keeping | None = None,
     ) -> None:
         """Write the report of a prefill; without a prompt and a decision that of one without pictures, padding counted
         in. `passed` is what was cut between decoder layers, or of their caches."""
-        report = self._report(embeds, stopwatch, prompt, decision, given, passed)
+        report = self._report(call, embeds, decision, given, passed)
         self.history.append(report)
         if self._on_report is not None:
             self._on_report(report)
 
     def _report(
         self,
+        call: Call,
         embeds: Tensor,
-        stopwatch: Stopwatch,
-        prompt: Prompt | None,
         decision: Decision | None,
         given: Given | None,
         passed: Walk | Keeping | None,
     ) -> PruneReport:
         B, L = embeds.shape[:2]
+        prompt = call.prompt
         walk = passed if isinstance(passed, Walk) else None
         before = after = (L,) * B
         stored: float = L
@@ -82,12 +80,13 @@ class Reports:
                 after = walk.lengths[-1]
             segments = _segments(prompt, decision, passed)
             for entry in prompt.encoded.values():
-                stopwatch.absorb(entry.stopwatch)
+                call.stopwatch.absorb(entry.stopwatch)
+                call.use.absorb(entry.use)
         edit = self._pipeline.attention
         return PruneReport(
             method=self._pipeline.name,
             family=self._family,
-            backend=self._backend,
+            backend=str(call.use),
             positions=self._positions,
             importance=", ".join(sorted(_sources(prompt, self._pipeline, given))) or None,
             attention=None if edit is None or edit.neutral else edit.name,
@@ -100,7 +99,7 @@ class Reports:
             flops_before=self._flops(before, None),
             flops_after=self._flops(after, walk),
             patches=_patches(prompt),
-            stopwatch=stopwatch,
+            stopwatch=call.stopwatch,
             adaptive=self._pipeline.adaptive,
             sound=None if decision is None else decision.sound,
         )

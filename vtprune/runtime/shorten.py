@@ -67,7 +67,7 @@ class Cut:
 
     def restore(self, hidden: Tensor) -> Tensor:
         """Hidden states (B, K, D) at the caller's length (B, L, D): each dropped token repeats the kept one before."""
-        return kernels.cut_sequence(hidden, self.slots)
+        return kernels.rows_at(hidden, self.slots)
 
     def moved(self, at: Tensor) -> Tensor:
         """Where tokens at places `at`, counted through all B * L, stand in the short sequence, through all B * K."""
@@ -102,13 +102,13 @@ def shorten(
     cut = _plan(decision, layout)
     real = torch.from_numpy(layout.valid).to(embeds.device, non_blocking=True)
     positions = _incoming_positions(given, state, past)
-    new, shift = _cut_positions(positions, cut, real, scheme)
+    positions, shift = _closed_up(positions, cut, real, scheme)
     stored = _stored(mask, state, past, L, B, embeds.device)
     uneven = any(length != decision.size for length in decision.row_lengths)
     padded = uneven or (state.padded if state is not None else past > 0 and torch.is_tensor(mask))
+    arguments, new = _cut_together(given, positions, cut, uneven)
+    arguments["inputs_embeds"] = _place_merged(arguments["inputs_embeds"], cut, decision)
     seen, rotary_positions = _outgoing_positions(new, _contiguous(cut, past, uneven), scheme)
-    arguments = {name: value if name in _CUT_APART else _cut_extra(value, cut) for name, value in given.items()}
-    arguments["inputs_embeds"] = _place_merged(kernels.cut_sequence(embeds, cut.indices), cut, decision)
     arguments["position_ids"] = seen
     optional = not padded and (cache is not None or rotary_positions is not None or scheme.counts_text(seen))
     arguments["attention_mask"] = _cut_mask(mask, cut, stored=stored, past=past, optional=optional)
@@ -182,8 +182,31 @@ def _incoming_positions(given: Mapping[str, Any], state: CacheState | None, past
     return positions
 
 
-def _cut_positions(positions: Tensor, cut: Cut, real: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
-    """Position ids (..., B, K) of the kept tokens and, where compacted, the shift (B, 1) of later ones.
+def _cut_together(given: Mapping[str, Any], positions: Tensor, cut: Cut, uneven: bool) -> tuple[dict[str, Any], Tensor]:
+    """The arguments with all that runs along the sequence cut at once, and position ids (..., B, K) of what is left.
+
+    That is any further input (B, L, ...) as well; everything else stays as it is. Zeros are written at padding.
+    """
+    embeds, K = given["inputs_embeds"], cut.indices.shape[1]
+    along = {
+        name: value
+        for name, value in given.items()
+        if name not in _CUT_APART and torch.is_tensor(value) and value.shape[:2] == cut.kept.shape
+    }
+    visual = given.get("visual_pos_masks")
+    if visual is not None:
+        along["visual_pos_masks"] = visual
+    along = {name: value.to(embeds.device) for name, value in along.items()}
+    ids = positions.reshape(-1, *positions.shape[-2:]).movedim(0, -1)
+    valid = cut.valid if uneven or visual is not None else None
+    short, ids, *rest = kernels.cut_sequence([embeds, ids, *along.values()], cut.indices, valid)
+    own = dict(zip(along, rest, strict=True))
+    arguments = {**given, "inputs_embeds": short, **{n: own[n].to(given[n].device) for n in own}}
+    return arguments, ids.movedim(-1, 0).view(*positions.shape[:-1], K)
+
+
+def _closed_up(positions: Tensor, cut: Cut, real: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
+    """Position ids (..., B, L) and, where gaps are closed, the shift (B, 1) of later ones.
 
     `positions` is (B, L) or (rows, B, L); a row that counts text tokens takes no part in compaction.
     """
@@ -193,7 +216,7 @@ def _cut_positions(positions: Tensor, cut: Cut, real: Tensor, scheme: Scheme) ->
         counted = scheme.counts_text(positions)
         moved, shift = position_ids.compact(positions[1:] if counted else positions, real, cut.kept)
         positions = torch.cat([positions[:1], moved]) if counted else moved
-    return positions.gather(-1, cut.indices.expand(*positions.shape[:-1], -1)), shift
+    return positions, shift
 
 
 def _contiguous(cut: Cut, past: int, uneven: bool) -> Tensor:
@@ -248,17 +271,11 @@ def _text_after(layout: Layout) -> int:
     return layout.length - max(ends, default=0)
 
 
-def _cut_extra(value: Any, cut: Cut) -> Any:
-    """Any further input (B, L, ...) of the language model, cut along with the embeddings; all else as it is."""
-    if not torch.is_tensor(value) or value.shape[:2] != cut.kept.shape:
-        return value
-    return kernels.cut_sequence(value, cut.indices.to(value.device))
-
-
 def _cut_deepstack(
     arguments: dict[str, Any], given: Mapping[str, Any], cut: Cut, layout: Layout, decision: Decision
 ) -> None:
-    """Shorten the rows that some models add to hidden states at visual positions (`deepstack_visual_embeds`)."""
+    """Shorten the rows that some models add to hidden states at visual positions (`deepstack_visual_embeds`), layers
+    together."""
     visual = given.get("visual_pos_masks")
     if visual is None:
         return
@@ -270,8 +287,10 @@ def _cut_deepstack(
     visual = visual.to(cut.kept.device)
     flat, *_ = kernels.kept_indices(visual.reshape(1, -1), rows)
     order, *_ = kernels.kept_indices(cut.kept.reshape(-1)[flat], rows - dropped)
-    arguments["deepstack_visual_embeds"] = [layer.index_select(0, order[0].to(layer.device)) for layer in embeds]
-    arguments["visual_pos_masks"] = visual.gather(1, cut.indices) & cut.valid
+    layers = kernels.cut_sequence([layer[None].to(order.device) for layer in embeds], order)
+    arguments["deepstack_visual_embeds"] = [
+        short[0].to(layer.device) for short, layer in zip(layers, embeds, strict=True)
+    ]
 
 
 def _add_shifts(old: Tensor | None, new: Tensor | None) -> Tensor | None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vtprune.kernels import greedy
 from vtprune.kernels import reference as kernels
+from vtprune.kernels import thinning
 
 
 def largest_remainder(weights: Tensor, total: int | Tensor, cap: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ def largest_remainder(weights: Tensor, total: int | Tensor, cap: Tensor) -> Tens
     poured = torch.minimum(room, level)
     over = rest - poured.sum(dim=1, keepdim=True)
     remainder = (exact - exact.floor()).masked_fill(room <= level, float("-inf"))
-    last = greedy.places_in(kernels.top_select(remainder, remainder.shape[1])) < over
+    last = thinning.places_in(kernels.top_select(remainder, remainder.shape[1])) < over
     return given + poured + (last & (room > level)).long()
 
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from vtprune._checks import check_positive
 from vtprune.kernels import greedy
-from vtprune.kernels import reference as kernels
 from vtprune.types import VisualTokens
 
 First = Literal["score", "isolated"]
@@ -30,20 +29,12 @@ class Dispersion:
     first: First = "score"
 
     def __call__(self, tokens: VisualTokens, scores: Tensor, k: int, taken: Tensor | None) -> Tensor:
-        units = kernels.unit_rows(tokens.features)
-        if self.first == "score":
-            start, worths = scores, None
-        else:
-            worths = kernels.cosine_similarity(units).neg_()
-            worths.diagonal(dim1=1, dim2=2).fill_(float("inf"))
-            start = worths.amin(dim=2)
-        return kernels.greedy_select(
-            units,
-            torch.zeros_like(scores),
-            start,
+        return greedy.greedy_select(
+            tokens.features,
+            torch.zeros_like(scores, dtype=torch.float32),
+            scores if self.first == "score" else None,
             k,
             reduce=self.reduce,
-            worths=worths,
             taken=taken,
             available=_available(scores),
         )
@@ -59,12 +50,16 @@ class SensitiveDiversity:
     first: First = "score"
 
     def __call__(self, tokens: VisualTokens, scores: Tensor, k: int, taken: Tensor | None) -> Tensor:
-        units = kernels.unit_rows(tokens.features)
         weights = _weights(scores)
-        similarity = kernels.cosine_similarity(units)
-        start = weights if self.first == "score" else _isolation(similarity)
-        worths = similarity.neg_().add_(1).mul_(weights[:, None])
-        return kernels.greedy_select(units, weights, start, k, worths=worths, taken=taken, available=_available(scores))
+        return greedy.greedy_select(
+            tokens.features,
+            weights,
+            weights if self.first == "score" else None,
+            k,
+            weight=weights,
+            taken=taken,
+            available=_available(scores),
+        )
 
 
 @dataclass(frozen=True)
@@ -76,8 +71,7 @@ class DPP:
     """
 
     def __call__(self, tokens: VisualTokens, scores: Tensor, k: int, taken: Tensor | None) -> Tensor:
-        units = kernels.unit_rows(tokens.features)
-        return greedy.dpp_select(units, _weights(scores), k, taken=taken, available=_available(scores))
+        return greedy.dpp_select(tokens.features, _weights(scores), k, taken=taken, available=_available(scores))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,9 +88,8 @@ class Facility:
         check_positive("alpha", self.alpha, zero=True)
 
     def __call__(self, tokens: VisualTokens, scores: Tensor, k: int, taken: Tensor | None) -> Tensor:
-        units = kernels.unit_rows(tokens.features)
         salience = _weights(scores) ** self.alpha
-        return greedy.facility_select(units, salience, k, taken=taken, available=_available(scores))
+        return greedy.facility_select(tokens.features, salience, k, taken=taken, available=_available(scores))
 
 
 def _available(scores: Tensor) -> Tensor:
@@ -108,9 +101,3 @@ def _weights(scores: Tensor) -> Tensor:
     low = scores.masked_fill(~_available(scores), float("inf")).amin(dim=1, keepdim=True)
     high = scores.amax(dim=1, keepdim=True)
     return scores.clamp(min=0).masked_fill(low == high, 1.0)
-
-
-def _isolation(similarity: Tensor) -> Tensor:
-    """Worth (S, N) of every token: how little it resembles the one it resembles most, itself left out."""
-    itself = torch.eye(similarity.shape[1], dtype=torch.bool, device=similarity.device)
-    return similarity.masked_fill(itself, float("-inf")).amax(dim=2).neg_()

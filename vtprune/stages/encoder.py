@@ -149,7 +149,7 @@ class MergeWindows:
             attention = ClsOrReceived()(seen)
             return kept(kernels.top_select(attention, count).sort(dim=1).values, n, memory=attention)
         windows = self._windows(n, patches.device)
-        units = kernels.cut_sequence(kernels.unit_rows(patches), windows.flatten()[None].expand(len(patches), -1))
+        units = kernels.rows_at(kernels.unit_rows(patches), windows.flatten()[None].expand(len(patches), -1))
         together = units.unflatten(1, windows.shape)
         alike = together.sum(dim=2).square().sum(dim=2) - together.square().sum(dim=(2, 3))
         merged = windows[kernels.top_select(alike, gone)]
@@ -206,7 +206,7 @@ class RankAndPrune:
             return everything(patches)
         rank = PageRank(steps=self.steps)(seen)
         order = kernels.top_select(rank, n)
-        units = kernels.cut_sequence(kernels.unit_rows(Keys()(seen)), order)
+        units = kernels.rows_at(kernels.unit_rows(Keys()(seen)), order)
         half = n // 2
         likeness = (units[:, n - half :] @ units[:, : n - half].transpose(1, 2)).amax(dim=2)
         alike = kernels.top_select(likeness, min(half, (n - count) // 2)) + n - half

@@ -1,4 +1,4 @@
-"""Mergers: how dropped tokens live on in kept ones, as weights (S, K, N) of a mixture for every kept token."""
+"""Mergers: how dropped tokens live on in kept ones."""
 
 from __future__ import annotations
 
@@ -13,26 +13,7 @@ from vtprune.protocols import Scorer
 from vtprune.stages.cells import cells_of
 from vtprune.stages.scorers import Constant
 from vtprune.stages.vectors import FEATURES, needed_for, scores_of, vectors_of
-from vtprune.types import Selection, VisualTokens
-
-
-def assigned(into: Tensor, keep: Tensor, weights: Tensor) -> Tensor:
-    """Weighted means (S, K, N): each token goes to the kept one `into` (S, N) names, -1 to none; kept ones to theirs.
-
-    Args:
-        into: index into K.
-        keep: (S, K) indices into N.
-        weights: (S, N), what a token counts in the mean; where those of a kept token and its tokens add up to nothing,
-            they count alike.
-    """
-    K = keep.shape[1]
-    own = torch.arange(K, device=keep.device).expand_as(keep)
-    into = into.scatter(1, keep, own)
-    belongs = into[:, None] == torch.arange(K, device=into.device)[:, None]
-    mixture = belongs * weights[:, None].clamp(min=0)
-    total = mixture.sum(dim=2, keepdim=True)
-    mixture = torch.where(total > 0, mixture, belongs.to(mixture.dtype))
-    return mixture / mixture.sum(dim=2, keepdim=True)
+from vtprune.types import Groups, Selection, VisualTokens
 
 
 def _allowed(tokens: VisualTokens, into: Tensor) -> Tensor:
@@ -43,7 +24,7 @@ def _allowed(tokens: VisualTokens, into: Tensor) -> Tensor:
 
 def nearest_kept(units: Tensor, keep: Tensor, allowed: Tensor | None = None) -> Tensor:
     """Index (S, N) into `keep` (S, K) of the kept token most similar to each, out of the `allowed` (S, K) ones."""
-    chosen = kernels.cut_sequence(units, keep)
+    chosen = kernels.rows_at(units, keep)
     similarity = units @ chosen.transpose(1, 2)
     if allowed is not None:
         similarity = similarity.masked_fill(~allowed[:, None], float("-inf"))
@@ -68,16 +49,14 @@ class IntoNearest:
     def needs(self) -> frozenset[str]:
         return needed_for(self.vectors)
 
-    def __call__(self, tokens: VisualTokens, selection: Selection) -> Tensor:
+    def __call__(self, tokens: VisualTokens, selection: Selection) -> Groups:
         units = kernels.unit_rows(vectors_of(tokens, self.vectors))
         allowed = None if self.pick is None else selection.taken == self.pick
         into = nearest_kept(units, selection.keep, allowed)
         if allowed is not None:
             into = into.masked_fill(~allowed.any(dim=1, keepdim=True), -1)
-        mixture = assigned(_allowed(tokens, into), selection.keep, torch.ones_like(into, dtype=torch.float32))
-        if not self.halfway:
-            return mixture
-        return mixture / 2 + torch.zeros_like(mixture).scatter(2, selection.keep[..., None], 0.5)
+        alike = torch.ones_like(into, dtype=torch.float32)
+        return Groups(into=_allowed(tokens, into), weights=alike, stays=0.5 if self.halfway else 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,19 +75,18 @@ class IntoCell:
     def needs(self) -> frozenset[Need]:
         return self.weights.needs
 
-    def __call__(self, tokens: VisualTokens, selection: Selection) -> Tensor:
+    def __call__(self, tokens: VisualTokens, selection: Selection) -> Groups:
         K = selection.keep.shape[1]
         count = K if self.pick is None else selection.counts[self.pick]
         own = torch.arange(K, device=selection.keep.device).expand_as(selection.keep)
+        weights = scores_of(self.weights, tokens, type(self).__name__)
         if count == 0:
-            every = torch.arange(tokens.features.shape[1], device=own.device)
-            return (selection.keep[..., None] == every).float()
+            return Groups(into=torch.full_like(weights, -1, dtype=torch.long), weights=weights)
         cell = torch.from_numpy(cells_of(tokens.parts, count).owner).to(own.device, non_blocking=True)
         at_home = own if self.pick is None else own.masked_fill(selection.taken != self.pick, K)
         head = own.new_full((len(own), count), K).scatter_reduce_(1, cell[selection.keep], at_home, "amin")
         into = head[:, cell]
-        weights = scores_of(self.weights, tokens, type(self).__name__)
-        return assigned(_allowed(tokens, into.masked_fill(into == K, -1)), selection.keep, weights)
+        return Groups(into=_allowed(tokens, into.masked_fill(into == K, -1)), weights=weights)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +107,7 @@ class NeighbourSum:
     def __call__(self, tokens: VisualTokens, selection: Selection) -> Tensor:
         units = kernels.unit_rows(vectors_of(tokens, self.vectors))
         N = units.shape[1]
-        similarity = kernels.cut_sequence(units, selection.keep) @ units.transpose(1, 2)
+        similarity = kernels.rows_at(units, selection.keep) @ units.transpose(1, 2)
         similarity = similarity.scatter(2, selection.keep[..., None], float("-inf"))
         near = similarity.sort(dim=2, descending=True, stable=True).indices[..., : min(self.count, N - 1)]
         worth = scores_of(self.weights, tokens, type(self).__name__).clamp(min=0)

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from vtprune._checks import check_share, check_whole
 from vtprune.kernels import reference as kernels
-from vtprune.stages.mergers import assigned
-from vtprune.types import Selection, VisualTokens
+from vtprune.types import Groups, Selection, VisualTokens
 
 _LOWEST = torch.finfo(torch.float32).min
 """What a token is worth that is no centre at all: still more than one that may not be chosen."""
@@ -52,7 +51,7 @@ class IntoPeaks:
         check_whole("pick", self.pick, least=0)
         check_share("share", self.share)
 
-    def __call__(self, tokens: VisualTokens, selection: Selection) -> Tensor:
+    def __call__(self, tokens: VisualTokens, selection: Selection) -> Groups:
         N, keep = tokens.features.shape[1], selection.keep
         into = torch.full(tokens.features.shape[:2], -1, device=keep.device)
         scores = selection.scores[self.pick] if self.pick < len(selection.scores) else None
@@ -62,7 +61,7 @@ class IntoPeaks:
             away = _distances(_rows(tokens, members), _rows(tokens, keep))
             nearest = away.masked_fill((selection.taken != self.pick)[:, None], float("inf")).argmin(dim=2)
             into = into.scatter(1, members, nearest.masked_fill(~real, -1))
-        return assigned(into, keep, torch.ones_like(into, dtype=torch.float32))
+        return Groups(into=into, weights=torch.ones_like(into, dtype=torch.float32))
 
 
 def clustered(scores: Tensor, k: int, *, share: float, left: int) -> tuple[Tensor, Tensor]:
@@ -88,7 +87,7 @@ def clustered(scores: Tensor, k: int, *, share: float, left: int) -> tuple[Tenso
 
 def _rows(tokens: VisualTokens, at: Tensor) -> Tensor:
     """Features (S, m, D) of tokens (S, m), in fp32; what is no number is 0."""
-    return kernels.cut_sequence(tokens.features, at).float().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    return kernels.rows_at(tokens.features, at).float().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _distances(rows: Tensor, others: Tensor) -> Tensor:

@@ -28,9 +28,11 @@ class Received(OfAttention):
     """Attention that a patch gets from all tokens, averaged over them and over heads."""
 
     name: ClassVar[str] = "received_attention"
+    spanning: ClassVar[bool] = True
 
     def __call__(self, seen: BlockAttention) -> Tensor:
-        return kernels.received_attention(seen.query, seen.key, scale=seen.scale)[:, int(seen.has_cls) :]
+        got = kernels.received_attention(seen.query, seen.key, scale=seen.scale, spans=seen.spans)
+        return got[:, int(seen.has_cls) :]
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class ClsOrReceived(OfAttention):
     """`ClsRow` where the encoder has a CLS token, `Received` elsewhere."""
 
     name: ClassVar[str] = "importance"
+    spanning: ClassVar[bool] = True
 
     def __call__(self, seen: BlockAttention) -> Tensor:
         return ClsRow()(seen) if seen.has_cls else Received()(seen)

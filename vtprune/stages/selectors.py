@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vtprune._checks import check_share, check_whole
+from vtprune.kernels import greedy
 from vtprune.kernels import reference as kernels
 from vtprune.types import Ordinal, VisualTokens
 
@@ -67,7 +68,6 @@ class MMR:
     def __call__(self, tokens: VisualTokens, scores: Tensor, k: int, taken: Tensor | None) -> Tensor:
         forbidden = scores == float("-inf")
         relevance = self.lam * scores.masked_fill(forbidden, 0.0)
-        units = kernels.unit_rows(tokens.features)
-        return kernels.greedy_select(
-            units, relevance, relevance, k, weight=1 - self.lam, taken=taken, available=~forbidden
+        return greedy.greedy_select(
+            tokens.features, relevance, relevance, k, weight=1 - self.lam, taken=taken, available=~forbidden
         )

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vtprune.kernels import reference as kernels
+from vtprune.kernels import greedy
 from vtprune.types import Part, VisualTokens
 
 _BETWEEN_PARTS = 1e3
@@ -28,13 +28,10 @@ class SpatialSpread:
         places = torch.from_numpy(coordinates_of(tokens.parts)).to(device, non_blocking=True)
         origin = tokens.evidence.get("origin")
         own = places.expand(len(scores), -1, -1) if origin is None else places[origin]
-        return kernels.greedy_select(
-            own,
-            torch.zeros_like(scores, dtype=torch.float32),
+        return greedy.pairwise_select(
+            torch.cdist(own, own, compute_mode="donot_use_mm_for_euclid_dist"),
             scores.float(),
             k,
-            reduce="min",
-            worths=torch.cdist(own, own, compute_mode="donot_use_mm_for_euclid_dist"),
             taken=taken,
             available=scores != float("-inf"),
         )

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from vtprune._checks import check_positive, check_whole
-from vtprune.kernels import greedy
 from vtprune.kernels import reference as kernels
+from vtprune.kernels import thinning
 from vtprune.stages.allocation import best_of_groups, group_sizes, largest_remainder
 from vtprune.stages.pieces import Pieces, neighbours
 from vtprune.stages.vectors import FEATURES, needed_for, vectors_of
@@ -30,8 +30,8 @@ class WholeRows:
         barred = scores == float("-inf")
         count = rows.split(~barred).sum(dim=2).clamp_min(1)
         mean = rows.split(scores.masked_fill(barred, 0)).sum(dim=2) / count
-        row_place = greedy.places_in(kernels.top_select(mean, rows.count))[:, rows.owner]
-        place = greedy.places_in(kernels.top_select(scores, N))
+        row_place = thinning.places_in(kernels.top_select(mean, rows.count))[:, rows.owner]
+        place = thinning.places_in(kernels.top_select(scores, N))
         return _earliest(row_place * N + place, barred, k)
 
 
@@ -45,7 +45,7 @@ class AnchorsAndNeighbours:
 
     def __call__(self, tokens: VisualTokens, scores: Tensor, k: int, taken: Tensor | None) -> Tensor:
         N = scores.shape[1]
-        place = greedy.places_in(kernels.top_select(scores, N))
+        place = thinning.places_in(kernels.top_select(scores, N))
         arrival = place[:, neighbours([part.grid for part in tokens.parts], scores.device)].amin(dim=2)
         return _earliest(arrival * N + place, scores == float("-inf"), k)
 
@@ -55,7 +55,7 @@ class ResidualDrop:
     """What is left of a list by descending score when near-duplicates go: VisPruner, arXiv 2412.01818.
 
     A round holds every second token of the list against the others and drops the `step` most similar to one of them;
-    see `greedy.drop_redundant`. Lists of odd length work (in the authors' code they raise).
+    see `thinning.drop_redundant`. Lists of odd length work (in the authors' code they raise).
     """
 
     step: int = 8
@@ -73,7 +73,7 @@ class ResidualDrop:
         length = scores.shape[1] - (0 if taken is None else taken.shape[1])
         order = kernels.top_select(scores, length)
         count = (scores != float("-inf")).sum(dim=1, keepdim=True)
-        return greedy.drop_redundant(similarity, order, count, k, step=self.step)
+        return thinning.drop_redundant(similarity, order, count, k, step=self.step)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ class Pivots:
     def __call__(self, tokens: VisualTokens, scores: Tensor, k: int, taken: Tensor | None) -> Tensor:
         units = kernels.unit_rows(vectors_of(tokens, self.vectors))
         pivots = kernels.top_select(scores, min(k, self.count))
-        similarity = kernels.cut_sequence(units, pivots) @ units.transpose(1, 2)
+        similarity = kernels.rows_at(units, pivots) @ units.transpose(1, 2)
         barred = (scores == float("-inf")).scatter(1, pivots, True)
         chosen, left = [pivots], k - pivots.shape[1]
         each = -(-left // self.count)
@@ -170,9 +170,9 @@ class GroupSuppress:
             conflicts &= ~(before[:, :, None] & before[:, None])
             scores = scores.masked_fill(before, float("inf"))
         order = kernels.top_select(scores, N)
-        survives = available & greedy.suppress(conflicts, order)
+        survives = available & thinning.suppress(conflicts, order)
         quotas = _bounded_quotas(group_sizes(groups, available, G), group_sizes(groups, survives, G), k)
-        behind = -(greedy.places_in(order) + N * ~survives).float()
+        behind = -(thinning.places_in(order) + N * ~survives).float()
         return best_of_groups(behind.masked_fill(~available, float("-inf")), groups, quotas, k)
 
     @staticmethod

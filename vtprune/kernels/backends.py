@@ -1,0 +1,178 @@
+"""Which implementation of a kernel runs: its specification in PyTorch, or Triton."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Generic, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from vtprune.errors import BackendUnavailable, InvalidOption
+
+BACKENDS = ("auto", "torch", "triton")
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass
+class Use:
+    """What a call of a model asked for, and what it got: which kernels ran on Triton, and why others did not."""
+
+    requested: str = "auto"
+    on_triton: set[str] = field(default_factory=set)
+    on_torch: dict[str, str] = field(default_factory=dict)
+
+    def absorb(self, other: Use) -> None:
+        """Add what ran elsewhere for the same call."""
+        self.on_triton |= other.on_triton
+        self.on_torch |= other.on_torch
+
+    def __str__(self) -> str:
+        """As reports name it: `torch`, `triton`, or either with what ran on torch and why."""
+        whys = ", ".join(f"{name}: {why}" for name, why in sorted(self.on_torch.items()) if why)
+        if self.on_triton:
+            return f"triton, but torch for {whys}" if whys else "triton"
+        return f"torch ({whys})" if whys else "torch"
+
+
+class _Thread(threading.local):
+    """The use in force in one thread, None outside of `using`."""
+
+    use: Use | None = None
+
+
+_thread = _Thread()
+
+
+def begin(use: Use) -> None:
+    """Let `use` be in force in this thread until `end`."""
+    _thread.use = use
+
+
+def end() -> None:
+    """Undo `begin`."""
+    _thread.use = None
+
+
+@contextmanager
+def using(requested: str) -> Iterator[Use]:
+    """A block whose kernels run on the backend `requested`, unless one is in force already."""
+    outer = _thread.use
+    _thread.use = outer or Use(requested)
+    try:
+        yield _thread.use
+    finally:
+        _thread.use = outer
+
+
+def choose_backend(requested: str) -> str:
+    """The same name, once it is known that it can be honoured: `auto` always can.
+
+    Raises:
+        InvalidOption: for an unknown name.
+        BackendUnavailable: for `triton` where it is not installed, or has no device to run on.
+    """
+    if requested not in BACKENDS:
+        raise InvalidOption(f"backend={requested!r}: expected 'auto', 'torch' or 'triton'")
+    if requested == "triton" and (why := unavailable()):
+        raise BackendUnavailable(f"backend='triton': {why}; use backend='auto' or 'torch'")
+    return requested
+
+
+def unavailable() -> str:
+    """Why no kernel runs on Triton here, empty where it can."""
+    if missing() or interpreted() or torch.cuda.is_available():
+        return missing()
+    return "there is no CUDA or ROCm device"
+
+
+@functools.cache
+def missing() -> str:
+    """Why Triton cannot be imported, empty where it can."""
+    return "" if importlib.util.find_spec("triton") else "triton is not installed (pip install 'vtprune[triton]')"
+
+
+def interpreted() -> bool:
+    """Whether Triton runs kernels on the CPU, step by step, to try them out."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+class Kernel(Generic[P, R]):
+    """A kernel by its specification, the function it decorates, and the module that has it in Triton.
+
+    Calls go to Triton where the tensors lie on a GPU and it can take them, elsewhere to the specification; where
+    `triton` was asked for, what it cannot take is refused.
+    """
+
+    def __init__(self, specification: Callable[P, R], module: str) -> None:
+        functools.update_wrapper(self, specification)
+        self.name = specification.__name__
+        self.specification = specification
+        self._module = module
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        use = _thread.use
+        requested = "auto" if use is None else use.requested
+        if requested == "torch" or (requested == "auto" and not _on_gpu(args)):
+            return self.specification(*args, **kwargs)
+        try:
+            found = self.triton(*args, **kwargs)
+        except BackendUnavailable as error:
+            if requested == "triton":
+                raise BackendUnavailable(f"backend='triton': {self.name}: {error}; use backend='auto'") from error
+            if use is not None:
+                use.on_torch[self.name] = str(error)
+            return self.specification(*args, **kwargs)
+        if use is not None:
+            use.on_triton.add(self.name)
+        return found
+
+    def triton(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """The same by Triton.
+
+        Raises:
+            BackendUnavailable: where it cannot be, with the reason.
+        """
+        if missing():
+            raise BackendUnavailable(missing())
+        check_tensors([*args, *kwargs.values()])
+        module = importlib.import_module(f"vtprune.kernels.{self._module}")
+        with torch.cuda.device_of(_first(args)):
+            found: R = getattr(module, self.name)(*args, **kwargs)
+        return found
+
+
+def kernel(module: str) -> Callable[[Callable[P, R]], Kernel[P, R]]:
+    """Make the decorated specification a `Kernel`, whose Triton form of the same name is in `module`."""
+    return lambda specification: Kernel(specification, module)
+
+
+def check_tensors(values: list[Any]) -> None:
+    """Raise `BackendUnavailable` for arguments that no kernel in Triton takes."""
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            check_tensors(list(value))
+        elif isinstance(value, Tensor):
+            if value.device.type != "cuda" and not interpreted():
+                raise BackendUnavailable(f"tensors are on {value.device.type}")
+            if value.requires_grad and torch.is_grad_enabled():
+                raise BackendUnavailable("gradients flow through it")
+
+
+def _first(args: tuple[Any, ...]) -> Tensor:
+    """The tensor that says where a kernel runs."""
+    first: Tensor = args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
+    return first
+
+
+def _on_gpu(args: tuple[Any, ...]) -> bool:
+    return _first(args).is_cuda
