@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from recording import append_rows, commit
+from recording import append_rows, commit, run
 from rich.progress import track
 
 from vtprune import Pick, Pipeline, load_tiny
@@ -148,4 +148,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -38,9 +38,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from prefill import TEXT_AFTER, build_inputs, build_model, clock_ms, interval, keep_freed_memory
-from recording import append_rows, machine
+from recording import append_rows, machine, run
 from rich.progress import track
+from shapes import SMALL, TEXT_AFTER, build_inputs, build_model
+from timing import clock_ms, interval, keep_freed_memory, quartiles
 from torch import nn
 from weighing import Bytes
 
@@ -56,7 +57,7 @@ from vtprune.stages.scorers import Constant
 from vtprune.stages.selectors import TopK
 from vtprune.types import Budget
 
-VISUAL = 576
+VISUAL = SMALL.visual
 WARM_UPS = 2
 Pair = tuple[float, float]
 Hooks = tuple[Callable[..., Any], Callable[..., Any]]
@@ -90,8 +91,8 @@ class Runs:
     def __init__(self, model: nn.Module, device: str, decoded: int) -> None:
         self.model = model
         self.device = device
-        inputs = build_inputs(VISUAL, device)
-        self.ids, self._pixels = inputs["input_ids"], inputs["pixel_values"].to(model.dtype)
+        inputs = build_inputs(SMALL, device, model.dtype)
+        self.ids, self._pixels = inputs["input_ids"], inputs["pixel_values"]
         generator = torch.Generator().manual_seed(2)
         self._words = torch.randint(10, 4000, (decoded, 1, 1), generator=generator).to(device).unbind()
         self._encoded: dict[Arm, Any] = {}
@@ -222,7 +223,7 @@ def measure(runs: Runs, arms: list[Arm], rounds: int) -> dict[Arm, list[tuple[Pa
 
 def spread(what: str, times: list[Pair]) -> dict[str, float]:
     """Quartiles of milliseconds, and the median of the ratios to those beside them with its interval."""
-    low, median, high = statistics.quantiles([own for own, _ in times], n=4)
+    low, median, high = quartiles([own for own, _ in times])
     ratios = [own / beside for own, beside in times]
     sure_low, sure_high = interval(ratios)
     return {
@@ -280,7 +281,8 @@ def main() -> None:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     asked = ("hidden", "layers", "decoded", "rounds", "threads")
     with torch.no_grad():
-        runs = Runs(build_model(options.hidden, options.layers, device).to(dtype), device, options.decoded)
+        shape = replace(SMALL, hidden=options.hidden, layers=options.layers)
+        runs = Runs(build_model(shape, device, dtype), device, options.decoded)
         arms = reached(runs, options.methods, options.keep)
         gc.collect()
         times = measure(runs, arms, options.rounds)
@@ -299,4 +301,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

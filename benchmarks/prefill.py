@@ -1,300 +1,226 @@
 """Time to prefill: unwrapped, wrapped, and an oracle that is handed the already shortened prompt.
 
     python benchmarks/prefill.py --csv benchmarks/results/prefill.csv
+    python benchmarks/prefill.py --shape llava-next-7b --csv benchmarks/results/prefill.csv           # needs a GPU
+    python benchmarks/prefill.py --shape qwen2.5-vl-7b --hidden 256 --layers 1 --vision-layers 1 --visual 256 --rounds 1
 
-The model has random weights and the shape of LLaVA-1.5 with hidden size 512 and 8 layers: 576 visual of 636 tokens.
-On a CPU the figure is process CPU time, on a GPU the time between CUDA events. Arms are interleaved: in each round
-every arm stands once, next to a run of the arm it is held against, pairs in random order and the two of a pair too.
-A ratio is the median over the pairs, with a bootstrap interval of 95 %: what drifts from round to round cancels.
-On Linux the allocator is told to keep what is freed, in all arms: how much of it the heap gives back and faults in
-again depends on what ran long before, and makes single runs differ by several percent.
-Pictures are encoded once beforehand: the arms differ only behind the encoder, except for the `encoder` arms.
+Weights are random. The shape `small` is that of LLaVA-1.5 with hidden size 512 and 8 layers: 576 visual of 636 tokens.
+The others are those of the checkpoints they are named after: 576 tokens of LLaVA-1.5, 2928 of LLaVA-NeXT (2880 and 48
+newlines, which are kept), 4096 of Qwen2.5-VL. In full they are for a GPU: on a CPU their rows are written as "not
+measured", unless numbers are made smaller (the shape is "cut down" then) or `--force` insists.
+
+On a CPU the figure is process CPU time in fp32, on a GPU the time between CUDA events in bfloat16. Arms are
+interleaved: in each round every arm stands once, next to a run of the arm it is held against, pairs in random order and
+the two of a pair too. A ratio is the median over the pairs, with a bootstrap interval of 95 %: what drifts from round
+to round cancels. On Linux the allocator is told to keep what is freed, in all arms: how much of it the heap gives back
+and faults in again depends on what ran long before, and makes single runs differ by several percent.
+
+The oracle and the wrapped model are called alike: ids with placeholders, the features to put there, on M-RoPE position
+ids made beforehand, as `generate` does it, and one row of logits. The oracle has as many placeholders as the wrapped
+model keeps (separators too), as many features, and on M-RoPE the ids of evenly spaced tokens. So the wrapped model has
+on top: embedding the long prompt, putting all features there, choosing, and cutting. Pictures are encoded once
+beforehand, and what a method reads of the encoder is read by then; it is in the arms with `encoder` and `first token`.
+
+Of the large shapes there are two more arms. "first token" is the encoder and the prefill in one, against the encoder
+and the oracle; "encoder probe" is the encoder while a method reads it, against the encoder alone, with what is worked
+out of the readings later. `bound` is the most that a ratio is to be on a Hopper-class GPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
-import platform
+import math
 import random
-import statistics
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from recording import append_rows, machine
+from prefill_calls import Arm, Calls, plan
+from recording import MEASURED, NOT_MEASURED, append_rows, machine, run
 from rich.progress import track
-from torch import Tensor, nn
+from shapes import SHAPES, Shape
+from timing import interval, keep_freed_memory, quartiles
 
-import vtprune
 from vtprune._torchvision import heal
 
-IMAGE = 5
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-TEXT_BEFORE, TEXT_AFTER = 20, 40
+WARM_UPS = 2
+CUT = ("hidden", "layers", "vision_layers", "visual")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One arm of one run, with quartiles of its times and ratios; `sure` is the interval of the median ratio."""
+    """One arm of one run, with quartiles of its times and ratios; `sure` is the interval of the median ratio.
+
+    Numbers are None of an arm that was not measured, `tokens` too.
+    """
 
     arm: str
     method: str
     keep: float
-    tokens: int
-    clock: str
-    median_ms: float
-    low_ms: float
-    high_ms: float
+    tokens: int | None = None
+    clock: str = ""
+    median_ms: float | None = None
+    low_ms: float | None = None
+    high_ms: float | None = None
     over: str
-    ratio: float
-    ratio_low: float
-    ratio_high: float
-    sure_low: float
-    sure_high: float
-    allocator: str
-    rounds: int
-    threads: int
+    ratio: float | None = None
+    ratio_low: float | None = None
+    ratio_high: float | None = None
+    sure_low: float | None = None
+    sure_high: float | None = None
+    allocator: str = ""
+    rounds: int | None = None
+    threads: int | None = None
     hidden: int
     layers: int
     visual: int
-    device: str
+    device: str = ""
     torch: str
     transformers: str
     commit: str
+    shape: str
+    dtype: str
+    vision_layers: int
+    bound: float | None
+    measured: str = MEASURED
 
 
-def build_model(hidden: int, layers: int, device: str) -> nn.Module:
-    """Random LLaVA: a CLIP tower of 24 x 24 patches, `hidden` wide, and a Llama of `layers` layers."""
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-
-    vision = CLIPVisionConfig(
-        hidden_size=256,
-        intermediate_size=1024,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        image_size=336,
-        patch_size=14,
-    )
-    text = LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=hidden * 11 // 4,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 64,
-        vocab_size=4096,
-        max_position_embeddings=2048,
-    )
-    torch.manual_seed(0)
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE)
-    return LlavaForConditionalGeneration(config).eval().to(device)
-
-
-def build_inputs(visual: int, device: str) -> dict[str, Tensor]:
-    """One prompt with one picture."""
-    generator = torch.Generator().manual_seed(1)
-    words = torch.randint(10, 4000, (1, TEXT_BEFORE + TEXT_AFTER), generator=generator)
-    picture = torch.full((1, visual), IMAGE)
-    ids = torch.cat([words[:, :TEXT_BEFORE], picture, words[:, TEXT_BEFORE:]], dim=1)
-    pixels = torch.randn(1, 3, 336, 336, generator=generator)
-    return {"input_ids": ids.to(device), "pixel_values": pixels.to(device)}
-
-
-def clock_ms(device: str, run: Callable[[], Any]) -> float:
-    """Milliseconds of one call: CUDA events on a GPU, process CPU time elsewhere."""
-    if device == "cuda":
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end)
-    begin = time.process_time()
-    run()
-    return (time.process_time() - begin) * 1e3
-
-
-class Calls:
-    """The calls to be timed, by name; each sets itself up outside of the clock."""
-
-    def __init__(self, model: nn.Module, inputs: dict[str, Tensor]) -> None:
-        self.model = model
-        self.inputs = inputs
-        self.shared: dict[str, Any] = {}
-
-    def encode(self, method: str) -> None:
-        """Encode the picture while wrapped, so that evidence travels with the features."""
-        with vtprune.pruning(self.model, method, keep=0.5):
-            output = self.model.model.get_image_features(self.inputs["pixel_values"], return_dict=True)
-        self.shared = {"image": output}
-
-    def forward(self) -> Any:
-        ids = self.inputs["input_ids"]
-        return self.model(input_ids=ids, mm_encoder_outputs=dict(self.shared), use_cache=True, logits_to_keep=1)
-
-    def with_encoder(self) -> Any:
-        return self.model(**self.inputs, use_cache=True, logits_to_keep=1)
-
-    def short_prompt(self, kept: int) -> Callable[[], Any]:
-        """Transformers alone on a prompt with `kept` placeholders and as many features: nothing left to prune."""
-        from transformers.modeling_outputs import BaseModelOutputWithPooling
-
-        ids = self.inputs["input_ids"]
-        text = ids[ids != IMAGE]
-        short = torch.cat([text[:TEXT_BEFORE], ids.new_full((kept,), IMAGE), text[TEXT_BEFORE:]])[None]
-        features = BaseModelOutputWithPooling(pooler_output=[self.shared["image"].pooler_output[0][:kept].clone()])
-        return lambda: self.model(
-            input_ids=short, mm_encoder_outputs={"image": features}, use_cache=True, logits_to_keep=1
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Arm:
-    """A call to be timed, and the name of the one it is held against (its own where there is none)."""
-
-    name: str
-    method: str
-    keep: float
-    against: str
-    timed: Callable[[], float]
-
-
-def all_arms(calls: Calls, methods: list[str], keeps: list[float], device: str) -> dict[str, Arm]:
-    """Every arm by its name."""
-    visual = int((calls.inputs["input_ids"] == IMAGE).sum())
-    found: dict[str, Arm] = {}
-
-    def plain(name: str, keep: float, run: Callable[[], Any]) -> None:
-        key = name if keep == 1.0 else f"{name} {keep}"
-        found[key] = Arm(name=name, method="", keep=keep, against=key, timed=lambda: clock_ms(device, run))
-
-    def wrapped(name: str, method: str, keep: float, run: Callable[[], Any], against: str) -> None:
-        def timed() -> float:
-            with vtprune.pruning(calls.model, method, keep=keep):
-                return clock_ms(device, run)
-
-        found[f"{name} {method} {keep}"] = Arm(name=name, method=method, keep=keep, against=against, timed=timed)
-
-    plain("unwrapped", 1.0, calls.forward)
-    plain("unwrapped+encoder", 1.0, calls.with_encoder)
-    for keep in keeps:
-        plain("oracle", keep, calls.short_prompt(int(keep * visual + 0.5)))
-    for method in methods:
-        for keep in (1.0, *keeps):
-            against = "unwrapped" if keep == 1.0 else f"oracle {keep}"
-            wrapped("wrapped", method, keep, calls.forward, against)
-            wrapped("wrapped+encoder", method, keep, calls.with_encoder, "unwrapped+encoder")
-    return found
-
-
-def measure(arms: dict[str, Arm], rounds: int) -> dict[str, list[tuple[float, float]]]:
+def measure(calls: Calls, arms: dict[str, Arm], rounds: int) -> dict[str, list[tuple[float, float]]]:
     """Milliseconds of every arm in every round, each with those of the arm it is held against, run next to it."""
     pairs = [arm for key, arm in arms.items() if arm.against != key]
     times: dict[str, list[tuple[float, float]]] = {key: [] for key in arms}
     shuffle = random.Random(0)
-    for number in track(range(rounds + 2), description="rounds"):
+    for number in track(range(rounds + WARM_UPS), description="rounds"):
         shuffle.shuffle(pairs)
         for arm in pairs:
             other = arms[arm.against]
             own_first = shuffle.random() < 0.5
             first, second = (arm, other) if own_first else (other, arm)
-            milliseconds = first.timed(), second.timed()
+            milliseconds = calls.timed(first), calls.timed(second)
             own, beside = milliseconds if own_first else milliseconds[::-1]
-            if number >= 2:
-                times[f"{arm.name} {arm.method} {arm.keep}"].append((own, beside))
+            if number >= WARM_UPS:
+                times[arm.key].append((own, beside))
                 times[arm.against].append((beside, beside))
     return times
 
 
-def interval(values: list[float], level: float = 0.95, draws: int = 4000) -> tuple[float, float]:
-    """Bootstrap interval of the median."""
-    draw = random.Random(0)
-    medians = sorted(statistics.median(draw.choices(values, k=len(values))) for _ in range(draws))
-    skip = round(draws * (1 - level) / 2)
-    return medians[skip], medians[-1 - skip]
+def row_of(arm: Arm, times: list[tuple[float, float]], tokens: int, common: dict[str, Any]) -> Row:
+    """Medians with quartiles, and the ratio to the arm it is held against, pair by pair."""
+    ratios = [own / beside for own, beside in times]
+    low, median, high = quartiles([own for own, _ in times])
+    ratio_low, ratio, ratio_high = quartiles(ratios)
+    sure_low, sure_high = interval(ratios)
+    return Row(
+        arm=arm.name,
+        method=arm.method,
+        keep=arm.keep,
+        tokens=tokens,
+        median_ms=round(median, 3),
+        low_ms=round(low, 3),
+        high_ms=round(high, 3),
+        over=arm.against,
+        ratio=round(ratio, 4),
+        ratio_low=round(ratio_low, 4),
+        ratio_high=round(ratio_high, 4),
+        sure_low=round(sure_low, 4),
+        sure_high=round(sure_high, 4),
+        bound=arm.bound,
+        **common,
+    )
 
 
-def rows_of(times: dict[str, list[tuple[float, float]]], arms: dict[str, Arm], common: dict[str, Any]) -> list[Row]:
-    """Medians with quartiles, and the ratio to the arm each is held against, pair by pair."""
-    rows = []
-    visual, text = common["visual"], TEXT_BEFORE + TEXT_AFTER
-    for key, arm in arms.items():
-        ratios = [own / beside for own, beside in times[key]]
-        low, median, high = statistics.quantiles([own for own, _ in times[key]], n=4)
-        ratio_low, ratio, ratio_high = statistics.quantiles(ratios, n=4)
-        sure_low, sure_high = interval(ratios)
-        rows.append(
-            Row(
-                arm=arm.name,
-                method=arm.method,
-                keep=arm.keep,
-                tokens=text + int(arm.keep * visual + 0.5),
-                median_ms=round(median, 3),
-                low_ms=round(low, 3),
-                high_ms=round(high, 3),
-                over=arm.against,
-                ratio=round(ratio, 4),
-                ratio_low=round(ratio_low, 4),
-                ratio_high=round(ratio_high, 4),
-                sure_low=round(sure_low, 4),
-                sure_high=round(sure_high, 4),
-                **common,
-            )
-        )
-    return sorted(rows, key=lambda row: (row.arm, row.method, -row.keep))
+def not_measured(arm: Arm, common: dict[str, Any]) -> Row:
+    """The line of an arm without its numbers."""
+    known = {name: common[name] for name in (*CUT, "shape", "dtype", "torch", "transformers", "commit")}
+    return Row(
+        arm=arm.name,
+        method=arm.method,
+        keep=arm.keep,
+        over=arm.against,
+        bound=arm.bound,
+        measured=NOT_MEASURED,
+        **known,
+    )
 
 
-def keep_freed_memory() -> bool:
-    """Tell glibc not to give freed memory back to the system; False where there is no glibc."""
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    libc = ctypes.CDLL(None)
-    return bool(libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1) and libc.mallopt(M_MMAP_THRESHOLD, 2**25))
-
-
-def main() -> None:
-    """Run the benchmark and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15, help="counted rounds after two warm-ups")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--methods", nargs="+", default=["vtprune", "fastervlm", "divprune", "random"])
-    parser.add_argument("--keep", nargs="+", type=float, default=[0.5, 0.25, 0.11])
-    parser.add_argument("--csv", type=Path, help="append the rows to this file")
-    options = parser.parse_args()
-    heal()
-    torch.set_num_threads(options.threads)
-    allocator = "keeps what is freed" if keep_freed_memory() else "as it comes"
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = build_model(options.hidden, options.layers, device)
-    common = {
-        "allocator": allocator,
-        "rounds": options.rounds,
-        "threads": options.threads,
-        "hidden": options.hidden,
-        "layers": options.layers,
-        "visual": 576,
-        **machine(device),
-    }
-    calls = Calls(model, build_inputs(576, device))
-    calls.encode("vtprune")
-    gc.collect()
-    arms = all_arms(calls, options.methods, options.keep, device)
-    with torch.no_grad():
-        times = measure(arms, options.rounds)
-    rows = rows_of(times, arms, common)
+def show(rows: list[Row]) -> None:
+    """A table for people."""
     for row in rows:
         name = f"{row.arm} {row.method}".strip()
+        bound = "" if row.bound is None else f", at most {row.bound}"
+        if row.measured == NOT_MEASURED:
+            print(f"{name:28s} keep {row.keep:<5} not measured, x {row.over}{bound}")
+            continue
         spread = f"{row.low_ms:8.2f} .. {row.high_ms:8.2f}"
         ratio = f"{row.ratio:6.3f} [{row.sure_low:.3f}, {row.sure_high:.3f}]"
-        print(f"{name:28s} keep {row.keep:<5} {row.median_ms:8.2f} ms ({spread})  {ratio} x {row.over}")
+        print(f"{name:28s} keep {row.keep:<5} {row.median_ms:8.2f} ms ({spread})  {ratio} x {row.over}{bound}")
+
+
+def arguments() -> argparse.Namespace:
+    """What was asked for; `shape` becomes a `Shape` with the numbers that were given, `name` what rows call it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="small", help="model and prompt (default: small)")
+    parser.add_argument("--rounds", type=int, default=15, help="counted rounds after two warm-ups (default: 15)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch (default: 1)")
+    parser.add_argument("--hidden", type=int, help="width of the language model, a multiple of 64 or 128 (large ones)")
+    parser.add_argument("--layers", type=int, help="layers of the language model")
+    parser.add_argument("--vision-layers", type=int, help="layers of the vision encoder")
+    parser.add_argument("--visual", type=int, help="visual tokens, a square number (qwen2.5-vl-7b only)")
+    parser.add_argument("--methods", nargs="+", help="from `vtprune methods` (default: those of the shape)")
+    parser.add_argument("--keep", nargs="+", type=float, help="shares (default: those of the shape)")
+    parser.add_argument("--force", action="store_true", help="run a large shape on a CPU: takes hours")
+    parser.add_argument("--csv", type=Path, help="append the rows to this file")
+    options = parser.parse_args()
+    shape = SHAPES[options.shape]
+    if options.visual is not None and (not shape.square or math.isqrt(options.visual) ** 2 != options.visual):
+        parser.error(f"--visual {options.visual}: expected a square number, and --shape qwen2.5-vl-7b")
+    if options.rounds < 1:
+        parser.error(f"--rounds {options.rounds}: expected 1 or more")
+    given = {name: getattr(options, name) for name in CUT if getattr(options, name) is not None}
+    options.shape = replace(shape, **given)
+    options.name = shape.name + (" (cut down)" if shape.bounded and options.shape != shape else "")
+    options.methods = options.methods or list(shape.methods)
+    options.keep = options.keep or list(shape.keep)
+    return options
+
+
+@torch.no_grad()
+def main() -> None:
+    """Run the benchmark and print the table."""
+    options = arguments()
+    shape: Shape = options.shape
+    heal()
+    torch.set_num_threads(options.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    whole = shape.bounded and shape == SHAPES[shape.name]
+    runs = device == "cuda" or not whole or options.force
+    common = {
+        "allocator": "keeps what is freed" if keep_freed_memory() else "as it comes",
+        "rounds": options.rounds,
+        "threads": options.threads,
+        **{name: getattr(shape, name) for name in CUT},
+        "shape": options.name,
+        "dtype": str(dtype if runs else torch.bfloat16).removeprefix("torch."),
+        **machine(device),
+    }
+    arms = plan(shape, options.methods, options.keep)
+    if not whole:
+        arms = {key: replace(arm, bound=None) for key, arm in arms.items()}
+    if runs:
+        calls = Calls(shape, options.methods, options.keep, device, dtype)
+        gc.collect()
+        times = measure(calls, arms, options.rounds)
+        rows = [row_of(arm, times[key], calls.tokens(arm), common) for key, arm in arms.items()]
+    else:
+        rows = [not_measured(arm, common) for arm in arms.values()]
+    rows.sort(key=lambda row: (row.arm, row.method, -row.keep))
+    show(rows)
     if options.csv:
         append_rows(options.csv, [asdict(row) for row in rows])
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

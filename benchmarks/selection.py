@@ -36,9 +36,9 @@ from typing import Any
 
 import torch
 import transformers
-from prefill import clock_ms, keep_freed_memory
-from recording import append_rows, machine
+from recording import append_rows, machine, run
 from rich.progress import track
+from timing import clock_ms, keep_freed_memory
 from torch import Tensor, nn
 
 import vtprune
@@ -263,4 +263,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

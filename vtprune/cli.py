@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vtprune import _calibrate, _evaluate, _train
+from vtprune import _bench, _calibrate, _evaluate, _train
 from vtprune._arguments import add_attention, check_debias, check_writable, share_or_number, write_outputs
 from vtprune.errors import InvalidOption, VtpruneError
 
@@ -30,6 +30,7 @@ _EXAMPLES = """examples:
   vtprune families                                     which models have an adapter
   vtprune eval --csv out.csv --plot out.png            how often answers are right, method by method
   vtprune doctor ./my-llava                            can this model be pruned, and with which methods?
+  vtprune bench                                        the benchmarks, and what they measure
   vtprune train llava                                  make the bundled model anew
 """
 _RUN_EXAMPLES = """The model answers twice, with all visual tokens and with those the method keeps.
@@ -48,7 +49,10 @@ once of a model (see `vtprune calibrate --help`):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 for a mistake of the user, 130 when interrupted."""
+    """Run one command; returns the exit code: 0, 2 for a mistake of the user, 130 when interrupted.
+
+    `bench` hands on that of the benchmark.
+    """
     try:
         return _main(arguments)
     except KeyboardInterrupt:
@@ -71,12 +75,12 @@ def _main(arguments: Sequence[str] | None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = warn  # type: ignore[assignment]
-            parsed.command(parsed, Console(highlight=False))
+            code: int | None = parsed.command(parsed, Console(highlight=False))
     except VtpruneError as error:
         trouble.print("[bold red]error:[/bold red]", end=" ")
         trouble.print(str(error), markup=False)
         return 2
-    return 0
+    return code or 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -104,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     _evaluate.add_eval(commands.add_parser)
     _train.add_train(commands.add_parser)
     _calibrate.add_calibrate(commands.add_parser)
+    _bench.add_bench(commands.add_parser)
     for command in commands.choices.values():
         command.set_defaults(parser=command)
     return parser
