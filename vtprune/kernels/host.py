@@ -81,7 +81,9 @@ def greedy_select(
     """What `greedy.greedy_select` says of unit vectors, all rows of the stack in each step."""
     factor = weight[:, None] if isinstance(weight, Tensor) else weight
     _, N, D = units.shape
-    if (first is not None or taken is not None) and 3 * k <= N and N * N * D > _CHEAP_PRODUCT:
+    # The best by a minimum are likely to be good in the next step too, so that their rows can be computed ahead.
+    ahead = reduce == "min" and (first is not None or taken is not None)
+    if ahead and 3 * k <= N and N * N * D > _CHEAP_PRODUCT:
         worths = _Worths(units, _values(relevance), factor)
         start = relevance if first is None else first
         return _steps(worths.seen_from, start, k, reduce=reduce, taken=taken, available=available)
@@ -106,7 +108,7 @@ def pairwise_select(
     table, stack = _values(worths), np.arange(len(worths))
 
     def seen_from(best: np.ndarray, promise: np.ndarray) -> np.ndarray:
-        return table[stack, best]
+        return table[0, best] if len(table) == 1 else table[stack, best]
 
     return _steps(seen_from, first, k, reduce=reduce, taken=taken, available=available)
 
@@ -127,8 +129,9 @@ def _steps(
     """
     S, N = first.shape
     merge, neutral = (np.minimum, np.inf) if reduce == "min" else (np.add, 0.0)
-    stack, chosen = np.arange(S), np.empty((S, k), dtype=np.int64)
+    begins, chosen = np.arange(0, S * N, N), np.empty((k, S), dtype=np.int64)
     worth = np.full((S, N), neutral, dtype=np.float32)
+    flat = worth.reshape(-1)
     if available is not None:
         worth[~_values(available)] = -np.inf
     candidates = merge(_values(first), worth)
@@ -136,12 +139,10 @@ def _steps(
     for step in range(k):
         for best in unseen:
             merge(worth, seen_from(best, candidates), out=worth)
-            worth[stack, best] = -np.inf
+            flat[begins + best] = -np.inf
             candidates = worth
-        best = candidates.argmax(axis=1)
-        chosen[:, step] = best
-        unseen = [best]
-    return torch.from_numpy(chosen)
+        unseen = [candidates.argmax(axis=1, out=chosen[step])]
+    return torch.from_numpy(chosen).T.contiguous()
 
 
 def merge_rows(features: Tensor, into: Tensor, weights: Tensor, k: int) -> Tensor:
@@ -227,46 +228,32 @@ class _Worths:
     """
 
     def __init__(self, units: Tensor, relevance: np.ndarray, weight: float | Tensor) -> None:
-        S, N, _ = units.shape
         self._units = units
         self._relevance = relevance
-        self._weight = _values(weight)[:, 0] if isinstance(weight, Tensor) else np.full((S, 1), weight, np.float32)
-        self._stack = np.arange(S)
-        self._slots = np.full((S, N), -1)
-        self._known = np.zeros(S, dtype=np.int64)
-        self._rows = np.empty((S, min(N, 2 * _ROWS_AT_ONCE), N), dtype=np.float32)
+        self._weight = _values(weight[:, 0]) if isinstance(weight, Tensor) else np.full((len(units), 1), weight, "f4")
+        self._known: list[dict[int, np.ndarray]] = [{} for _ in units]
 
     def seen_from(self, best: np.ndarray, promise: np.ndarray) -> np.ndarray:
         """Rows (S, N), one of each picture; `promise` (S, N) is high where rows are likely to be asked for soon."""
-        slots = self._slots[self._stack, best]
-        if slots.min() < 0:
-            for row in np.flatnonzero(slots < 0):
-                self._compute(int(row), int(best[row]), promise[row])
-            slots = self._slots[self._stack, best]
-        return self._rows[self._stack, slots]
+        found = [self._row(picture, index, promise[picture]) for picture, index in enumerate(best.tolist())]
+        return found[0][None] if len(found) == 1 else np.stack(found)
 
-    def _compute(self, row: int, index: int, promise: np.ndarray) -> None:
-        units, slots, known = self._units[row], self._slots[row], self._known[row]
-        N = len(slots)
-        if 2 * known >= N:
-            wanted = np.flatnonzero(slots < 0)
-            product = _values(cosine_similarity(units[None])[0])[wanted]
+    def _row(self, picture: int, index: int, promise: np.ndarray) -> np.ndarray:
+        known = self._known[picture]
+        if index not in known:
+            self._compute(picture, index, promise)
+        return known[index]
+
+    def _compute(self, picture: int, index: int, promise: np.ndarray) -> None:
+        units, known, N = self._units[picture], self._known[picture], len(promise)
+        if 2 * len(known) >= N:
+            wanted, product = np.arange(N), _values(cosine_similarity(units[None])[0])
         else:
-            likely = np.where(slots < 0, promise, -np.inf)
+            likely = promise.copy()
+            likely[list(known)] = -np.inf
             likely[index] = np.inf
             wanted = np.argpartition(likely, -min(_ROWS_AT_ONCE, N))[-_ROWS_AT_ONCE:]
-            wanted = wanted[slots[wanted] < 0]
             product = _values(_product(units, units.index_select(0, torch.from_numpy(wanted)))).T
-        self._make_room(known + len(wanted))
-        rows = self._rows[row, known : known + len(wanted)]
-        np.multiply(product, -self._weight[row], out=rows)
-        rows += self._relevance[row]
-        slots[wanted] = np.arange(known, known + len(wanted))
-        self._known[row] += len(wanted)
-
-    def _make_room(self, needed: int) -> None:
-        S, room, N = self._rows.shape
-        if needed > room:
-            grown = np.empty((S, min(N, max(needed, 2 * room)), N), dtype=np.float32)
-            grown[:, :room] = self._rows
-            self._rows = grown
+        rows = np.multiply(product, -self._weight[picture], order="C")
+        rows += self._relevance[picture]
+        known.update(zip(wanted.tolist(), rows, strict=True))
