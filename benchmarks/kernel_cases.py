@@ -79,7 +79,7 @@ class Case:
     """A kernel, its shape by letters, how inputs are drawn, and its arms, `ours` among them.
 
     `check` raises `Disagreement` where arms differ; it gets one set of the inputs. `agreement` tells, of the same, the
-    share of the tokens of a loop that an arm chooses too.
+    share of the tokens of the reference that an arm chooses too.
     """
 
     kernel: str

@@ -9,9 +9,9 @@ so, in float32. Without a GPU the rows of `gpu` are written as "not measured", w
 A choice (mmr, k-center, max-sum, score x distance, dpp, facility) is held against a loop over pictures and steps, as
 published implementations have it (`step_loops.py`), and on a GPU against its own PyTorch reference, with and without
 torch.compile, which unrolls the steps and is left out where they are many. On pictures without near ties all arms must
-choose the same tokens, or there are no times; `agreement` is the share of the loop's tokens that an arm chooses on the
-inputs that are timed, where the loop rounds similarities to bfloat16. `cut_sequence` is held against a loop over rows
-with padding, `merge_rows` against the product with a dense mixture, attention against one call of SDPA of the same
+choose the same tokens, or there are no times; `agreement` is the share of the reference's tokens that an arm chooses on
+the inputs that are timed, where the loop rounds similarities to bfloat16. `cut_sequence` is held against a loop over
+rows with padding, `merge_rows` against the product with a dense mixture, attention against one call of SDPA of the same
 layer and against the map of all rows; "encoder probe" is the encoder while its CLS attention is read, against the
 encoder alone, of as many layers as the row says.
 
@@ -40,7 +40,6 @@ from typing import Any
 
 import torch
 from kernel_cases import LETTERS, OURS, Arm, Case, Inputs, Setting
-from kernel_choices import LOOP
 from kernel_presets import DTYPES, NAMES, PRESETS
 from recording import MEASURED, NOT_MEASURED, append_rows, machine, run
 from rich.progress import track
@@ -164,7 +163,7 @@ def measured_rows(case: Case, options: argparse.Namespace, preset: str, common: 
     for arm in case.arms:
         told = row_of(case, arm, times, rates) | facts_of(arm, sets[0], device) | common["columns"]
         told |= {"copy_gb_s": round(rates[0] / 1e6, 1), "matmul_gflop_s": round(rates[1] / 1e6, 1)}
-        if case.agreement is not None and arm.name != LOOP:
+        if case.agreement is not None:
             told["agreement"] = round(case.agreement(sets[0], arm), 4)
         if arm.bounds:
             told["within"] = "yes" if all(bound.holds(told) for bound in arm.bounds) else "no"

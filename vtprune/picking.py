@@ -103,13 +103,15 @@ def mixed(mixture: Groups | Tensor, features: Tensor, selection: Selection) -> M
         return Merged(rows=rows, into=into.masked_fill(share <= 0, -1).scatter(1, keep, own))
     check_returned("the merger", mixture.into, (S, N), torch.long)
     check_returned("the merger", mixture.weights, (S, N))
+    if host.holds(keep) and not host.is_within(mixture.into, -1, K):
+        raise UnsupportedCall(f"the merger names groups beyond those of {K} kept tokens: expected -1 to {K - 1}")
     into = mixture.into.scatter(1, keep, own)
     weights = mixture.weights.clamp(min=0)
     most = weights.new_zeros(S, K + 1).scatter_reduce(1, into.masked_fill(into < 0, K), weights, "amax")
     idle = (weights == 0) & (most.gather(1, into.clamp(min=0)) > 0)
     rows = kernels.merge_rows(features, into, weights, K)
     if mixture.stays:
-        rows = torch.lerp(rows, kernels.rows_at(features, keep).float(), mixture.stays)
+        rows = torch.lerp(rows, kernels.rows_at(features, keep).float().nan_to_num(nan=0.0), mixture.stays)
     return Merged(rows=rows, into=into.masked_fill(idle, -1).scatter(1, keep, own))
 
 

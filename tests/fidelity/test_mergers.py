@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from tests.fidelity import loops_stages as loops
 from tests.fidelity.test_methods import at_angles
 from tests.fidelity.test_published_methods import drawn, pictures, rows, scores
 from vtprune import Pick, Pipeline, picking
+from vtprune.errors import UnsupportedCall
 from vtprune.stages.cells import CellBest, CellCentres, cells_of
 from vtprune.stages.mergers import IntoCell, IntoNearest, NeighbourSum
 from vtprune.stages.scorers import Constant, Given
@@ -176,6 +178,21 @@ class Joining:
 
     def __call__(self, tokens: VisualTokens, selection: Selection) -> Groups:
         return self.groups
+
+
+def test_what_is_no_number_counts_as_nothing_half_the_way_too() -> None:
+    stack = pictures(torch.tensor([[[float("nan")], [4.0], [2.0], [1.0]]]), (1, 4))
+    selection = Selection(keep=torch.tensor([[0, 2]]), taken=torch.zeros(1, 2, dtype=torch.long), counts=(2,))
+    joining = Joining([0, 0, 1, -1], [1.0, 1.0, 1.0, 1.0])
+    halfway = replace(joining.groups, stays=0.5)
+    assert picking.mixed(halfway, stack.features, selection).rows[0, :, 0].tolist() == [1.0, 2.0]
+
+
+def test_groups_that_do_not_exist_are_refused() -> None:
+    stack = pictures(torch.tensor([[[8.0], [4.0], [2.0], [1.0]]]), (1, 4))
+    selection = Selection(keep=torch.tensor([[1, 2]]), taken=torch.zeros(1, 2, dtype=torch.long), counts=(2,))
+    with pytest.raises(UnsupportedCall, match="2 kept tokens"):
+        picking.merged(Joining([0, 2, 1, -1], [1.0] * 4), stack, selection)
 
 
 @pytest.mark.parametrize(

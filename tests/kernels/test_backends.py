@@ -15,6 +15,12 @@ from vtprune.kernels.backends import Use, choose_backend, kernel, using
 from vtprune.tiny import PICTURE
 
 
+def out_of_resources() -> Exception:
+    from triton.runtime.errors import OutOfResources
+
+    return OutOfResources(99, 64, "shared memory")
+
+
 def indices(device: torch.device) -> torch.Tensor:
     return torch.tensor([[0, 2]], device=device)
 
@@ -57,7 +63,7 @@ def test_a_missing_triton_is_a_reason_too(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_where_auto_falls_back_the_reason_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "_on_gpu", lambda args: True)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     monkeypatch.setattr(backends, "missing", lambda: "triton is not installed")
     with using("auto") as use:
         found = reference.cut_sequence([drawn(1, 4, 3)], indices(torch.device("cpu")))
@@ -66,6 +72,55 @@ def test_where_auto_falls_back_the_reason_is_kept(monkeypatch: pytest.MonkeyPatc
     use.absorb(Use(on_triton={"cls_attention"}))
     assert str(use) == "triton, but torch for cut_sequence: triton is not installed"
     assert str(Use(on_triton={"cls_attention"})) == "triton"
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (out_of_resources, "cut_sequence: OutOfResources: out of resource"),
+        (lambda: RuntimeError("Failed to find C compiler. Please specify via CC"), "cut_sequence: Failed to find C"),
+    ],
+    ids=["out of resources", "no compiler"],
+)
+def test_what_triton_itself_cannot_do_is_a_reason_too(
+    error: Any, message: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise error()
+
+    monkeypatch.setattr("vtprune.kernels.triton_rows.cut_sequence", fail)
+    monkeypatch.setattr(reference.cut_sequence, "_broken", "")
+    with using("triton"), pytest.raises(BackendUnavailable, match=message):
+        reference.cut_sequence([drawn(1, 4, 3).to(device)], indices(device))
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    with using("auto") as use:
+        assert reference.cut_sequence([drawn(1, 4, 3)], indices(torch.device("cpu")))[0].shape == (1, 2, 3)
+    assert message in str(use)
+
+
+def test_errors_that_are_no_reason_are_raised(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("device-side assert")
+
+    monkeypatch.setattr("vtprune.kernels.triton_rows.cut_sequence", fail)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    with using("auto"), pytest.raises(RuntimeError, match="device-side"):
+        reference.cut_sequence([drawn(1, 4, 3)], indices(torch.device("cpu")))
+
+
+def test_a_triton_that_does_not_know_the_words_is_a_reason_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = kernel("no_such_module")(lambda rows: rows)
+    with using("triton"), pytest.raises(BackendUnavailable, match="this version of triton cannot be used"):
+        broken(drawn(1, 4, 3))
+
+
+def test_nothing_to_cut_and_words_instead_of_places(device: torch.device) -> None:
+    for requested in ("auto", "triton"):
+        with using(requested) as use:
+            assert reference.cut_sequence([], indices(device)) == []
+            short = reference.cut_sequence(tensors=[drawn(1, 4, 3).to(device)], indices=indices(device))
+            assert short[0].shape == (1, 2, 3)
+        assert requested in ("auto", str(use))
 
 
 def test_the_inner_block_keeps_to_the_outer_one() -> None:

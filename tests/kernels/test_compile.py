@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import vtprune
-from tests.kernels.variants import TARGETS
+from tests.kernels.variants import SHARED, TARGETS
 
 KERNELS = Path(vtprune.__file__).parent / "kernels"
 
@@ -59,4 +59,7 @@ def test_kernels_compile_for_a_device_that_is_not_there(target: str, variants: s
     assert run.returncode == 0, run.stderr[-3000:]
     lines = run.stdout.splitlines()
     assert [line.split(": ", 1)[1] for line in lines] == [str(variant) for variant in SETS[variants]]
-    assert all(int(line.split()[0]) > 1000 for line in lines)
+    for line in lines:
+        size, _, shared, *_ = line.split()
+        assert int(size) > 1000
+        assert int(shared) <= SHARED[target], line

@@ -85,6 +85,29 @@ def test_similarities_that_are_not_held_choose_the_same(k: int, m: int) -> None:
     assert (rough.sort(dim=1).values.diff(dim=1) > 0).all()
 
 
+@pytest.mark.parametrize("reduce", ["min", "sum"])
+def test_what_must_not_be_chosen_is_not_chosen_first_either(reduce: Any) -> None:
+    features, nothing = drawn(1, 9, 4), torch.zeros(1, 9)
+    first = nothing.clone()
+    first[0, 3] = float("inf")
+    available = torch.arange(9)[None] != 3
+    chosen = steps.greedy_select(features, nothing, first, 8, reduce=reduce, available=available)
+    assert 3 not in chosen.tolist()[0]
+    assert torch.equal(
+        chosen, by_reference(steps.greedy_select, features, nothing, first, 8, reduce=reduce, available=available)
+    )
+
+
+def test_numbers_in_low_precision_are_taken() -> None:
+    features, numbers = drawn(2, 30, 4).bfloat16(), drawn(2, 30, seed=1).abs().bfloat16()
+    high = (features.float(), numbers.float())
+    low = steps.greedy_select(features, numbers, numbers, 5, weight=numbers)
+    assert torch.equal(low, steps.greedy_select(*high, high[1], 5, weight=high[1]))
+    assert torch.equal(steps.facility_select(features, numbers, 5), steps.facility_select(*high, 5))
+    into = torch.zeros(2, 30, dtype=torch.long)
+    assert torch.equal(kernels.merge_rows(features, into, numbers, 1), kernels.merge_rows(high[0], into, high[1], 1))
+
+
 @pytest.mark.parametrize("limit", [0, 2**27])
 def test_products_that_are_cheap_choose_the_same(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors, options = greedy(3, 120, 2)

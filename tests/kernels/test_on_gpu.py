@@ -55,7 +55,8 @@ def test_steps_are_captured_in_a_graph_of_the_caller() -> None:
 def test_no_kernel_waits_for_the_device() -> None:
     x, n = on_gpu(drawn(2, 300, 64).bfloat16(), drawn(2, 300, seed=1).abs())
     query, key = (drawn(1, 4, 300, 64, seed=seed).cuda().bfloat16() for seed in (2, 3))
-    at = torch.zeros(2, 3, dtype=torch.long, device="cuda")
+    at = torch.arange(3, device="cuda").expand(2, -1)
+    allowed = torch.ones(1, 5, 300, dtype=torch.bool, device="cuda")
 
     def everything() -> None:
         greedy.greedy_select.triton(x, n, None, 40)
@@ -64,7 +65,12 @@ def test_no_kernel_waits_for_the_device() -> None:
         greedy.facility_select.triton(x, n, 9)
         reference.cut_sequence.triton([x, n], at)
         reference.merge_rows.triton(x, torch.zeros_like(n).long(), n, 1)
+        greedy.greedy_select.triton(x, n, n, 40, taken=at)
+        greedy.pairwise_select.triton(torch.cdist(x.float(), x.float()), n, 9)
+        reference.cut_sequence.triton([x, n], at, at == 0)
         attention.cls_attention.triton(query, key, scale=0.1)
+        attention.attention_from.triton(query, key, scale=0.1)
+        attention.rows_attention.triton(query[:, :, :5], key[:, :2], allowed, scale=0.1)
         attention.attention_to.triton(query, key, torch.ones(1, 1, 300, device="cuda"), scale=0.1)
 
     everything()

@@ -222,7 +222,7 @@ def test_what_the_kernels_do_not_take_is_refused(device: torch.device) -> None:
     long = torch.zeros(1, 1, 1, 16, device=device).as_strided((1, 1, 1, 16), (16, 16, 2**31, 1))
     allowed = torch.ones(1, 2, 2, dtype=torch.bool, device=device)
     for reason, q, k in (
-        ("257 wide", query, key),
+        ("257 channels", query, key),
         ("float64", query[..., :8].double(), key[..., :8].double()),
         ("too many", long, long),
     ):

@@ -91,6 +91,16 @@ def test_more_tokens_than_fit_a_block(device: torch.device, block: int, monkeypa
     assert greedy.greedy_select.triton(same, nothing, nothing, 60).tolist() == [list(range(60))]
 
 
+@pytest.mark.parametrize("select", [greedy.dpp_select, greedy.facility_select], ids=lambda kernel: kernel.name)
+def test_pictures_go_in_groups_where_memory_is_short(
+    device: torch.device, select: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features, options = stack(3, 13, 1)
+    agree(device, select, (features, drawn(3, 13, seed=1).abs() + 0.1), 4, **options)
+    monkeypatch.setattr("vtprune.kernels.triton_common.MOST_HELD", 2 * 4 * 13 * 13)
+    agree(device, select, (features, drawn(3, 13, seed=1).abs() + 0.1), 4, **options)
+
+
 @pytest.mark.parametrize("m", [0, 2])
 def test_pairs_of_known_worth(device: torch.device, m: int) -> None:
     places, options = stack(2, 37, m)

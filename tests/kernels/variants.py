@@ -13,6 +13,8 @@ TARGETS = {
     "gfx942": ("hip", "gfx942", 64),
 }
 """Ampere, Hopper, Blackwell, and AMD's CDNA 3."""
+SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+"""The most memory that the threads of a program may share on each."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,14 @@ from torch import Tensor
 from vtprune.kernels.backends import kernel
 
 _QUERIES_PER_BLOCK = 256
+_IN_TILES = (torch.float32, torch.bfloat16, torch.float16)
+WIDEST = 256
+"""Heads of more channels have no tiles in Triton."""
+
+
+def fits_tiles(query: Tensor, key: Tensor) -> bool:
+    """Whether Triton has tiles for queries and keys (..., d) of such types."""
+    return query.shape[-1] <= WIDEST and all(tokens.dtype in _IN_TILES for tokens in (query, key))
 
 
 @kernel("triton_attention")

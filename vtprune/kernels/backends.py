@@ -18,6 +18,7 @@ from torch import Tensor
 from vtprune.errors import BackendUnavailable, InvalidOption
 
 BACKENDS = ("auto", "torch", "triton")
+_NO_COMPILER = "Failed to find C compiler"
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -39,7 +40,7 @@ class Use:
     def __str__(self) -> str:
         """As reports name it: `torch`, `triton`, or either with what ran on torch and why."""
         whys = ", ".join(f"{name}: {why}" for name, why in sorted(self.on_torch.items()) if why)
-        if self.on_triton:
+        if self.on_triton or self.requested == "triton":
             return f"triton, but torch for {whys}" if whys else "triton"
         return f"torch ({whys})" if whys else "torch"
 
@@ -53,25 +54,21 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-def begin(use: Use) -> None:
-    """Let `use` be in force in this thread until `end`."""
-    _thread.use = use
-
-
-def end() -> None:
-    """Undo `begin`."""
-    _thread.use = None
+def put_in_force(use: Use | None) -> Use | None:
+    """Let `use` be in force in this thread; returns what was before."""
+    before, _thread.use = _thread.use, use
+    return before
 
 
 @contextmanager
 def using(requested: str) -> Iterator[Use]:
     """A block whose kernels run on the backend `requested`, unless one is in force already."""
-    outer = _thread.use
-    _thread.use = outer or Use(requested)
+    use = _thread.use or Use(requested)
+    outer = put_in_force(use)
     try:
-        yield _thread.use
+        yield use
     finally:
-        _thread.use = outer
+        put_in_force(outer)
 
 
 def choose_backend(requested: str) -> str:
@@ -118,11 +115,13 @@ class Kernel(Generic[P, R]):
         self.name = specification.__name__
         self.specification = specification
         self._module = module
+        self._broken = ""
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         use = _thread.use
         requested = "auto" if use is None else use.requested
-        if requested == "torch" or (requested == "auto" and not _on_gpu(args)):
+        first = _first_tensor([*args, *kwargs.values()])
+        if first is None or requested == "torch" or (requested == "auto" and not first.is_cuda):
             return self.specification(*args, **kwargs)
         try:
             found = self.triton(*args, **kwargs)
@@ -142,13 +141,33 @@ class Kernel(Generic[P, R]):
         Raises:
             BackendUnavailable: where it cannot be, with the reason.
         """
-        if missing():
-            raise BackendUnavailable(missing())
-        check_tensors([*args, *kwargs.values()])
-        module = importlib.import_module(f"vtprune.kernels.{self._module}")
-        with torch.cuda.device_of(_first(args)):
-            found: R = getattr(module, self.name)(*args, **kwargs)
-        return found
+        if why := missing() or self._broken:
+            raise BackendUnavailable(why)
+        values = [*args, *kwargs.values()]
+        check_tensors(values)
+        form = self._form()
+        from triton.errors import TritonError
+
+        try:
+            with torch.cuda.device_of(_first_tensor(values)):
+                return form(*args, **kwargs)
+        except TritonError as error:
+            raise BackendUnavailable(f"{type(error).__name__}: {error}") from error
+        except RuntimeError as error:
+            if _NO_COMPILER not in str(error):
+                raise
+            self._broken = str(error)
+            raise BackendUnavailable(self._broken) from error
+
+    def _form(self) -> Callable[P, R]:
+        """The function in Triton; a version of Triton that does not know what it is written in is remembered."""
+        try:
+            module = importlib.import_module(f"vtprune.kernels.{self._module}")
+        except (ImportError, AttributeError, TypeError) as error:
+            self._broken = f"this version of triton cannot be used ({error})"
+            raise BackendUnavailable(self._broken) from error
+        form: Callable[P, R] = getattr(module, self.name)
+        return form
 
 
 def kernel(module: str) -> Callable[[Callable[P, R]], Kernel[P, R]]:
@@ -168,11 +187,11 @@ def check_tensors(values: list[Any]) -> None:
                 raise BackendUnavailable("gradients flow through it")
 
 
-def _first(args: tuple[Any, ...]) -> Tensor:
-    """The tensor that says where a kernel runs."""
-    first: Tensor = args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
-    return first
-
-
-def _on_gpu(args: tuple[Any, ...]) -> bool:
-    return _first(args).is_cuda
+def _first_tensor(values: list[Any]) -> Tensor | None:
+    """The tensor that says where a kernel runs, None where there is none."""
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            value = _first_tensor(list(value))
+        if isinstance(value, Tensor):
+            return value
+    return None

@@ -251,6 +251,7 @@ def facility_select(
     S, N, _ = units.shape
     similarity = cosine_similarity(units)
     rows, start = similarity.view(S * N, N), torch.arange(S, device=units.device) * N
+    salience = salience.float()
     covered = torch.zeros_like(salience)
     if taken is not None:
         covered = similarity.gather(1, taken[:, :, None].expand(-1, -1, N)).amax(dim=1).clamp_min_(0)

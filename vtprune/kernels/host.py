@@ -34,6 +34,11 @@ def has_nan(scores: Tensor) -> bool:
     return bool(scores.isnan().any())
 
 
+def is_within(values: Tensor, least: int, end: int) -> bool:
+    """Whether no number is below `least`, or as high as `end`."""
+    return values.numel() == 0 or (int(values.min()) >= least and int(values.max()) < end)
+
+
 def read_counts(counts: Tensor) -> list[int]:
     """Numbers that depend on what tokens hold, one after the other: the one place that waits to learn them."""
     return [int(count) for count in counts.flatten().tolist()]
@@ -79,12 +84,12 @@ def greedy_select(
     available: Tensor | None,
 ) -> Tensor:
     """What `greedy.greedy_select` says of unit vectors, all rows of the stack in each step."""
-    factor = weight[:, None] if isinstance(weight, Tensor) else weight
+    factor = weight.float()[:, None] if isinstance(weight, Tensor) else weight
     _, N, D = units.shape
     # The best by a minimum are likely to be good in the next step too, so that their rows can be computed ahead.
     ahead = reduce == "min" and (first is not None or taken is not None)
     if ahead and 3 * k <= N and N * N * D > _CHEAP_PRODUCT:
-        worths = _Worths(units, _values(relevance), factor)
+        worths = _Worths(units, _values(relevance.float()), factor)
         start = relevance if first is None else first
         return _steps(worths.seen_from, start, k, reduce=reduce, taken=taken, available=available)
     similarity = cosine_similarity(units)
@@ -105,7 +110,7 @@ def pairwise_select(
     available: Tensor | None,
 ) -> Tensor:
     """What `greedy.pairwise_select` says, all rows of the stack in each step."""
-    table, stack = _values(worths), np.arange(len(worths))
+    table, stack = _values(worths.float()), np.arange(len(worths))
 
     def seen_from(best: np.ndarray, promise: np.ndarray) -> np.ndarray:
         return table[0, best] if len(table) == 1 else table[stack, best]
@@ -131,10 +136,11 @@ def _steps(
     merge, neutral = (np.minimum, np.inf) if reduce == "min" else (np.add, 0.0)
     begins, chosen = np.arange(0, S * N, N), np.empty((k, S), dtype=np.int64)
     worth = np.full((S, N), neutral, dtype=np.float32)
-    flat = worth.reshape(-1)
+    flat, start = worth.reshape(-1), _values(first.float())
     if available is not None:
         worth[~_values(available)] = -np.inf
-    candidates = merge(_values(first), worth)
+        start = np.where(_values(available), start, -np.inf)
+    candidates = start
     unseen = [] if taken is None else list(_values(taken).T)
     for step in range(k):
         for best in unseen:
@@ -148,9 +154,10 @@ def _steps(
 def merge_rows(features: Tensor, into: Tensor, weights: Tensor, k: int) -> Tensor:
     """What `reference.merge_rows` says of finite features in fp32: every token is added where it belongs, and once."""
     S, N, D = features.shape
+    weights = weights.float().clamp(min=0)
     groups = torch.where(into < 0, k, into) + torch.arange(S)[:, None] * (k + 1)
-    total = torch.zeros(S * (k + 1)).index_add(0, groups.flatten(), weights.float().clamp(min=0).flatten())
-    counts = torch.where(total.gather(0, groups.flatten()).view(S, N) > 0, weights.clamp(min=0), 1.0)
+    total = torch.zeros(S * (k + 1)).index_add(0, groups.flatten(), weights.flatten())
+    counts = torch.where(total.gather(0, groups.flatten()).view(S, N) > 0, weights, 1.0)
     amount = torch.zeros(S * (k + 1)).index_add(0, groups.flatten(), counts.flatten())
     shares = counts / amount.gather(0, groups.flatten()).view(S, N)
     rows = (features * shares[..., None]).flatten(0, 1)

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vtprune.errors import BackendUnavailable
+from vtprune.kernels.attention import fits_tiles
 from vtprune.kernels.backends import interpreted
 
 _KEYS_PER_CHUNK, _MOST_CHUNKS, _INTERPRETED = 512, 32, tl.constexpr(interpreted())
@@ -67,11 +68,9 @@ def tile_for(query: Tensor, key: Tensor, rows: int) -> dict[str, int]:
         BackendUnavailable: for what none of the kernels takes.
     """
     d = query.shape[3]
-    if d > 256:
-        raise BackendUnavailable(f"heads are {d} wide, more than 256")
+    if not fits_tiles(query, key):
+        raise BackendUnavailable(f"queries and keys of {d} channels in {query.dtype} and {key.dtype}")
     for tokens in (query, key):
-        if tokens.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise BackendUnavailable(f"queries and keys are {tokens.dtype}")
         if tokens.shape[2] * tokens.stride(2) >= 2**31:
             raise BackendUnavailable(f"{tokens.shape[2]} tokens are too many")
     return tile_of(d, rows, max(query.element_size(), key.element_size()))

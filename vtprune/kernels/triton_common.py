@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -10,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vtprune.errors import BackendUnavailable
-from vtprune.kernels.directions import Directions
+from vtprune.kernels.greedy import MOST_HELD
 
 MOST_TOKENS = 16384
 """That many numbers are held in the registers of one program."""
@@ -27,10 +28,14 @@ def similar_of(row: tl.tensor, inverse: tl.tensor, own: tl.tensor, index: tl.ten
     return tl.where(similar == similar, similar, 0.0)
 
 
-def held_products(directions: Directions, dtype: torch.dtype) -> Tensor:
-    """All products, where one program can go through a row of them."""
-    block_of(directions.rows.shape[1])
-    return directions.products(dtype=dtype)
+def in_groups(select: Callable[..., Tensor], k: int, features: Tensor, *more: Tensor | None) -> Tensor:
+    """What `select` chooses, of so many pictures at once as may hold their similarities together; at least one."""
+    S, N, _ = features.shape
+    size = max(1, MOST_HELD // (4 * N * N))
+    parts = (slice(begin, begin + size) for begin in range(0, S, size))
+    return torch.cat(
+        [select(*(None if every is None else every[own] for every in (features, *more)), k=k) for own in parts]
+    )
 
 
 def block_of(N: int) -> int:

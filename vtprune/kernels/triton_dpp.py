@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vtprune.kernels.directions import Directions
 from vtprune.kernels.greedy import NOVEL, none_chosen
-from vtprune.kernels.triton_common import NEGATIVE, block_of, held_products, numbers, similar_of, warps_of
+from vtprune.kernels.triton_common import NEGATIVE, block_of, in_groups, numbers, similar_of, warps_of
 
 
 @triton.jit
@@ -72,6 +72,11 @@ def dpp_select(
     """As `greedy.dpp_select`."""
     if (none := none_chosen(features, k)) is not None:
         return none
+    return in_groups(_select, k, features, relevance, taken, available)
+
+
+def _select(features: Tensor, relevance: Tensor, taken: Tensor | None, available: Tensor | None, *, k: int) -> Tensor:
+    """As `dpp_select`, of pictures that hold their similarities together."""
     S, N, _ = features.shape
     m, block = 0 if taken is None else taken.shape[1], block_of(N)
     directions = Directions.of(features)
@@ -79,7 +84,7 @@ def dpp_select(
     barred = torch.zeros(S, N, dtype=torch.int8, device=features.device)
     chosen = torch.empty(S, k, dtype=torch.long, device=features.device)
     _determinantal[(S,)](
-        held_products(directions, torch.float32),
+        directions.products(),
         directions.inverse,
         numbers(relevance / scale),
         barred if available is None else (~available).to(torch.int8).contiguous(),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vtprune.kernels.directions import Directions
 from vtprune.kernels.greedy import none_chosen
-from vtprune.kernels.triton_common import NEGATIVE, block_of, held_products, numbers, similar_of, warps_of
+from vtprune.kernels.triton_common import NEGATIVE, block_of, in_groups, numbers, similar_of, warps_of
 
 
 @triton.jit
@@ -73,9 +73,14 @@ def facility_select(
     """As `greedy.facility_select`."""
     if (none := none_chosen(features, k)) is not None:
         return none
+    return in_groups(_select, k, features, salience, taken, available)
+
+
+def _select(features: Tensor, salience: Tensor, taken: Tensor | None, available: Tensor | None, *, k: int) -> Tensor:
+    """As `facility_select`, of pictures that hold their similarities together."""
     S, N, _ = features.shape
     directions, block = Directions.of(features), block_of(N)
-    products = held_products(directions, torch.float32)
+    products = directions.products()
     covered = torch.zeros(S, N, device=features.device)
     for index in () if taken is None else taken.unbind(1):
         covered = torch.maximum(covered, directions.cosines(products, index))

@@ -43,7 +43,7 @@ def _look_from(
     PAIRWISE: tl.constexpr,
 ) -> tl.tensor:
     """Bring up to date what all tokens of a picture are worth, a block of them at a time; the best one, ties to the
-    first. Every thread reads what it wrote itself."""
+    first. Behind the barrier any thread may read what another wrote."""
     lane = tl.arange(0, BLOCK)
     highest, place = tl.full([BLOCK], NEGATIVE, tl.float32), lane
     for start in range(0, N, BLOCK):
@@ -59,6 +59,7 @@ def _look_from(
         tl.store(worth + at, now, mask=inside)
         better = inside & (now > highest)
         highest, place = tl.where(better, now, highest), tl.where(better, at, place)
+    tl.debug_barrier()
     return tl.min(tl.where(highest == tl.max(highest, axis=0), place, N), axis=0).to(tl.int64)
 
 
@@ -186,7 +187,7 @@ def _farthest(
     BLOCK: tl.constexpr,
 ) -> None:
     """How little a token resembles the one it resembles most, itself left out, from its row of products."""
-    s, row = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, s = tl.program_id(0), tl.program_id(1).to(tl.int64)
     index, highest = begin + row, tl.full([BLOCK], NEGATIVE, tl.float32)
     for start in range(0, N, BLOCK):
         at = start + tl.arange(0, BLOCK)
@@ -204,7 +205,7 @@ def _isolation(directions: Directions, products: Tensor | None) -> Tensor:
     size = N if products is not None else max(1, min(N, MOST_HELD // 16 // (4 * S * N)))
     for begin in range(0, N, size):
         block = directions.products(begin, begin + size) if products is None else products
-        _farthest[(S, block.shape[1])](
+        _farthest[(block.shape[1], S)](
             block, directions.inverse, found, N, begin, block.shape[1], BLOCK=min(triton.next_power_of_2(N), 1024)
         )
     return found

@@ -49,11 +49,11 @@ def _cut(
 
 def cut_sequence(tensors: Sequence[Tensor], indices: Tensor, valid: Tensor | None = None) -> list[Tensor]:
     """As `reference.cut_sequence`, in one launch: all tensors together, copied as integers of their size."""
-    if not 0 < len(tensors) <= _MOST_TENSORS:
-        raise BackendUnavailable(f"{len(tensors)} tensors at once: expected 1 to {_MOST_TENSORS}")
+    if len(tensors) > _MOST_TENSORS:
+        raise BackendUnavailable(f"{len(tensors)} tensors at once: expected at most {_MOST_TENSORS}")
     B, K = indices.shape
     shorts = [_room_for(tensor, B, K) for tensor in tensors]
-    if B * K == 0:
+    if not shorts or B * K == 0:
         return shorts
     pairs = [(_rows_of(tensor), _rows_of(short)) for tensor, short in zip(tensors, shorts, strict=True)]
     shapes = tuple((source.shape[2], *source.stride(), *target.stride()) for source, target in pairs)
@@ -122,7 +122,7 @@ def _merge(
     total = 0.0
     for i in range(begin, end):
         total += tl.load(weights + s * N + i)
-    alike, summed = total <= 0, tl.zeros([BLOCK], tl.float32)
+    alike, summed = (total > 0) == 0, tl.zeros([BLOCK], tl.float32)
     total = tl.where(alike, (end - begin).to(tl.float32), total)
     for i in range(begin, end):
         share = tl.div_rn(tl.where(alike, 1.0, tl.load(weights + s * N + i)), total)

@@ -29,7 +29,8 @@ class Call:
     `expected` names the kinds whose pixels it brings, `prefill` says that nothing was cached before it, `past` how
     much, `state` how it was pruned. `prompt` is its visual side, once every expected kind is encoded, `short` the
     shortened call of the language model, `pending` what its report needs where that has to wait for what layers cut.
-    `fresh` is the state of a cache that had none, of a call that cut nothing; `use` which backend kernels ran on.
+    `fresh` is the state of a cache that had none, of a call that cut nothing; `use` which backend kernels ran on,
+    `outer` what was in force around the call.
     """
 
     ids: Tensor | None
@@ -46,6 +47,7 @@ class Call:
     pending: tuple[Tensor, Any] | None = None
     fresh: CacheState | None = None
     use: Use = field(default_factory=Use)
+    outer: Use | None = None
 
     @classmethod
     def begin(cls, given: Mapping[str, Any], owner: str, backend: str) -> Call:

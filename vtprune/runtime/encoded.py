@@ -18,6 +18,7 @@ from transformers.utils.generic import ModelOutput
 
 from vtprune.adapters.base import Encoding
 from vtprune.errors import UnsupportedCall
+from vtprune.kernels import attention as attentions
 from vtprune.kernels import backends, host
 from vtprune.kernels import reference as kernels
 from vtprune.kernels.backends import Use
@@ -155,7 +156,7 @@ def _spans_pay(rule: Rule, attention: BlockAttention) -> bool:
         return False
     with backends.using("auto") as use:
         here = use.requested == "auto" and not host.holds(attention.query) and not backends.missing()
-        return here or use.requested == "triton"
+        return (here or use.requested == "triton") and attentions.fits_tiles(attention.query, attention.key)
 
 
 def _spans_of(lengths: tuple[int, ...], device: torch.device) -> Tensor:

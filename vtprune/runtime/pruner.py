@@ -186,10 +186,9 @@ class Pruner:
     @torch.compiler.disable
     def _before_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = Call.begin(bind(self._inner_signature, module, args, kwargs), self._owner, self.backend)
-        self._thread.call = call
-        backends.begin(call.use)
-        self._thread.call.check_cut(self._tap.cut)
-        self._reader.read(self._thread.call)
+        self._thread.call, call.outer = call, backends.put_in_force(call.use)
+        call.check_cut(self._tap.cut)
+        self._reader.read(call)
 
     @torch.compiler.disable
     def _encoded_now(self, encoded: Encoded) -> None:
@@ -199,8 +198,9 @@ class Pruner:
 
     @torch.compiler.disable
     def _after_base(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        self._thread.call = None
-        backends.end()
+        call, self._thread.call = self._thread.call, None
+        if call is not None:
+            backends.put_in_force(call.outer)
 
     @torch.compiler.disable
     def _before_language_model(

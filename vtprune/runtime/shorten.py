@@ -277,7 +277,7 @@ def _cut_deepstack(
     """Shorten the rows that some models add to hidden states at visual positions (`deepstack_visual_embeds`), layers
     together."""
     visual = given.get("visual_pos_masks")
-    if visual is None:
+    if visual is None or not given.get("deepstack_visual_embeds"):
         return
     rows = sum(len(segment.positions) for segment in layout.segments)
     dropped = sum(layout.row_lengths) - sum(decision.row_lengths)
