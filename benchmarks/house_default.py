@@ -1,4 +1,6 @@
-"""Candidates for the house default on development scenes: does any beat plain MMR outside the interval?
+"""Candidates for the house default.
+
+Candidates for the house default on development scenes: does any beat plain MMR outside the interval?
 
   python benchmarks/house_default.py --csv benchmarks/results/house_default.csv
   python benchmarks/house_default.py --samples 20 --keep 0.11          a first look
@@ -12,11 +14,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
-from recording import append_rows, commit, run
+from recording import append_rows, commit, csv_path, run
 from rich.progress import track
 
 from vtprune import Pick, Pipeline, load_tiny
@@ -115,7 +116,7 @@ def main() -> None:
         "--keep", type=float, nargs="+", default=[0.11, 0.05, 0.03], help="shares (default: 0.11 0.05 0.03)"
     )
     parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
-    parser.add_argument("--csv", type=Path, help="where the rows go")
+    parser.add_argument("--csv", type=csv_path, help="where the rows go")
     options = parser.parse_args()
     heal()
     torch.set_num_threads(options.threads)

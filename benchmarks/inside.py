@@ -1,4 +1,6 @@
-"""Cutting between decoder layers: time to first token, time per decoded token, and the memory of looking.
+"""Cutting between decoder layers.
+
+Cutting between decoder layers: time to first token, time per decoded token, and the memory of looking.
 
     python benchmarks/inside.py --csv benchmarks/results/inside.csv
     python benchmarks/inside.py --rounds 3 --hidden 256 --layers 4 --methods fastv pyramiddrop    # a quick look
@@ -34,11 +36,10 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from recording import append_rows, machine, run
+from recording import append_rows, csv_path, machine, run
 from rich.progress import track
 from shapes import SMALL, TEXT_AFTER, build_inputs, build_model
 from timing import clock_ms, interval, keep_freed_memory, quartiles
@@ -267,7 +268,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--decoded", type=int, default=32, help="words decoded behind a prefill")
     parser.add_argument("--methods", nargs="+", default=[*INSIDE, "random"], help="any of vtprune")
     parser.add_argument("--keep", nargs="+", type=float, default=[0.5, 0.3], help="shares, averages over layers")
-    parser.add_argument("--csv", type=Path, help="append the rows to this file")
+    parser.add_argument("--csv", type=csv_path, help="append the rows to this file")
     return parser.parse_args()
 
 

@@ -64,7 +64,7 @@ RULES = {
     "mmr": Rule(kernel=greedy.greedy_select, arguments=_mmr, loop=step_loops.mmr),
     "k-center": Rule(kernel=greedy.greedy_select, arguments=_k_center, loop=step_loops.k_center, all_pairs=True),
     "max-sum": Rule(kernel=greedy.greedy_select, arguments=_max_sum, loop=step_loops.max_sum),
-    "score x distance": Rule(kernel=greedy.greedy_select, arguments=_product, loop=step_loops.product),
+    "score-x-distance": Rule(kernel=greedy.greedy_select, arguments=_product, loop=step_loops.product),
     "dpp": Rule(kernel=greedy.dpp_select, arguments=_scored, loop=step_loops.dpp, holds=False),
     "facility": Rule(
         kernel=greedy.facility_select, arguments=_scored, loop=step_loops.facility, all_pairs=True, holds=False

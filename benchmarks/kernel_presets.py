@@ -33,7 +33,7 @@ class Problem:
             return choice_case(setting, self.kernel, self.shape, **self.more)
         if self.kernel.endswith("_attention"):
             return attention_case(setting, self.kernel, self.shape)
-        make = {"cut_sequence": cut_case, "merge_rows": merge_case, "encoder probe": encoder_case}
+        make = {"cut_sequence": cut_case, "merge_rows": merge_case, "encoder-probe": encoder_case}
         return make[self.kernel](setting, self.shape)
 
 
@@ -47,7 +47,7 @@ PRESETS: dict[str, tuple[Problem, ...]] = {
         Problem(kernel="mmr", shape=NEXT, more={"faster": 20, "unheld": True}),
         Problem(kernel="k-center", shape=NEXT, more={"faster": 20, "compiled": False}),
         Problem(kernel="max-sum", shape=NEXT, more={"faster": 20, "compiled": False}),
-        Problem(kernel="score x distance", shape=NEXT, more={"faster": 20, "compiled": False}),
+        Problem(kernel="score-x-distance", shape=NEXT, more={"faster": 20, "compiled": False}),
         Problem(kernel="facility", shape=NEXT, more={"compiled": False}),
         Problem(kernel="dpp", shape=NEXT, more={"compiled": False}),
         _long("mmr"),
@@ -58,8 +58,8 @@ PRESETS: dict[str, tuple[Problem, ...]] = {
         Problem(kernel="cls_attention", shape=LAYER),
         Problem(kernel="rows_attention", shape={"B": 1, "H": 32, "G": 8, "N": 4096, "R": 64, "d": 128}),
         Problem(kernel="received_attention", shape=LAYER),
-        Problem(kernel="encoder probe", shape={"B": 1, "layers": 24}),
-        Problem(kernel="encoder probe", shape={"B": 5, "layers": 24}),
+        Problem(kernel="encoder-probe", shape={"B": 1, "layers": 24}),
+        Problem(kernel="encoder-probe", shape={"B": 5, "layers": 24}),
     ),
     "cpu": (
         *(Problem(kernel=kernel, shape=PLAIN) for kernel in RULES),
@@ -70,7 +70,7 @@ PRESETS: dict[str, tuple[Problem, ...]] = {
         Problem(kernel="cls_attention", shape=SMALL_LAYER),
         Problem(kernel="rows_attention", shape={"B": 1, "H": 16, "G": 4, "N": 577, "R": 40, "d": 64}),
         Problem(kernel="received_attention", shape=SMALL_LAYER),
-        Problem(kernel="encoder probe", shape={"B": 1, "layers": 2}),
+        Problem(kernel="encoder-probe", shape={"B": 1, "layers": 2}),
     ),
 }
 DTYPES = {"gpu": torch.bfloat16, "cpu": torch.float32}

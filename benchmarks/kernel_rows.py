@@ -218,7 +218,7 @@ def encoder_case(setting: Setting, shape: Mapping[str, int]) -> Case:
         Arm(name=OURS, run=encode, over="no probe", bounds=wanted, around=probed),
         Arm(name="no probe", run=encode, over="no probe"),
     )
-    return Case(kernel="encoder probe", letters=shape, dtype=setting.dtype, draw=draw, arms=arms, check=check)
+    return Case(kernel="encoder-probe", letters=shape, dtype=setting.dtype, draw=draw, arms=arms, check=check)
 
 
 def _llava(layers: int, setting: Setting) -> nn.Module:

@@ -1,4 +1,6 @@
-"""The kernels, one by one: against what they take the place of, and against what the device could do at best.
+"""The kernels, beside loops and floors.
+
+The kernels, one by one: against what they take the place of, and against what the device could do at best.
 
     python benchmarks/kernels.py --csv benchmarks/results/kernels.csv
     python benchmarks/kernels.py --kernels mmr cut_sequence --rounds 3          # a quick look
@@ -6,13 +8,13 @@
 Each kernel runs on random inputs of the shapes in `PRESETS`: `gpu` in bfloat16, `cpu`, which a core does in a second or
 so, in float32. Without a GPU the rows of `gpu` are written as "not measured", without numbers.
 
-A choice (mmr, k-center, max-sum, score x distance, dpp, facility) is held against a loop over pictures and steps, as
+A choice (mmr, k-center, max-sum, score-x-distance, dpp, facility) is held against a loop over pictures and steps, as
 published implementations have it (`step_loops.py`), and on a GPU against its own PyTorch reference, with and without
 torch.compile, which unrolls the steps and is left out where they are many. On pictures without near ties all arms must
 choose the same tokens, or there are no times; `agreement` is the share of the reference's tokens that an arm chooses on
 the inputs that are timed, where the loop rounds similarities to bfloat16. `cut_sequence` is held against a loop over
 rows with padding, `merge_rows` against the product with a dense mixture, attention against one call of SDPA of the same
-layer and against the map of all rows; "encoder probe" is the encoder while its CLS attention is read, against the
+layer and against the map of all rows; `encoder-probe` is the encoder while its CLS attention is read, against the
 encoder alone, of as many layers as the row says.
 
 Times are medians, with quartiles, of CUDA events in a busy queue, or of process CPU time. In each round every arm runs
@@ -33,16 +35,15 @@ import itertools
 import math
 import random
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from kernel_cases import LETTERS, OURS, Arm, Case, Inputs, Setting
 from kernel_presets import DTYPES, NAMES, PRESETS
-from recording import MEASURED, NOT_MEASURED, append_rows, machine, run
-from rich.progress import track
+from recording import MEASURED, NOT_MEASURED, append_rows, csv_path, machine, run
+from rich.progress import Progress
 from timing import (
     cache_bytes,
     clock_each_ms,
@@ -86,7 +87,7 @@ def measure(case: Case, sets: list[Inputs], options: argparse.Namespace, device:
     calls: dict[str, int] = {}
     times: dict[str, list[float]] = {arm.name: [] for arm in case.arms}
     arms, shuffle = list(case.arms), random.Random(0)
-    for number in track(range(options.rounds + 1), description=f"{case.kernel}, {case.shape}"):
+    for number in rounds_shown(options.rounds + 1, f"{case.kernel}, {case.shape}"):
         shuffle.shuffle(arms)
         for arm in arms:
             with arm.around():
@@ -98,6 +99,15 @@ def measure(case: Case, sets: list[Inputs], options: argparse.Namespace, device:
                     step = partial(_step, arm, turn)
                     times[arm.name].append(clock_each_ms(device, step, calls[arm.name]))
     return times
+
+
+def rounds_shown(count: int, description: str) -> Iterator[int]:
+    """Numbers of rounds beside a bar that is drawn between them: threads that draw would change how kernels launch."""
+    with Progress(auto_refresh=False) as progress:
+        task = progress.add_task(description, total=count)
+        for number in range(count):
+            yield number
+            progress.update(task, advance=1, refresh=True)
 
 
 def _step(arm: Arm, turn: Any) -> None:
@@ -178,8 +188,9 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
         if row["measured"] != MEASURED:
             print(f"  {row['arm']:32s} not measured  {row['bound']}")
             continue
-        ratio = f"{row['ratio']:8.3f} [{row['sure_low']:.3f}, {row['sure_high']:.3f}] x {row['over']}"
-        floor = f"  {row['share_of_floor']:.0%} of the floor ({row['floor_of']})" if row["floor_of"] else ""
+        sure = f" [{row['sure_low']:.3f}, {row['sure_high']:.3f}]" if row["rounds"] > 2 else ""
+        ratio = "" if row["over"] == row["arm"] else f"{row['ratio']:8.3f}{sure} x {row['over']}"
+        floor = f"  floor {row['floor_ms']:.3g} ms ({row['floor_of']})" if row["floor_of"] else ""
         bound = f"  {row['bound']}: {row['within']}" if row["bound"] else ""
         print(f"  {row['arm']:32s} {row['median_ms']:10.3f} ms {ratio}{floor}{bound}")
 
@@ -199,10 +210,11 @@ def arguments() -> argparse.Namespace:
         default=torch.cuda.is_available(),
         help="an arm with torch.compile of the reference (default: on a GPU)",
     )
-    parser.add_argument("--csv", type=Path, help="append the rows to this file")
+    parser.add_argument("--csv", type=csv_path, help="append the rows to this file")
     options = parser.parse_args()
     if options.rounds < 1:
         parser.error(f"--rounds {options.rounds}: expected 1 or more")
+    backends.choose_backend(options.backend)
     return options
 
 

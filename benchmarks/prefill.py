@@ -1,4 +1,6 @@
-"""Time to prefill: unwrapped, wrapped, and an oracle that is handed the already shortened prompt.
+"""Time to prefill, beside an oracle.
+
+Time to prefill: unwrapped, wrapped, and an oracle that is handed the already shortened prompt.
 
     python benchmarks/prefill.py --csv benchmarks/results/prefill.csv
     python benchmarks/prefill.py --shape llava-next-7b --csv benchmarks/results/prefill.csv           # needs a GPU
@@ -33,17 +35,18 @@ import gc
 import math
 import random
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from prefill_calls import Arm, Calls, plan
-from recording import MEASURED, NOT_MEASURED, append_rows, machine, run
+from recording import MEASURED, NOT_MEASURED, append_rows, csv_path, machine, run
 from rich.progress import track
 from shapes import SHAPES, Shape
 from timing import interval, keep_freed_memory, quartiles
 
+import vtprune
 from vtprune._torchvision import heal
+from vtprune.kernels.backends import BACKENDS, choose_backend
 
 WARM_UPS = 2
 CUT = ("hidden", "layers", "vision_layers", "visual")
@@ -83,6 +86,7 @@ class Row:
     shape: str
     dtype: str
     vision_layers: int
+    backend: str
     bound: float | None
     measured: str = MEASURED
 
@@ -133,7 +137,7 @@ def row_of(arm: Arm, times: list[tuple[float, float]], tokens: int, common: dict
 
 def not_measured(arm: Arm, common: dict[str, Any]) -> Row:
     """The line of an arm without its numbers."""
-    known = {name: common[name] for name in (*CUT, "shape", "dtype", "torch", "transformers", "commit")}
+    known = {name: common[name] for name in (*CUT, "shape", "dtype", "backend", "torch", "transformers", "commit")}
     return Row(
         arm=arm.name,
         method=arm.method,
@@ -151,7 +155,7 @@ def show(rows: list[Row]) -> None:
         name = f"{row.arm} {row.method}".strip()
         bound = "" if row.bound is None else f", at most {row.bound}"
         if row.measured == NOT_MEASURED:
-            print(f"{name:28s} keep {row.keep:<5} not measured, x {row.over}{bound}")
+            print(f"{name:28s} keep {row.keep:<5} not measured{bound}")
             continue
         spread = f"{row.low_ms:8.2f} .. {row.high_ms:8.2f}"
         ratio = f"{row.ratio:6.3f} [{row.sure_low:.3f}, {row.sure_high:.3f}]"
@@ -171,13 +175,22 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", help="from `vtprune methods` (default: those of the shape)")
     parser.add_argument("--keep", nargs="+", type=float, help="shares (default: those of the shape)")
     parser.add_argument("--force", action="store_true", help="run a large shape on a CPU: takes hours")
-    parser.add_argument("--csv", type=Path, help="append the rows to this file")
+    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="of the kernels (default: auto)")
+    parser.add_argument("--csv", type=csv_path, help="append the rows to this file")
     options = parser.parse_args()
     shape = SHAPES[options.shape]
     if options.visual is not None and (not shape.square or math.isqrt(options.visual) ** 2 != options.visual):
         parser.error(f"--visual {options.visual}: expected a square number, and --shape qwen2.5-vl-7b")
     if options.rounds < 1:
         parser.error(f"--rounds {options.rounds}: expected 1 or more")
+    if unknown := set(options.methods or ()) - set(vtprune.list_methods()):
+        parser.error(f"--methods {' '.join(sorted(unknown))}: expected names from `vtprune methods`")
+    if any(not 0 < keep <= 1 for keep in options.keep or ()):
+        parser.error(f"--keep {' '.join(map(str, options.keep))}: expected shares above 0, up to 1")
+    head = 128 if shape.bounded else 64
+    if options.hidden is not None and (options.hidden < head or options.hidden % head):
+        parser.error(f"--hidden {options.hidden}: expected a multiple of {head}")
+    choose_backend(options.backend)
     given = {name: getattr(options, name) for name in CUT if getattr(options, name) is not None}
     options.shape = replace(shape, **given)
     options.name = shape.name + (" (cut down)" if shape.bounded and options.shape != shape else "")
@@ -203,6 +216,7 @@ def main() -> None:
         "threads": options.threads,
         **{name: getattr(shape, name) for name in CUT},
         "shape": options.name,
+        "backend": options.backend,
         "dtype": str(dtype if runs else torch.bfloat16).removeprefix("torch."),
         **machine(device),
     }
@@ -210,11 +224,13 @@ def main() -> None:
     if not whole:
         arms = {key: replace(arm, bound=None) for key, arm in arms.items()}
     if runs:
-        calls = Calls(shape, options.methods, options.keep, device, dtype)
+        print(f"{options.name}: {len(arms)} arms, {options.rounds} rounds on {common['device']}", flush=True)
+        calls = Calls(shape, options.methods, options.keep, device, dtype, options.backend)
         gc.collect()
         times = measure(calls, arms, options.rounds)
         rows = [row_of(arm, times[key], calls.tokens(arm), common) for key, arm in arms.items()]
     else:
+        print("not measured: that takes a GPU. Make it smaller (--hidden, --layers), or insist with --force")
         rows = [not_measured(arm, common) for arm in arms.values()]
     rows.sort(key=lambda row: (row.arm, row.method, -row.keep))
     show(rows)

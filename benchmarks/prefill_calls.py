@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -59,7 +59,16 @@ def plan(shape: Shape, methods: list[str], keeps: list[float]) -> dict[str, Arm]
 class Calls:
     """The calls of the arms; each sets itself up outside of the clock."""
 
-    def __init__(self, shape: Shape, methods: list[str], keeps: list[float], device: str, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        methods: list[str],
+        keeps: list[float],
+        device: str,
+        dtype: torch.dtype,
+        backend: str = "auto",
+    ) -> None:
+        self._backend = backend
         self.model: nn.Module = build_model(shape, device, dtype)
         self.device = device
         inputs = build_inputs(shape, device, dtype)
@@ -73,10 +82,13 @@ class Calls:
         self._features = self._encode().pooler_output[0]
         self._short = {keep: self._shortened(self._length("random", keep)) for keep in keeps}
 
+    def _pruning(self, method: str, keep: float) -> AbstractContextManager[Any]:
+        return vtprune.pruning(self.model, method, keep=keep, backend=self._backend)
+
     def timed(self, arm: Arm) -> float:
         """Milliseconds of one call."""
         call = self._call(arm)
-        with vtprune.pruning(self.model, arm.method, keep=arm.keep) if arm.method else nullcontext():
+        with self._pruning(arm.method, arm.keep) if arm.method else nullcontext():
             return clock_ms(self.device, call)
 
     def tokens(self, arm: Arm) -> int:
@@ -105,7 +117,7 @@ class Calls:
 
     def _encode_for(self, method: str, keep: float) -> Any:
         """Encode while wrapped, so that evidence travels with the features."""
-        with vtprune.pruning(self.model, method, keep=keep):
+        with self._pruning(method, keep):
             return self._encode()
 
     def _read(self) -> None:
@@ -137,7 +149,7 @@ class Calls:
     def _length(self, method: str, keep: float) -> int:
         """Tokens of the prompt that a method leaves."""
         if (method, keep) not in self._lengths:
-            with vtprune.pruning(self.model, method, keep=keep) as pruner:
+            with self._pruning(method, keep) as pruner:
                 self._prefill(method, None if method in self._encoded else self._encode())
                 self._lengths[method, keep] = pruner.last.length_after[0]
         return self._lengths[method, keep]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import os
 import platform
@@ -25,11 +26,16 @@ sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a benchmark; Ctrl-C ends it without a traceback."""
+    """Run a benchmark; neither Ctrl-C nor a mistake of the user ends it with a traceback."""
+    from vtprune.errors import VtpruneError
+
     try:
         main()
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+    except VtpruneError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def commit() -> str:
@@ -55,6 +61,18 @@ def machine(device: str) -> dict[str, str]:
         "transformers": transformers.__version__,
         "commit": commit(),
     }
+
+
+def csv_path(text: str) -> Path:
+    """The file that rows go to, as the type of an option; its folder is made now, before anything is measured."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a directory")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot write {text}: {error.strerror or error}") from error
+    return path
 
 
 def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

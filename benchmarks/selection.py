@@ -1,4 +1,6 @@
-"""Time to choose: what a pick costs, next to the prefill that it saves.
+"""Time to choose, beside what it saves.
+
+Time to choose: what a pick costs, next to the prefill that it saves.
 
     python benchmarks/selection.py --bounded-only --csv benchmarks/results/selection.csv
     python benchmarks/selection.py --batch 1 --rounds 3 --csv benchmarks/results/selection.csv   # with what is reported
@@ -31,12 +33,11 @@ import random
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from recording import append_rows, machine, run
+from recording import append_rows, csv_path, machine, run
 from rich.progress import track
 from timing import clock_ms, keep_freed_memory
 from torch import Tensor, nn
@@ -233,7 +234,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32, help="layers of the language model")
     parser.add_argument("--layers-measured", type=int, default=1, help="how many of them are run")
     parser.add_argument("--bounded-only", action="store_true", help="leave out what is only reported: minutes a round")
-    parser.add_argument("--csv", type=Path, help="append the rows to this file")
+    parser.add_argument("--csv", type=csv_path, help="append the rows to this file")
     options = parser.parse_args()
     if math.isqrt(options.visual) ** 2 != options.visual:
         parser.error(f"--visual {options.visual}: expected a square number, of patches in rows and columns alike")

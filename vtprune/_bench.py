@@ -10,7 +10,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -127,11 +129,25 @@ def run(command: Sequence[str], environment: Mapping[str, str]) -> int:
     """
     process = subprocess.Popen(command, env=environment)
     try:
-        code = process.wait()
+        with _told_to_end():
+            code = process.wait()
     except KeyboardInterrupt:
         _stop(process)
         raise
     return code if code >= 0 else 128 - code
+
+
+@contextmanager
+def _told_to_end() -> Iterator[None]:
+    """A block that SIGTERM ends as Ctrl-C does, so that no benchmark is left behind without a parent."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

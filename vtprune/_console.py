@@ -182,6 +182,7 @@ def run_table(before: tuple[str, PruneReport], after: tuple[str, PruneReport]) -
         table.add_row("separator tokens", str(full.separators), str(short.separators))
     table.add_row("prompt length", str(sum(full.length_after)), str(sum(short.length_after)))
     table.add_row("KV cache saved", mebibytes(full.kv_bytes_saved), mebibytes(short.kv_bytes_saved))
+    table.add_row("kernels", "", Text(short.backend))
     timed = [part_seconds(report) for report in (full, short)]
     for part in PARTS:
         table.add_row(f"{part} [dim]ms[/dim]", *(milliseconds(seconds.get(part)) for seconds in timed))

@@ -84,11 +84,17 @@ def wrap(
     inner = find_base(model)
     _check_options(pipeline, budget, history, on_report)
     _warn_of_one(keep)
-    options = {"compact": _compacts(positions, pipeline, inner), "backend": choose_backend(backend)}
+    options = {"compact": _compacts(positions, pipeline, inner), "backend": choose_backend(backend, _place(inner))}
     pruner = _pruner(inner, pipeline, budget, measured, on_report=on_report, history=history, **options)
     pruner.install(shells(model, inner))
     _warn_of_few(measured)
     return model
+
+
+def _place(inner: nn.Module) -> str:
+    """The type of device where a model begins."""
+    first = next(inner.parameters(), None)
+    return "cpu" if first is None else first.device.type
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -126,6 +126,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the method")
     add_attention(parser)
+    parser.add_argument("--backend", choices=("auto", "torch", "triton"), default="auto", help="what kernels run on")
     parser.add_argument("--max-new-tokens", type=int, help="longest answer (default: 4 for the tiny model, else 64)")
     parser.add_argument("--report", metavar="OUT.jsonl", help="append the report of the pruned run")
     parser.add_argument("--overlay", metavar="OUT.png", help="save the picture, dim where dropped, framed by pick")
@@ -164,7 +165,7 @@ def _run(options: argparse.Namespace, console: Console) -> None:
         ask = helpers.Asker(model, processor, inputs, options.max_new_tokens or (4 if tiny else 64))
         before = ask("identity", keep=1.0)
         status.update(f"answering from the tokens that {options.method} keeps")
-        asked = {name: getattr(options, name) for name in ("per", "positions", "debias", "calibration")}
+        asked = {name: getattr(options, name) for name in ("per", "positions", "debias", "calibration", "backend")}
         after = ask(options.method, keep=keep, **asked, **parameters)
     console.print(f"prompt: {prompt}", markup=False, soft_wrap=True)
     console.print(helpers.run_table(before, after))

@@ -58,6 +58,7 @@ def test_a_missing_triton_is_a_reason_too(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(backends, "missing", lambda: "triton is not installed")
     with using("triton"), pytest.raises(BackendUnavailable, match="not installed; use backend='auto'"):
         reference.cut_sequence([drawn(1, 4, 3)], indices(torch.device("cpu")))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(BackendUnavailable, match="not installed"):
         choose_backend("triton")
 
@@ -163,6 +164,15 @@ def test_a_model_answers_alike_on_both_backends(device: torch.device, tiny: Any)
             assert pruner.last.backend == backend
     assert found["torch"][1] == found["triton"][1]
     torch.testing.assert_close(found["torch"][0], found["triton"][0], atol=1e-4, rtol=1e-4)
+
+
+def test_a_model_on_the_cpu_is_refused_before_its_first_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose_backend("triton", "cuda") == "triton"
+    with pytest.raises(BackendUnavailable, match="the model is on the CPU"):
+        choose_backend("triton", "cpu")
+    assert choose_backend("auto", "cpu") == "auto"
 
 
 def test_an_unknown_backend_is_refused() -> None:

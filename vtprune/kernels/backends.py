@@ -71,23 +71,27 @@ def using(requested: str) -> Iterator[Use]:
         put_in_force(outer)
 
 
-def choose_backend(requested: str) -> str:
-    """The same name, once it is known that it can be honoured: `auto` always can.
+def choose_backend(requested: str, place: str = "cuda") -> str:
+    """The same name, once it is known that it can be honoured on a device of the type `place`: `auto` always can.
 
     Raises:
         InvalidOption: for an unknown name.
-        BackendUnavailable: for `triton` where it is not installed, or has no device to run on.
+        BackendUnavailable: for `triton` where it is not installed, or has no device to run on, or not this one.
     """
     if requested not in BACKENDS:
         raise InvalidOption(f"backend={requested!r}: expected 'auto', 'torch' or 'triton'")
-    if requested == "triton" and (why := unavailable()):
+    if requested == "triton" and (why := unavailable() or _elsewhere(place)):
         raise BackendUnavailable(f"backend='triton': {why}; use backend='auto' or 'torch'")
     return requested
 
 
+def _elsewhere(place: str) -> str:
+    return "" if place != "cpu" or interpreted() else "the model is on the CPU: move it first"
+
+
 def unavailable() -> str:
     """Why no kernel runs on Triton here, empty where it can."""
-    if missing() or interpreted() or torch.cuda.is_available():
+    if interpreted() or torch.cuda.is_available():
         return missing()
     return "there is no CUDA or ROCm device"
 
@@ -95,7 +99,7 @@ def unavailable() -> str:
 @functools.cache
 def missing() -> str:
     """Why Triton cannot be imported, empty where it can."""
-    return "" if importlib.util.find_spec("triton") else "triton is not installed (pip install 'vtprune[triton]')"
+    return "" if importlib.util.find_spec("triton") else "triton is not installed (pip install triton)"
 
 
 def interpreted() -> bool:

@@ -12,6 +12,8 @@ import torch
 
 WORTH_A_GRAPH = 16
 """Fewer launches cost less than capturing one."""
+_WITHOUT_DEVICE = frozenset({"TMonitor"})
+"""Threads that are known to launch nothing: tqdm leaves one behind wherever a model was loaded with a progress bar."""
 
 
 _running: deque[tuple[torch.cuda.CUDAGraph, torch.cuda.Event]] = deque()
@@ -25,7 +27,8 @@ def repeat(step: Callable[[], None], count: int, device: torch.device) -> None:
     memory of the device. While a graph is captured no other thread may draw random numbers on the device, so that
     with several threads every step is launched by itself.
     """
-    alone = threading.active_count() == 1
+    own = threading.current_thread()
+    alone = all(thread is own or thread.name in _WITHOUT_DEVICE for thread in threading.enumerate())
     if count < WORTH_A_GRAPH or device.type != "cuda" or not alone or torch.cuda.is_current_stream_capturing():
         for _ in range(count):
             step()
