@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -25,6 +26,14 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     """Both tables; here and not beside their tests, since workers of xdist do the collecting."""
     print_table(terminalreporter)
     counting.pytest_terminal_summary(terminalreporter, config)
+
+
+@pytest.fixture(autouse=True)
+def _no_backend_stays_in_force() -> Iterator[None]:
+    """Whatever becomes of a call, what it asked of kernels ends with it."""
+    yield
+    left = backends.put_in_force(None)
+    assert left is None, f"backend {left.requested!r} is still in force"
 
 
 @pytest.fixture

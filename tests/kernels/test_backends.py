@@ -124,14 +124,14 @@ def test_nothing_to_cut_and_words_instead_of_places(device: torch.device) -> Non
         assert requested in ("auto", str(use))
 
 
-def test_the_inner_block_keeps_to_the_outer_one() -> None:
+def test_blocks_nest() -> None:
     with using("torch") as outer:
-        with using("triton") as inner:
-            assert inner is outer
+        with using("triton"):
+            assert backends.requested_now() == "triton"
         with pytest.raises(ZeroDivisionError), using("auto"):
             raise ZeroDivisionError
-        assert backends._thread.use is outer
-    assert backends._thread.use is None
+        assert backends.put_in_force(outer) is outer
+    assert backends.requested_now() == "auto"
 
 
 def test_a_kernel_keeps_the_name_and_the_text_of_its_specification() -> None:

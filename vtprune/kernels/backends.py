@@ -60,10 +60,15 @@ def put_in_force(use: Use | None) -> Use | None:
     return before
 
 
+def requested_now() -> str:
+    """The backend in force."""
+    return "auto" if _thread.use is None else _thread.use.requested
+
+
 @contextmanager
 def using(requested: str) -> Iterator[Use]:
-    """A block whose kernels run on the backend `requested`, unless one is in force already."""
-    use = _thread.use or Use(requested)
+    """A block whose kernels run on the backend `requested`."""
+    use = Use(requested)
     outer = put_in_force(use)
     try:
         yield use
@@ -122,8 +127,7 @@ class Kernel(Generic[P, R]):
         self._broken = ""
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        use = _thread.use
-        requested = "auto" if use is None else use.requested
+        use, requested = _thread.use, requested_now()
         first = _first_tensor([*args, *kwargs.values()])
         if first is None or requested == "torch" or (requested == "auto" and not first.is_cuda):
             return self.specification(*args, **kwargs)

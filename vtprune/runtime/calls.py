@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vtprune.cache import CacheState, physical_length, state_of
 from vtprune.errors import MissingEvidence, UnsupportedCall
+from vtprune.kernels import backends
 from vtprune.kernels.backends import Use
 from vtprune.masks import first_square
 from vtprune.protocols import Allowance, EncoderStage
@@ -82,6 +83,13 @@ class Call:
             state=state,
             use=Use(backend),
         )
+
+    def put_in_force(self, cut_short: Call | None) -> Call:
+        """The call itself, once kernels run as it says; an earlier one that Ctrl-C `cut_short` is in force no more."""
+        self.outer = backends.put_in_force(self.use)
+        if cut_short is not None and self.outer is cut_short.use:
+            self.outer = cut_short.outer
+        return self
 
     @property
     def complete(self) -> bool:

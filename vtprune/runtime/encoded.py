@@ -154,9 +154,9 @@ def _spans_pay(rule: Rule, attention: BlockAttention) -> bool:
     """Whether a rule should get all pictures in one call: only Triton leaves out what they would see of each other."""
     if attention.has_cls or not (isinstance(rule, OfAttention) and rule.spanning):
         return False
-    with backends.using("auto") as use:
-        here = use.requested == "auto" and not host.holds(attention.query) and not backends.missing()
-        return (here or use.requested == "triton") and attentions.fits_tiles(attention.query, attention.key)
+    requested = backends.requested_now()
+    here = requested == "auto" and not host.holds(attention.query) and not backends.missing()
+    return (here or requested == "triton") and attentions.fits_tiles(attention.query, attention.key)
 
 
 def _spans_of(lengths: tuple[int, ...], device: torch.device) -> Tensor:

@@ -186,7 +186,7 @@ class Pruner:
     @torch.compiler.disable
     def _before_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = Call.begin(bind(self._inner_signature, module, args, kwargs), self._owner, self.backend)
-        self._thread.call, call.outer = call, backends.put_in_force(call.use)
+        self._thread.call = call.put_in_force(cut_short=self._thread.call)
         call.check_cut(self._tap.cut)
         self._reader.read(call)
 
@@ -198,9 +198,9 @@ class Pruner:
 
     @torch.compiler.disable
     def _after_base(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        call, self._thread.call = self._thread.call, None
-        if call is not None:
-            backends.put_in_force(call.outer)
+        if self._thread.call is not None:
+            backends.put_in_force(self._thread.call.outer)
+        self._thread.call = None
 
     @torch.compiler.disable
     def _before_language_model(
