@@ -227,6 +227,21 @@ def test_products_of_directions_are_cosines(device: torch.device, dtype: torch.d
     torch.testing.assert_close(directions.products(3, 7), directions.products()[:, 3:7])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_where_nothing_is_held_features_are_not_copied_either(
+    device: torch.device, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.Tensor] = []
+    look = importlib.import_module("vtprune.kernels.triton_unheld").unheld_select
+    monkeypatch.setattr(
+        "vtprune.kernels.triton_greedy.unheld_select",
+        lambda directions, *rest, **options: seen.append(directions.rows) or look(directions, *rest, **options),
+    )
+    features, nothing = drawn(2, 9, 4).to(device, dtype), torch.zeros(2, 9, device=device)
+    greedy.greedy_select.triton(features, nothing, nothing, 3, held=None)
+    assert [rows.data_ptr() for rows in seen] == [features.data_ptr()]
+
+
 @pytest.mark.parametrize("count", [0, 1, graphs.WORTH_A_GRAPH, 40])
 def test_steps_are_repeated_as_often_as_asked(device: torch.device, count: int) -> None:
     number = torch.zeros((), device=device)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vtprune.errors import BackendUnavailable
-from vtprune.kernels.reference import unit_rows
+from vtprune.kernels.reference import rows_at, unit_rows
 
 _EXACT = (torch.bfloat16, torch.float16)
 """A product of two such numbers is a number in fp32."""
@@ -24,11 +24,16 @@ class Directions:
     @classmethod
     def of(cls, features: Tensor) -> Directions:
         """Those of features (S, N, D): unit vectors in fp32, or the features themselves in a lower precision."""
+        if features.dtype in _EXACT or features.dtype == torch.float64:
+            return cls.as_they_are(features)
+        units = unit_rows(features).contiguous()
+        return cls(rows=units, inverse=torch.ones(units.shape[:2], device=units.device))
+
+    @classmethod
+    def as_they_are(cls, features: Tensor) -> Directions:
+        """Those of features (S, N, D) of any precision but fp64, without a copy where they are contiguous."""
         if features.dtype == torch.float64:
             raise BackendUnavailable("float64")
-        if features.dtype not in _EXACT:
-            units = unit_rows(features).contiguous()
-            return cls(rows=units, inverse=torch.ones(units.shape[:2], device=units.device))
         length = torch.linalg.vector_norm(features, dim=2, dtype=torch.float32)
         inverse = length.clamp_min(1e-12).reciprocal().nan_to_num_(nan=0.0)
         return cls(rows=features.contiguous(), inverse=inverse)
@@ -42,9 +47,7 @@ class Directions:
             return torch.bmm(own, all_, out_dtype=torch.float32).to(dtype)
         return torch.bmm(own.float(), all_.float()).to(dtype)
 
-    def cosines(self, products: Tensor, index: Tensor) -> Tensor:
-        """Cosines (S, N) of all rows with one of each picture, `index` (S,), from all products."""
-        start = torch.arange(len(index), device=index.device) * products.shape[1]
-        row = products.flatten(0, 1).index_select(0, index + start).float()
-        both = self.inverse * self.inverse.gather(1, index[:, None])
-        return torch.where(both > 0, row * both, 0.0)
+    def cosines(self, products: Tensor, indices: Tensor) -> Tensor:
+        """Cosines (S, m, N) of all rows with m of each picture, `indices` (S, m), from all products."""
+        both = self.inverse.gather(1, indices)[..., None] * self.inverse[:, None]
+        return torch.where(both > 0, rows_at(products, indices) * both, 0.0)

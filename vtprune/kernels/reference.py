@@ -115,9 +115,7 @@ def cut_sequence(tensors: Sequence[Tensor], indices: Tensor, valid: Tensor | Non
 def in_order_of(tensor: Tensor, short: Tensor) -> Tensor:
     """`short`, with its dimensions in memory in the order of those of `tensor`."""
     order = memory_order(tensor)
-    if order == list(range(tensor.ndim)):
-        return short.contiguous()
-    return short.permute(order).contiguous().permute([order.index(dim) for dim in range(len(order))])
+    return short.permute(order).contiguous().permute(undone(order))
 
 
 def memory_order(tensor: Tensor) -> list[int]:
@@ -126,6 +124,11 @@ def memory_order(tensor: Tensor) -> list[int]:
     if 0 in steps:
         return list(range(tensor.ndim))
     return sorted(range(tensor.ndim), key=lambda dim: (-steps[dim], dim))
+
+
+def undone(order: list[int]) -> list[int]:
+    """The order that undoes a permutation of dimensions."""
+    return [order.index(dim) for dim in range(len(order))]
 
 
 @kernel("triton_rows")

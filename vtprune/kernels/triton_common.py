@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vtprune.errors import BackendUnavailable
-from vtprune.kernels.greedy import MOST_HELD
+from vtprune.kernels.greedy import MOST_HELD, none_chosen
 
 MOST_TOKENS = 16384
 """That many numbers are held in the registers of one program."""
@@ -30,6 +30,8 @@ def similar_of(row: tl.tensor, inverse: tl.tensor, own: tl.tensor, index: tl.ten
 
 def in_groups(select: Callable[..., Tensor], k: int, features: Tensor, *more: Tensor | None) -> Tensor:
     """What `select` chooses, of so many pictures at once as may hold their similarities together; at least one."""
+    if (none := none_chosen(features, k)) is not None:
+        return none
     S, N, _ = features.shape
     size = max(1, MOST_HELD // (4 * N * N))
     parts = (slice(begin, begin + size) for begin in range(0, S, size))

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vtprune.kernels.directions import Directions
-from vtprune.kernels.greedy import NOVEL, none_chosen
+from vtprune.kernels.greedy import NOVEL
 from vtprune.kernels.triton_common import NEGATIVE, block_of, in_groups, numbers, similar_of, warps_of
 
 
@@ -70,8 +70,6 @@ def dpp_select(
     available: Tensor | None = None,
 ) -> Tensor:
     """As `greedy.dpp_select`."""
-    if (none := none_chosen(features, k)) is not None:
-        return none
     return in_groups(_select, k, features, relevance, taken, available)
 
 

@@ -8,7 +8,6 @@ import triton.language as tl
 from torch import Tensor
 
 from vtprune.kernels.directions import Directions
-from vtprune.kernels.greedy import none_chosen
 from vtprune.kernels.triton_common import NEGATIVE, block_of, in_groups, numbers, similar_of, warps_of
 
 
@@ -71,8 +70,6 @@ def facility_select(
     available: Tensor | None = None,
 ) -> Tensor:
     """As `greedy.facility_select`."""
-    if (none := none_chosen(features, k)) is not None:
-        return none
     return in_groups(_select, k, features, salience, taken, available)
 
 
@@ -82,10 +79,10 @@ def _select(features: Tensor, salience: Tensor, taken: Tensor | None, available:
     directions, block = Directions.of(features), block_of(N)
     products = directions.products()
     covered = torch.zeros(S, N, device=features.device)
-    for index in () if taken is None else taken.unbind(1):
-        covered = torch.maximum(covered, directions.cosines(products, index))
-    barred = torch.zeros_like(covered) if available is None else covered.masked_fill(~available, float("inf"))
-    covered = torch.maximum(covered, barred)
+    if taken is not None:
+        covered = directions.cosines(products, taken).amax(dim=1).clamp_min_(0)
+    if available is not None:
+        covered = covered.masked_fill(~available, float("inf"))
     bound = torch.where(covered == float("inf"), float("-inf"), 0.0)
     chosen, worth = torch.empty(S, k, dtype=torch.long, device=features.device), numbers(salience)
     warps = warps_of(block)

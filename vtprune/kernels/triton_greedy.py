@@ -113,8 +113,8 @@ def greedy_select(
     if (none := none_chosen(features, k)) is not None:
         return none
     S, N, _ = features.shape
-    directions = Directions.of(features)
     dtype = held_dtype(S, N, held)
+    directions = Directions.as_they_are(features) if dtype is None else Directions.of(features)
     products = None if dtype is None else directions.products(dtype=dtype)
     if first is None:
         first = relevance if taken is not None else _isolation(directions, products)

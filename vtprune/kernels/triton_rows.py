@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vtprune.errors import BackendUnavailable
-from vtprune.kernels.reference import memory_order
+from vtprune.kernels.reference import memory_order, undone
 
 _BYTES_AT_ONCE = 4096
 _MOST_TENSORS = 16
@@ -77,7 +77,7 @@ def _room_for(tensor: Tensor, B: int, K: int) -> Tensor:
     """An empty (B, K, ...), its dimensions in memory in the order of those of `tensor`."""
     order, shape = memory_order(tensor), (B, K, *tensor.shape[2:])
     empty = torch.empty([shape[dim] for dim in order], dtype=tensor.dtype, device=tensor.device)
-    return empty.permute([order.index(dim) for dim in range(len(order))])
+    return empty.permute(undone(order))
 
 
 def _rows_of(tensor: Tensor) -> Tensor:
