@@ -28,6 +28,7 @@ WITHOUT_LLAVA = {
     "dyvte": "its gate decides, there are no budgets",
     "information_horizon": "the shares of its stages are not public",
     "vflowopt": "as vflowopt_select",
+    "quota": "LLaVA-Video only, for a clip of 64 frames",
     "zero_tprune": "image classification",
     "blindsight": "Qwen2-VL, Qwen2.5-VL and Gemma 3, by thresholds that are not public",
 }

@@ -6,12 +6,13 @@ import importlib
 import logging
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from vtprune._version import __version__
 
 logging.getLogger("vtprune").addHandler(logging.NullHandler())
 
 _HOMES = {
     "wrap": "vtprune.api",
+    "unpruned": "vtprune.api",
     "unwrap": "vtprune.api",
     "pruning": "vtprune.api",
     "compare": "vtprune.comparing",
@@ -39,12 +40,13 @@ __all__ = [
     "load_tiny",
     "pruning",
     "text_relevance",
+    "unpruned",
     "unwrap",
     "wrap",
 ]
 
 if TYPE_CHECKING:
-    from vtprune.api import pruning, unwrap, wrap
+    from vtprune.api import pruning, unpruned, unwrap, wrap
     from vtprune.catalog import describe, list_families, list_methods
     from vtprune.comparing import compare
     from vtprune.errors import VtpruneError

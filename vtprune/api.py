@@ -201,6 +201,29 @@ def pruning(model: nn.Module, method: str | Pipeline = "vtprune", **options: Any
             unwrap(model)
 
 
+@contextmanager
+def unpruned(model: ModelT) -> Iterator[ModelT]:
+    """The model without the hooks of `wrap` for the length of a block, and with them again behind it.
+
+    For what has to see all tokens, as scores of frames do. No other thread may be inside the model meanwhile. A model
+    that is not wrapped stays as it is.
+
+    Raises:
+        UnsupportedModel: for a vision encoder that was wrapped by itself.
+    """
+    pruner = model.__dict__.get(HANDLE)
+    if pruner is None:
+        yield model
+        return
+    if not isinstance(pruner, Pruner):
+        raise UnsupportedModel("unpruned: expected an image-text-to-text model, got a vision encoder by itself")
+    pruner.remove()
+    try:
+        yield model
+    finally:
+        pruner.install(shells(model, find_base(model)))
+
+
 def _check_options(pipeline: Pipeline, budget: Budget, history: int, on_report: object) -> None:
     if on_report is not None and not callable(on_report):
         raise InvalidOption(f"on_report={on_report!r}: expected a function that takes a PruneReport")

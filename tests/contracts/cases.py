@@ -124,8 +124,8 @@ IN_TOWER = tuple(method for method in METHODS if PIPELINES[method].encoder is no
 CUT_TOWERS = ("llava", "video_llava")
 """Families whose encoder bears that; the others refuse."""
 ADAPTIVE = tuple(method for method in METHODS if PIPELINES[method].counter is not None)
-GIVEN = tuple(method for method in METHODS if "relevance" in PIPELINES[method].needs)
-"""Methods whose evidence the user has to give."""
+GIVEN = {m: name for m in METHODS for name in ("relevance", "frames") if name in PIPELINES[m].needs}
+"""Methods whose evidence the user has to give, and what it is called."""
 WIDE_METHODS = ("vtprune", "prumerge_plus-adaptive")
 """Two of the core: evidence, debiasing, several picks, a merger and a counter between them."""
 RUNTIME_METHODS = (*CORE_METHODS, *GIVEN, *NEUTRAL, "sparsevlm", "mustdrop-text", "dyvte", "zipvl", "look_m")
@@ -264,8 +264,9 @@ class Case:
         """Evidence that a user has to give for a call with these rows, or with all of them `as_one`; else nothing."""
         if self.method not in GIVEN:
             return nullcontext()
-        rows = [_relevance(self.family, prompt, self.kind) for prompt in prompts]
-        return pruner.using(relevance=[[picture for row in rows for picture in row]] if as_one else rows)
+        rows = [_scores(self.family, prompt, self.kind) for prompt in prompts]
+        given = [[picture for row in rows for picture in row]] if as_one else rows
+        return pruner.using(**{GIVEN[self.method]: given})
 
 
 def cells(methods: Sequence[str] = METHODS, kinds: Sequence[Kind] = ("image", "video")) -> pytest.MarkDecorator:
@@ -336,7 +337,7 @@ def _lengths(family: str, prompt: Prompt, kind: Kind) -> tuple[int, ...]:
 
 
 @functools.cache
-def _relevance(family: str, prompt: Prompt, kind: Kind) -> list[Tensor]:
+def _scores(family: str, prompt: Prompt, kind: Kind) -> list[Tensor]:
     """Scores for every picture of a prompt, the same wherever it stands."""
     return [
         torch.rand(n, generator=torch.Generator().manual_seed(100 * prompt.seed + number))
@@ -493,9 +494,11 @@ def _merged_rows(case: Case, prompt: Prompt, keep: float | int) -> tuple[list[in
     """Positions and embeddings (1, K, D) of what is kept of a prompt that is alone, as vtprune hands them over."""
     model, inputs = case.spare, case.inputs((prompt,))
     options = {"keep": keep, **case.settings}
-    with torch.no_grad(), vtprune.pruning(model, case.asked, **options) as pruner, handed_over(model) as seen:
-        model(**inputs)
-    return kept_positions(case, pruner.last, 0, inputs["input_ids"][0].tolist()), seen[0]
+    with vtprune.pruning(model, case.asked, **options) as pruner, handed_over(model) as seen:
+        with case.using(pruner, (prompt,)), torch.no_grad():
+            model(**inputs)
+        report = pruner.last
+    return kept_positions(case, report, 0, inputs["input_ids"][0].tolist()), seen[0]
 
 
 def whole(case: Case, prompt: Prompt, kept: list[int], *, keep: float | int | None = None) -> oracle.Merged:

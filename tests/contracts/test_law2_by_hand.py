@@ -164,7 +164,7 @@ def test_what_merges_between_layers_would_show(case: Case) -> None:
     assert distance(plain, means) > 100 * TOLERANCE
 
 
-MEANS = ("pool", "visionzip")
+MEANS = ("pool", "quota", "visionzip")
 """Methods whose merged rows are plain means."""
 NAMED = (*MEANS, "vflowopt_select", "vflowopt")
 """Methods that give a token to one kept one, which the report names; others share it out."""
@@ -180,9 +180,9 @@ this budget no window of a tiny picture comes together."""
 def test_a_token_becomes_what_it_swallowed(case: Case) -> None:
     """The reference takes merged rows from vtprune: here the embeddings without it say what they may be."""
     changed = 0
-    for inputs in case.rows:
+    for prompt, inputs in zip(case.prompts, case.rows, strict=True):
         before = oracle.merge(case.model, inputs).embeds[0]
-        with case.pruned() as pruner, handed_over(case.model) as seen:
+        with case.pruned((prompt,)) as pruner, handed_over(case.model) as seen:
             case.model(**inputs)
             report = pruner.last
         ids = inputs["input_ids"][0].tolist()

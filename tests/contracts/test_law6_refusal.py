@@ -260,14 +260,15 @@ def test_a_question_before_the_picture(case: Case, refuses: Refuses) -> None:
             assert pruner.last.average < pruner.last.tokens
 
 
-@cells(methods=GIVEN)
+@cells(methods=tuple(GIVEN))
 def test_evidence_that_is_missing(case: Case, refuses: Refuses) -> None:
+    name = GIVEN[case.method]
     with restored(case), vtprune.pruning(case.model, case.asked, keep=case.keep) as pruner:
-        with refuses(MissingEvidence, "using\\(relevance="):
+        with refuses(MissingEvidence, f"using\\({name}="):
             answer(case.model, case.rows[0])
-        with refuses(UnsupportedCall, "got nothing"), pruner.using(relevance=[None]):
+        with refuses(UnsupportedCall, "got nothing"), pruner.using(**{name: [None]}):
             answer(case.model, case.rows[0])
-        with refuses(UnsupportedCall, "got 7 scores"), pruner.using(relevance=[torch.zeros(7)]):
+        with refuses(UnsupportedCall, "got 7 scores"), pruner.using(**{name: [torch.zeros(7)]}):
             answer(case.model, case.rows[0])
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 import vtprune
 from tests import models
 from tests.fidelity import loops_stages as loops
+from tests.fidelity.loops_video import shares
 from tests.integration.common import CLIPS_OF, Frames, by_hand, kept_of, logits, write
 from tests.models import Prompt
 from vtprune import Pick, Pipeline
@@ -34,21 +35,6 @@ COUNTERS = {
 }
 
 
-def shares(scores: list[float], sizes: list[int], k: int, power: float) -> list[int]:
-    """By weight times size: rounded down, none above its size; then one each by the largest remainder, in rounds."""
-    weights = [max(score, 0.0) ** power for score in scores]
-    weights = weights if any(weights) else [1.0] * len(sizes)
-    mass = sum(weight * size for weight, size in zip(weights, sizes))
-    exact = [k * weight * size / mass for weight, size in zip(weights, sizes)]
-    given = [min(math.floor(own), size) for own, size in zip(exact, sizes)]
-    order = sorted(range(len(sizes)), key=lambda i: (math.floor(exact[i]) - exact[i], i))
-    while sum(given) < min(k, sum(sizes)):
-        for i in order:
-            if given[i] < sizes[i] and sum(given) < k:
-                given[i] += 1
-    return given
-
-
 def clip_of(sizes: list[int], scores: Tensor) -> VisualTokens:
     """Stacked clips whose frames have a score each."""
     stops = [sum(sizes[: i + 1]) for i in range(len(sizes))]
@@ -65,16 +51,19 @@ def clip_of(sizes: list[int], scores: Tensor) -> VisualTokens:
 @pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize("sizes", [[16] * 8, [9] * 3, [4, 16, 1, 9], [7]])
 @pytest.mark.parametrize("share", [0.02, 0.25, 0.6, 0.97])
-def test_proportional_is_the_loop(power: float, sizes: list[int], share: float) -> None:
+@pytest.mark.parametrize(("floor", "cap"), [(0, 1.0), (2, 1.0), (0, 0.5), (1, 0.3)])
+def test_proportional_is_the_loop(power: float, sizes: list[int], share: float, floor: int, cap: float) -> None:
     scores = torch.randn(6, len(sizes), generator=torch.Generator().manual_seed(len(sizes)), dtype=torch.float64) ** 3
     k = max(1, int(share * sum(sizes)))
-    found = Proportional(scorer=Frames(), power=power)(clip_of(sizes, scores), k).tolist()
-    assert found == [shares(own, sizes, k, power) for own in scores.tolist()]
+    budget = Proportional(scorer=Frames(), power=power, floor=floor, cap=cap)
+    found = budget(clip_of(sizes, scores), k).tolist()
+    assert found == [shares(own, sizes, k, power, floor=floor, cap=cap) for own in scores.tolist()]
     assert all(sum(own) == k and all(0 <= n <= size for n, size in zip(own, sizes)) for own in found)
 
 
-def given(scores: list[float], sizes: list[int], k: int, power: float = 1.0) -> list[int]:
-    (found,) = Proportional(scorer=Frames(), power=power)(clip_of(sizes, torch.tensor([scores])), k).tolist()
+def given(scores: list[float], sizes: list[int], k: int, power: float = 1.0, **bounds: Any) -> list[int]:
+    budget = Proportional(scorer=Frames(), power=power, **bounds)
+    (found,) = budget(clip_of(sizes, torch.tensor([scores])), k).tolist()
     return found
 
 
@@ -85,10 +74,27 @@ def test_proportional_by_hand() -> None:
     assert given([1.0, 1.0, 1.0], [9, 9, 9], 7) == [3, 2, 2]
 
 
-def test_what_exceeds_a_part_goes_to_the_others() -> None:
-    """9 : 1 : 0 of 8 would be 7.2, 0.8 and 0; four fit, and one each by remainder leaves one for each, then one."""
-    assert given([9.0, 1.0, 0.0], [4, 4, 4], 8) == [4, 2, 2]
+def test_what_exceeds_a_part_goes_to_the_others_by_weight() -> None:
+    """9 : 1 : 0 of 8 would be 7.2, 0.8 and 0; four fit, and the second takes the others."""
+    assert given([9.0, 1.0, 0.0], [4, 4, 4], 8) == [4, 4, 0]
+    assert given([9.0, 1.0, 0.0], [4, 4, 4], 10) == [4, 4, 2]
+    assert given([12.0, 2.0, 1.0], [8, 8, 8], 14) == [8, 4, 2]
     assert given([5.0, 1.0], [4, 4], 8) == [4, 4]
+
+
+def test_floor_and_cap_by_hand() -> None:
+    """A floor of 2 takes 6 of 10, and 8 : 1 : 1 of 4 are 3.2, .4 and .4. A cap of half of 8 is 4; where all are at
+    theirs, what is left goes on by weight."""
+    assert given([8.0, 1.0, 1.0], [8, 8, 8], 10, floor=2) == [5, 3, 2]
+    assert given([8.0, 1.0, 1.0], [8, 8, 8], 2, floor=2) == [2, 0, 0]
+    assert given([8.0, 1.0, 1.0], [8, 8, 8], 10, cap=0.5) == [4, 3, 3]
+    assert given([8.0, 1.0, 1.0], [8, 8, 8], 17, cap=0.5) == [8, 5, 4]
+
+
+@pytest.mark.parametrize("wrong", [{"floor": -1}, {"floor": 1.5}, {"cap": 0.0}, {"cap": 1.1}])
+def test_floor_and_cap_are_checked(wrong: dict[str, Any]) -> None:
+    with pytest.raises(InvalidOption, match=next(iter(wrong))):
+        Proportional(scorer=Frames(), **wrong)
 
 
 def test_parts_without_a_score_get_nothing_and_parts_all_alike_their_size() -> None:
@@ -161,6 +167,32 @@ def test_a_batch_is_its_rows_alone(name: str) -> None:
         with pruner.using(frames=weights):
             written = write(model, models.inputs(model, (CLIP, OTHER_CLIP), "video")).tolist()
         assert list(zip(written, kept_of(pruner.last))) == alone
+
+
+@pytest.mark.parametrize("merger", [None, IntoNearest()], ids=["pick", "merge"])
+def test_the_pictures_of_a_prompt_share_its_budget(merger: Any) -> None:
+    """The frames of a clip for InternVL: pictures of one tile, with one score for each; those without a weight vanish,
+    and a batch is its prompts alone."""
+    model = models.build("internvl")
+    prompts = [Prompt(images=((32, 32),) * count, text_after=after, seed=count) for count, after in ((5, 4), (4, 7))]
+    weights = [[[weight] for weight in weights_for(len(prompt.images))] for prompt in prompts]
+    alone, reports = [], []
+    with vtprune.pruning(model, quota(merger=merger), keep=0.25, per="prompt") as pruner:
+        for prompt, own in zip(prompts, weights):
+            row = models.inputs(model, (prompt,))
+            with pruner.using(frames=[own]):
+                alone.append((write(model, row).tolist()[0], kept_of(pruner.last)))
+            reports.append(pruner.last)
+            k = math.floor(0.25 * 16 * len(own) + 0.5)
+            expected = shares([score for (score,) in own], [16] * len(own), k, 1.0)
+            assert [len(segment.keep) for segment in pruner.last.segments] == expected
+            assert expected[0] == expected[2] == 0 and sum(expected) == k
+            assert pruner.last.length_before[0] - pruner.last.length_after[0] == 16 * len(own) - k
+        with pruner.using(frames=weights):
+            written, kept = write(model, models.inputs(model, prompts)).tolist(), kept_of(pruner.last)
+    assert list(zip(written, (kept[:5], kept[5:]))) == alone
+    for prompt, report, (answer, _) in zip(prompts, reports, alone):
+        assert merger or answer == by_hand(model, models.inputs(model, (prompt,)), report, compact=True)
 
 
 def test_pictures_of_one_part_and_everything_kept_need_no_shares() -> None:

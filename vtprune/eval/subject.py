@@ -22,6 +22,7 @@ from vtprune.runtime.encoder import encode_once
 from vtprune.seam import find_base
 from vtprune.tiny.scenes import Scene
 from vtprune.types import Budget, Part
+from vtprune.video.asking import moved
 
 Inputs = dict[str, Any]
 
@@ -43,7 +44,9 @@ class Subject:
     """A model, its processor, and how it is asked: greedily, each question with the `instruction` behind it.
 
     `relevance` tells of pixels (B, 3, H, W) and B questions how relevant every token is, (B, N), as CLIP does: little
-    where it is. None where there is no text tower to ask. `variants` says what names of methods with a plus stand for.
+    where it is. None where there is no text tower to ask. `frames` tells of the pictures of a clip and a question how
+    much every part has to do with it, (G,). None about scenes. `variants` says what names of methods with a plus stand
+    for.
     """
 
     model: nn.Module
@@ -52,6 +55,7 @@ class Subject:
     max_new_tokens: int = 3
     instruction: str = ""
     relevance: Callable[[Tensor, Sequence[str]], Tensor] | None = None
+    frames: Callable[[Sequence[Image.Image], str], Tensor] | None = None
     variants: Variants = field(default_factory=Variants)
 
     @cached_property
@@ -67,7 +71,7 @@ class Subject:
         """
         texts = [f"{item.question.text} {self.instruction}".strip() for item in items]
         modality = items[0].modality
-        views = [[Image.fromarray(view.pixels) for view in own] for own in shown]
+        views = [_pictures(own) for own in shown]
         given = {"videos": views} if modality == "video" else {"images": [own[0] for own in views]}
         try:
             made = self.processor(
@@ -80,8 +84,7 @@ class Subject:
             )
         except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
             raise UnsupportedCall(f"the processor does not take these pictures and questions: {error}") from error
-        moved: Inputs = made.to(self.model.device, self.model.dtype)
-        return moved
+        return moved(made, self.model)
 
     def encode(
         self,
@@ -173,6 +176,8 @@ class Batch:
         pipeline = self.subject.variants.pipeline(method, keep)
         if "relevance" in pipeline.needs and self.subject.relevance is not None:
             evidence["relevance"] = list(self.relevance)
+        if "frames" in pipeline.needs and self.subject.frames is not None:
+            evidence["frames"] = list(self.frames)
         inputs = self.shared() if pipeline.encoder is None else self.inputs
         return self.subject.answer(inputs, method, keep, evidence=evidence)[0]
 
@@ -181,3 +186,13 @@ class Batch:
         """Relevance (B, N) of every token to the question about its picture."""
         assert self.subject.relevance is not None
         return self.subject.relevance(self.inputs["pixel_values"], [item.question.text for item in self.items])
+
+    @cached_property
+    def frames(self) -> tuple[Tensor, ...]:
+        """Scores (G,) of the parts of every clip by the question about it, asked of the model without pruning."""
+        assert self.subject.frames is not None
+        return tuple(self.subject.frames(_pictures(item.views), item.question.text) for item in self.items)
+
+
+def _pictures(views: Sequence[Scene]) -> list[Image.Image]:
+    return [Image.fromarray(view.pixels) for view in views]

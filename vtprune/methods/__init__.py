@@ -28,10 +28,12 @@ from vtprune.methods.pool import pool
 from vtprune.methods.prumerge_plus import prumerge_plus
 from vtprune.methods.prunesid import prunesid
 from vtprune.methods.pyramiddrop import pyramiddrop
+from vtprune.methods.quota import quota
 from vtprune.methods.random import random
 from vtprune.methods.scope import scope
 from vtprune.methods.sparsevlm import sparsevlm
 from vtprune.methods.sparsevlm_plus import sparsevlm_plus
+from vtprune.methods.temporal import temporal
 from vtprune.methods.text_dominance import text_dominance
 from vtprune.methods.todre import todre
 from vtprune.methods.todre_select import todre_select
@@ -90,6 +92,8 @@ METHODS: dict[str, Callable[..., Pipeline]] = {
     "look_m": look_m,
     "attention_sink": attention_sink,
     "blindsight": blindsight,
+    "quota": quota,
+    "temporal": temporal,
     "pool": pool,
     "random": random,
     "uniform": uniform,

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
-from vtprune.adapters.base import Encoding
+from vtprune.adapters.base import Encoding, Family
 from vtprune.errors import UnsupportedCall
 from vtprune.kernels import attention as attentions
 from vtprune.kernels import backends, host
@@ -59,7 +59,8 @@ class Encoded:
 
     `readings` are by name, not yet mapped to tokens; `has_cls` is that of the encoder they were taken from. `cut` says
     what pruned inside the encoder, and to which budget; None where nothing did. `patches` are those left after each of
-    its blocks then. `use` says which backend kernels ran on. `asked` see `asked_length`.
+    its blocks then. `use` says which backend kernels ran on. `mapped` are readings that were brought to tokens already,
+    one (n, C) for each entry. `asked` see `asked_length`.
     """
 
     kind: Modality
@@ -74,6 +75,7 @@ class Encoded:
     use: Use
     cut: tuple[EncoderStage, Allowance] | None = None
     patches: tuple[int, ...] = ()
+    mapped: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
     asked: list[np.ndarray] = field(default_factory=list, compare=False, repr=False)
 
     def asked_length(self, ids: np.ndarray) -> int:
@@ -89,8 +91,20 @@ class Encoded:
         self.asked[:] = [first, ids]
         return first.shape[1]
 
+    @property
+    def names(self) -> frozenset[str]:
+        """What was read."""
+        return frozenset((*self.readings, *self.mapped))
+
+    def of_tokens(self, name: str, encoding: Encoding, family: Family, inner: nn.Module) -> list[Tensor] | None:
+        """One reading (n, C) for each entry, NaN at separators; None where it was not taken."""
+        if name in self.mapped:
+            return list(self.mapped[name])
+        raw = self.read(name, encoding)
+        return None if raw is None else family.rows(inner, raw, encoding)
+
     def read(self, name: str, encoding: Encoding) -> Tensor | None:
-        """One reading (rows, N, C), summed over its blocks; None where it was not taken."""
+        """One reading (rows, N, C) of patches, summed over its blocks; None where it was not taken."""
         found = self.readings.get(name)
         if not found:
             return None

@@ -48,13 +48,13 @@ class Prompt:
         """
         mapped: dict[Modality, list[Tensor]] = {}
         for kind, encoding in self.encodings.items():
-            raw = self.encoded[kind].read(name, encoding)
-            if raw is None:
+            found = self.encoded[kind].of_tokens(name, encoding, self.family, self.inner)
+            if found is None:
                 raise MissingEvidence(
                     f"the {kind} features of this call were encoded without reading {name!r}: encode them while the "
                     "model is wrapped with this method, or pass the pixels"
                 )
-            mapped[kind] = self.family.rows(self.inner, raw, encoding)
+            mapped[kind] = found
         return [_of_segment(segment, mapped[segment.kind]).to(device) for segment in self.layout.segments]
 
 

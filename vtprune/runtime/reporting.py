@@ -144,7 +144,7 @@ def _sources(prompt: Prompt | None, pipeline: Pipeline, given: Given | None) -> 
         reading.source(entry.has_cls)
         for entry in (() if prompt is None else prompt.encoded.values())
         for name, reading in readings.items()
-        if name in entry.readings
+        if name in entry.names
     }
 
 

@@ -24,6 +24,7 @@ from vtprune.stages import (
     spread,
     states,
     structured,
+    temporal,
 )
 
 STAGES: dict[str, type] = {
@@ -60,6 +61,7 @@ STAGES: dict[str, type] = {
         scorers.Product,
         scorers.Given,
         scorers.Norm,
+        temporal.Novelty,
         networks.TrainedScorer,
         debiasers.MinMax,
         debiasers.WithoutSinks,

@@ -36,6 +36,23 @@ def largest_remainder(weights: Tensor, total: int | Tensor, cap: Tensor) -> Tens
     return given + poured + (last & (room > level)).long()
 
 
+def filled(weights: Tensor, total: int | Tensor, cap: Tensor) -> Tensor:
+    """Reals (S, G) in proportion to the weights and none above `cap`: what exceeds one goes to the others by weight.
+
+    Their sum is `total`, or that of the caps of all groups with a weight, where it is smaller.
+    """
+    weights = weights.float().nan_to_num(nan=0.0).clamp(min=0)
+    ratio = torch.where(weights > 0, cap / weights, float("inf"))
+    ratio, order = ratio.sort(dim=1, stable=True)
+    caps, worth = cap.gather(1, order), weights.gather(1, order)
+    before = caps.cumsum(dim=1) - caps
+    behind = worth.flip(1).cumsum(dim=1).flip(1).clamp_min(1e-30)
+    level = (total - before) / behind
+    full = (level >= ratio).sum(dim=1, keepdim=True)
+    shares = weights * level.gather(1, full.clamp(max=weights.shape[1] - 1)).clamp(min=0)
+    return torch.where(thinning.places_in(order) < full, cap, torch.minimum(shares, cap))
+
+
 def best_of_groups(scores: Tensor, groups: Tensor, quotas: Tensor, k: int) -> Tensor:
     """The tokens with the highest scores of every group.
 
