@@ -1,0 +1,174 @@
+"""Answers on disk: torn lines, other settings, other writers, and runs that are killed at any moment."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+
+from vtprune.errors import InvalidOption
+from vtprune.video.journal import Journal, Record
+
+SETTINGS = {"keep": 0.25, "pipeline": {"name": "random"}}
+
+
+def record(name: str, **fields: object) -> Record:
+    return replace(Record(id=name, video="a.mp4", question="what ?", answer="é\u2028x"), **fields)
+
+
+def answers(path: Path) -> list[str]:
+    """Ids in the order of the file, read without the journal."""
+    return [json.loads(line)["id"] for line in path.read_text("utf-8").split("\n")[1:-1]]
+
+
+def test_what_was_added_is_there_again(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    full = record(
+        "1", kept=(3, 0.5), frames=(1, 4), times=(0.1, 0.4), seconds={"answer": 1.5}, warnings=("w",), tokens=8
+    )
+    with Journal(path, SETTINGS) as journal:
+        journal.add([full, record("2", answer=None, error="no clip")])
+        journal.add([])
+    with Journal(path, SETTINGS) as journal:
+        assert journal.records == {"1": full, "2": record("2", answer=None, error="no clip")}
+        journal.add([record("3")])
+    assert answers(path) == ["1", "2", "3"]
+    assert json.loads(path.read_text("utf-8").split("\n")[0])["settings"] == SETTINGS
+
+
+def test_every_cut_of_a_file_is_gone_on_from(tmp_path: Path) -> None:
+    """Whatever byte a run ended at: whole lines stay, the rest is written again, and the file is the same at last."""
+    path = tmp_path / "a.jsonl"
+    rows = [record(str(number)) for number in range(3)]
+    with Journal(path, SETTINGS) as journal:
+        journal.add(rows)
+    whole = path.read_bytes()
+    for length in range(0, len(whole), 7):
+        path.write_bytes(whole[:length])
+        with Journal(path, SETTINGS) as journal:
+            journal.add([row for row in rows if row.id not in journal.records])
+        assert path.read_bytes() == whole
+
+
+def test_a_line_is_on_the_disk_before_add_returns(tmp_path: Path) -> None:
+    synchronised: list[int] = []
+    with Journal(tmp_path / "a.jsonl", SETTINGS) as journal, patch("os.fsync", synchronised.append):
+        journal.add([record("1"), record("2")])
+        assert len(synchronised) == 1
+        assert answers(tmp_path / "a.jsonl") == ["1", "2"]
+        with pytest.raises(AssertionError, match="answered twice"):
+            journal.add([record("2")])
+
+
+def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    Journal(path, SETTINGS).close()
+    before = path.read_bytes()
+    with pytest.raises(InvalidOption, match=r"other settings \(keep: 0.25 there, 0.5 now; seed: None there, 3 now\)"):
+        Journal(path, {**SETTINGS, "keep": 0.5, "seed": 3})
+    other = {**SETTINGS, "pipeline": {"name": "quota", "picks": [1]}}
+    with pytest.raises(InvalidOption, match=r"\(pipeline.name: 'random' there, 'quota' now\)"):
+        Journal(path, other)
+    assert path.read_bytes() == before
+    Journal(path, SETTINGS).close()
+
+
+@pytest.mark.parametrize(
+    "text", ["hello\n", "hello", '{"a": 1}\n', "[]\n", '{"kind": "vtprune video-qa"}\n', "\0" * 50]
+)
+def test_other_files_are_left_alone(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(text)
+    with pytest.raises(InvalidOption, match="holds no answers"):
+        Journal(path, SETTINGS)
+    assert path.read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("nonsense", "line 3 .* is damaged"),
+        ('{"id": 1}', "line 3 .* is damaged"),
+        (None, "line 3 .* answers '1' again"),
+    ],
+)
+def test_lines_that_cannot_be_are_named(tmp_path: Path, line: str | None, said: str) -> None:
+    path = tmp_path / "a.jsonl"
+    with Journal(path, SETTINGS) as journal:
+        journal.add([record("1")])
+    with path.open("a") as file:
+        file.write((line or path.read_text().split("\n")[1]) + "\n")
+    with pytest.raises(InvalidOption, match=said):
+        Journal(path, SETTINGS)
+
+
+def test_one_writer_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    with Journal(path, SETTINGS), pytest.raises(InvalidOption, match="being written by another run"):
+        Journal(path, SETTINGS)
+    Journal(path, SETTINGS).close()
+
+
+def test_errors_are_tried_again_where_asked(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    with Journal(path, SETTINGS) as journal:
+        journal.add([record("1"), record("2", error="x"), record("3")])
+    with Journal(path, SETTINGS) as journal:
+        assert list(journal.records) == ["1", "2", "3"]
+    with Journal(path, SETTINGS, retry=True) as journal:
+        assert list(journal.records) == ["1", "3"]
+        with pytest.raises(InvalidOption, match="another run"):
+            Journal(path, SETTINGS)
+        journal.add([record("2")])
+    assert answers(path) == ["1", "3", "2"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_places_that_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(InvalidOption, match="cannot write"):
+        Journal(tmp_path / "no" / "a.jsonl", SETTINGS)
+    with pytest.raises(InvalidOption, match="cannot write"):
+        Journal(tmp_path, SETTINGS)
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from vtprune.video.journal import Journal, Record
+with Journal(Path(sys.argv[1]), {"keep": 0.25}) as journal:
+    print("open", flush=True)
+    left = [n for n in range(3000) if str(n) not in journal.records]
+    while left:
+        some, left = left[:7], left[7:]
+        journal.add([Record(id=str(n), video="a.mp4", question="?" * (n % 50), answer="x" * 300) for n in some])
+"""
+
+
+def test_killed_at_any_moment_nothing_is_lost_or_doubled(tmp_path: Path) -> None:
+    """A process writes, is killed with SIGKILL after a random time, and is started again: until all is there."""
+    path, stream = tmp_path / "a.jsonl", random.Random(0)
+    kills, grown, done = 0, 0, False
+    while not done:
+        process = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE)
+        assert process.stdout is not None and process.stdout.readline() == b"open\n"
+        if kills < 12:
+            time.sleep(stream.uniform(0.0, 0.03))
+            process.send_signal(signal.SIGKILL)
+        done = process.wait() == 0
+        process.stdout.close()
+        kills += not done
+        there = path.read_bytes().count(b"\n")
+        assert there >= grown
+        grown = there
+    assert kills
+    assert answers(path) == [str(number) for number in range(3000)]
+    assert os.listdir(tmp_path) == ["a.jsonl"]

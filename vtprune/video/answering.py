@@ -1,0 +1,250 @@
+"""Answers of one pruned model to questions about clips: each clip is encoded once, questions are asked in batches."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtprune.adapters.base import Family
+from vtprune.api import pruning
+from vtprune.errors import VtpruneError
+from vtprune.pipeline import Pipeline
+from vtprune.report import DROPPED, PruneReport, SegmentReport
+from vtprune.runtime.pruner import Pruner
+from vtprune.runtime.sharing import Shared, encode_shared, joined
+from vtprune.seam import find_base
+from vtprune.video.asking import PIXEL_NAMES, moved, rows_of, stacked
+from vtprune.video.frames import Frames
+from vtprune.video.journal import Record
+from vtprune.video.prompting import check_words
+from vtprune.video.questions import Question
+from vtprune.video.relevance import per_part
+from vtprune.video.sampling import best_frames
+
+_TROUBLES = (VtpruneError, ValueError, RuntimeError, TypeError, KeyError, IndexError, AttributeError)
+Score = Callable[[Frames, Sequence[str]], Tensor]
+"""Scores (Q, T) of frames by questions about them."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ClipAsked:
+    """A clip and all questions about it."""
+
+    frames: Frames
+    questions: tuple[Question, ...]
+
+
+@dataclass(kw_only=True, eq=False)
+class _Row:
+    """A prompt: a question, the frames of a clip it is asked about, and what both became."""
+
+    clip: ClipAsked
+    question: Question
+    frames: Frames
+    scores: Tensor | None
+    seconds: dict[str, float]
+    inputs: dict[str, Any] = field(default_factory=dict)
+    shared: Shared | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Answerer:
+    """Answers from the tokens that a method leaves, greedily.
+
+    `method` and `options` are those of `pruning`, `pipeline` what they make. `score` gives scores of frames where the
+    method reads them, or where only the `best` so many frames are shown. `instruction` is put behind every question.
+    """
+
+    model: nn.Module
+    processor: Any
+    method: str | Pipeline
+    options: Mapping[str, Any]
+    pipeline: Pipeline
+    max_new_tokens: int
+    batch: int = 8
+    instruction: str = ""
+    score: Score | None = None
+    best: int | None = None
+
+    def __call__(self, clips: Sequence[ClipAsked]) -> list[Record]:
+        """A record for every question; what fails is tried again alone, and then recorded as an error."""
+        asked = [question for clip in clips for question in clip.questions]
+        rows: list[_Row] = []
+        records: list[Record] = []
+        for clip in clips:
+            clip, refused = self._checked(clip)
+            records += refused
+            try:
+                rows += self._rows(clip)
+            except _TROUBLES as error:
+                told = {"decode": clip.frames.seconds}
+                records += [failed(question, error, clip.frames, told) for question in clip.questions]
+        base = find_base(self.model)
+        with pruning(self.model, self.method, **self.options) as pruner:
+            ready = sorted(self._encoded(rows, records, base, pruner.family), key=_shape)
+            for _, alike in itertools.groupby(ready, key=_shape):
+                group = list(alike)
+                for start in range(0, len(group), self.batch):
+                    records += self._answered(group[start : start + self.batch], pruner)
+        place = {question.id: number for number, question in enumerate(asked)}
+        return sorted(records, key=lambda record: place[record.id])
+
+    def _checked(self, clip: ClipAsked) -> tuple[ClipAsked, list[Record]]:
+        """The clip with the questions that can be asked, and errors for the others."""
+        fine: list[Question] = []
+        refused: list[Record] = []
+        for question in clip.questions:
+            try:
+                check_words(self.processor, question.question)
+                fine.append(question)
+            except VtpruneError as error:
+                refused.append(failed(question, error, clip.frames, {"decode": clip.frames.seconds}))
+        return replace(clip, questions=tuple(fine)), refused
+
+    def _rows(self, clip: ClipAsked) -> list[_Row]:
+        """A row for each question about a clip; their frames are scored together."""
+        if not clip.questions:
+            return []
+        begin, frames = time.perf_counter(), clip.frames
+        scores: Sequence[Tensor | None] = [None] * len(clip.questions)
+        if self.score is not None:
+            scores = self.score(frames, [question.question for question in clip.questions]).unbind()
+        seconds = {"decode": frames.seconds, "score": (time.perf_counter() - begin) / len(clip.questions)}
+        rows = [
+            _Row(clip=clip, question=question, frames=frames, scores=own, seconds=dict(seconds))
+            for question, own in zip(clip.questions, scores, strict=True)
+        ]
+        return rows if self.best is None else [_best_of(row, self.best) for row in rows]
+
+    def _encoded(self, rows: Sequence[_Row], records: list[Record], base: nn.Module, family: Family) -> Iterator[_Row]:
+        """The rows with inputs; those that show the same frames are prepared and encoded together."""
+        alike: dict[Any, list[_Row]] = {}
+        for row in rows:
+            alike.setdefault((id(row.clip), row.frames.indices.tobytes()), []).append(row)
+        for group in alike.values():
+            try:
+                self._encode(group, base, family)
+            except _TROUBLES as error:
+                records += [failed(row.question, error, row.frames, row.seconds) for row in group]
+                continue
+            yield from group
+
+    def _encode(self, group: Sequence[_Row], base: nn.Module, family: Family) -> None:
+        begin, frames = time.perf_counter(), group[0].frames
+        texts = [f"{row.question.question} {self.instruction}".strip() for row in group]
+        times = frames.times.tolist()
+        made = rows_of(self.processor, frames.pictures, texts, times=times, duration=frames.duration)
+        shared, _ = encode_shared(base, family, moved(made[0], self.model))
+        seconds = time.perf_counter() - begin
+        for row, inputs in zip(group, made, strict=True):
+            row.inputs = {name: value for name, value in inputs.items() if name not in PIXEL_NAMES}
+            row.shared = shared
+            row.seconds["encode"] = seconds
+
+    def _answered(self, rows: Sequence[_Row], pruner: Pruner) -> list[Record]:
+        try:
+            return self._generate(rows, pruner)
+        except _TROUBLES as error:
+            if len(rows) == 1:
+                return [failed(rows[0].question, error, rows[0].frames, rows[0].seconds)]
+        # Outside of the handler: its traceback would hold the tensors of the batch that was too large.
+        return [record for row in rows for record in self._answered([row], pruner)]
+
+    def _generate(self, rows: Sequence[_Row], pruner: Pruner) -> list[Record]:
+        begin = time.perf_counter()
+        tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        inputs = moved(stacked([row.inputs for row in rows], tokenizer.pad_token_id), self.model)
+        inputs["mm_encoder_outputs"] = joined([row.shared for row in rows if row.shared is not None])
+        with pruner.using(**self._evidence(rows, pruner)):
+            model: Any = self.model
+            written = model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1)
+        texts = tokenizer.batch_decode(written[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        report = pruner.last
+        assert report is not None
+        seconds = (time.perf_counter() - begin) / len(rows)
+        return [
+            self._record(row, number, text, report, seconds)
+            for number, (row, text) in enumerate(zip(rows, texts, strict=True))
+        ]
+
+    def _evidence(self, rows: Sequence[_Row], pruner: Pruner) -> dict[str, list[Any]]:
+        """Scores of parts for every prompt, where the method reads them."""
+        if "frames" not in self.pipeline.asked:
+            return {}
+        given = [per_part(row.scores, self.model) for row in rows if row.scores is not None]
+        if "video" in pruner.family.kinds:
+            return {"frames": given}
+        return {"frames": [[score[None] for score in own] for own in given]}
+
+    def _record(self, row: _Row, number: int, text: str, report: PruneReport, seconds: float) -> Record:
+        segments = [segment for segment in report.segments if segment.row == number]
+        answer, expected = text.strip(), row.question.answer
+        return replace(
+            blank(row.question, row.frames, {**row.seconds, "answer": seconds}),
+            answer=answer,
+            correct=None if expected is None else plain(answer) == plain(expected),
+            kept=tuple(count for segment in segments for count in kept_of_parts(report, segment)),
+            tokens=sum(segment.n for segment in segments),
+            backend=report.backend,
+        )
+
+
+def _best_of(row: _Row, count: int) -> _Row:
+    """The row with the frames that score best."""
+    assert row.scores is not None
+    chosen = best_frames(row.scores.numpy(), min(count, len(row.scores)))
+    return replace(row, frames=row.frames.taking(chosen), scores=row.scores[torch.from_numpy(chosen)])
+
+
+def _shape(row: _Row) -> str:
+    """Rows of equal shape can be asked together."""
+    assert row.shared is not None
+    return repr(row.shared.shape)
+
+
+def kept_of_parts(report: PruneReport, segment: SegmentReport) -> list[float]:
+    """Tokens kept of every part of a clip, on average over decoder layers."""
+    if segment.depths is not None:
+        shares = segment.depths.float() / report.layers
+    elif segment.cached is not None:
+        shares = segment.cached.float() / report.layers
+    else:
+        shares = (segment.stages > DROPPED).float()
+    counts = [float(own.sum()) for own in shares.cpu().split([part.tokens for part in segment.parts])]
+    return [int(count) if count.is_integer() else round(count, 3) for count in counts]
+
+
+def plain(text: str) -> str:
+    """What counts of an answer: small letters, without punctuation at the ends."""
+    return " ".join(text.casefold().split()).strip(" .,;:!?\"'()")
+
+
+def blank(question: Question, frames: Frames | None, seconds: Mapping[str, float]) -> Record:
+    """A record of what is known before there is an answer."""
+    shown = () if frames is None else tuple(frames.indices.tolist())
+    return Record(
+        id=question.id,
+        video=question.video,
+        question=question.question,
+        expected=question.answer,
+        frames=shown,
+        times=() if frames is None else tuple(round(time, 6) for time in frames.times.tolist()),
+        reader="" if frames is None else frames.backend,
+        warnings=() if frames is None else frames.warnings,
+        seconds={name: round(value, 6) for name, value in seconds.items()},
+    )
+
+
+def failed(
+    question: Question, error: BaseException, frames: Frames | None = None, seconds: Mapping[str, float] | None = None
+) -> Record:
+    """The record of a question without an answer."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    known = isinstance(error, VtpruneError)
+    return replace(blank(question, frames, seconds or {}), error=text if known else f"{type(error).__name__}: {text}")
