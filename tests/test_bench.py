@@ -17,11 +17,14 @@ import pytest
 import torch
 
 from tests.test_cli import failure
-from vtprune import _bench
+from vtprune import _bench, load_tiny
 from vtprune.cli import main
+from vtprune.errors import VtpruneError
+from vtprune.eval.questions import draw_items
+from vtprune.eval.subject import Answers, Subject
 
 ROOT = Path(__file__).parents[1]
-NAMES = ["house_default", "inside", "kernels", "prefill", "selection"]
+NAMES = ["frame_budgets", "house_default", "inside", "kernels", "prefill", "selection", "video"]
 STUB = '''"""A stub: what it was told.
 
 More of it.
@@ -77,7 +80,7 @@ def test_benchmarks_are_listed_with_their_rows(capsys: pytest.CaptureFixture[str
     assert main(["bench", *arguments]) == 0
     shown = capsys.readouterr().out
     assert [line.split()[0] for line in shown.splitlines() if line[0] != " " and line[0] != "b"] == NAMES
-    rows = len((ROOT / "benchmarks" / "results" / "selection.csv").read_text().splitlines()) - 1
+    rows = len((ROOT / "benchmarks" / "results" / f"{NAMES[-1]}.csv").read_text().splitlines()) - 1
     assert shown.split()[-1] == str(rows)
 
 
@@ -247,6 +250,26 @@ def test_large_shapes_have_the_sizes_of_their_checkpoints(scripts: None) -> None
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(shape.config(shape))
         assert sum(weight.numel() for weight in model.parameters()) / 1e9 == pytest.approx(billions, abs=5e-3)
+
+
+def test_arms_of_frame_budgets_keep_equally_many_tokens(scripts: None) -> None:
+    """Two questions about a clip for development; intervals of so few are the whole range."""
+    import frame_budgets
+
+    items = draw_items("dev", 5, 1, "video")[:2]
+    model, processor = load_tiny("llava_next_video")
+    right = frame_budgets.right_answers(Subject(model=model, processor=processor), items)
+    rows = frame_budgets.rows_of(right, items, "dev")
+    assert len(rows) == 11 and {(row["clips"], row["questions"], row["low"], row["high"]) for row in rows} == {
+        (1, 2, 0.0, 1.0)
+    }
+    apart = {row["arm"]: row["minus_equal"] for row in rows if row["minus_equal"] is not None}
+    assert list(apart) == ["quota pool yes", "quota pool change", "quota prune yes", "quota prune change"]
+    accuracy = {row["arm"]: row["accuracy"] for row in rows}
+    assert apart["quota pool yes"] == pytest.approx(accuracy["quota pool yes"] - accuracy["quota pool equal"])
+    assert "| quota prune equal |" in frame_budgets.table(rows)
+    with pytest.raises(VtpruneError, match="quota pool yes kept 7, 8 tokens of a clip, expected 8"):
+        frame_budgets.checked(frame_budgets.ARMS[0], Answers(words=("a", "b"), kept=(8.0, 7.0), tokens=None), 8)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU would be measured")

@@ -286,7 +286,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     machine = capsys.readouterr().out
     assert "torch " in machine and "torchvision" in machine and "devices cpu" in machine
-    assert "kernels t" in machine
+    assert "kernels t" in machine and "clips pyav reads them; decord" in machine
     assert main(["doctor", "tiny:llava"]) == 0
     shown = capsys.readouterr().out
     assert "seam LlavaModel -> LlamaModel" in shown

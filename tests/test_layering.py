@@ -17,18 +17,19 @@ import vtprune
 
 ROOT = Path(vtprune.__file__).parent
 ROWS = (
-    ("errors",),
+    ("errors", "_version"),
     ("types", "readings"),
     ("glances",),
     ("kernels", "protocols", "_checks", "_needs", "_storing", "_torchvision"),
     ("picking",),
     ("stages", "pipeline", "positions", "masks", "schedule", "report", "estimates", "relevance", "viz", "_prompts"),
     ("cache", "methods", "adapters", "tiny"),
-    ("catalog", "calibration", "debiasing", "seam"),
+    ("catalog", "calibration", "debiasing", "seam", "_loading"),
     ("inside",),
     ("runtime",),
     ("api",),
     ("comparing",),
+    ("video",),
     ("eval",),
     (
         "cli",
@@ -40,6 +41,8 @@ ROWS = (
         "_train",
         "_calibrate",
         "_bench",
+        "_video_qa",
+        "_video_answers",
         "__main__",
     ),
     ("__init__",),
@@ -58,6 +61,9 @@ WITHIN_A_ROW = {
     ("_train", "_console"),
     ("cli", "_calibrate"),
     ("cli", "_bench"),
+    ("cli", "_video_qa"),
+    ("_video_qa", "_arguments"),
+    ("_video_qa", "_video_answers"),
     ("_bench", "_console"),
     ("_calibrate", "_console"),
     ("_calibrate", "_arguments"),
@@ -70,12 +76,13 @@ HOOKING = ("inside", "runtime")
 LATE = {
     "triton": ("kernels/triton",),
     "gradio": ("demo/app",),
-    "decord": ("video/reader",),
-    "av": ("video/reader",),
+    "decord": (),
+    "av": (),
+    "torchcodec": (),
     "open_clip": (),
     "timm": (),
     "torchvision": ("_torchvision",),
-    "ray": (),
+    "ray": ("video/ray",),
     "matplotlib": (),
 }
 """Packages that may be absent, and the modules (imported late themselves) that may import them at their top."""

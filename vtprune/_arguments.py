@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from vtprune._loading import versions as versions
 from vtprune.errors import InvalidOption
 
 if TYPE_CHECKING:
@@ -24,7 +26,23 @@ def share_or_number(text: str) -> float | int:
         raise InvalidOption(f"--keep {text}: expected a share such as 0.25 or a number of tokens such as 64") from None
 
 
-def add_attention(parser: argparse.ArgumentParser, *, then: str = "") -> None:
+def parameters_of(pairs: Sequence[str]) -> dict[str, Any]:
+    """`name=value` pairs; a value is a Python literal, or else text."""
+    parameters: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or not name.isidentifier():
+            raise InvalidOption(f"--set {pair}: expected NAME=VALUE, for example --set lam=0.3")
+        if name in parameters:
+            raise InvalidOption(f"--set {name} is given twice")
+        try:
+            parameters[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            parameters[name] = text
+    return parameters
+
+
+def add_attention(parser: argparse._ActionsContainer, *, then: str = "") -> None:
     """The options `--debias` and `--calibration`; `then` tells what more becomes of them."""
     parser.add_argument(
         "--debias",
@@ -86,12 +104,3 @@ def write_outputs(writers: Mapping[str, tuple[Path | None, Callable[[Path], obje
             troubles.append(str(error))
     if troubles:
         raise InvalidOption("; ".join(troubles))
-
-
-def versions() -> str:
-    import torch
-    import transformers
-
-    from vtprune import __version__
-
-    return f"vtprune {__version__}, torch {torch.__version__}, transformers {transformers.__version__}"

@@ -14,7 +14,7 @@ _PACKAGES = ("torch", "transformers", "pillow", "numpy", "safetensors", "rich")
 
 def machine() -> Iterator[tuple[str, str]]:
     """Versions, devices and the health of torchvision."""
-    from vtprune import __version__
+    from vtprune._version import __version__
 
     yield "vtprune", __version__
     yield "python", platform.python_version()
@@ -23,6 +23,7 @@ def machine() -> Iterator[tuple[str, str]]:
     yield "torchvision", _torchvision()
     yield "devices", _devices()
     yield "kernels", _kernels()
+    yield "clips", _readers()
 
 
 def model(source: str) -> Iterator[tuple[str, str]]:
@@ -62,6 +63,15 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _readers() -> str:
+    """What reads video files, in the order in which `auto` tries."""
+    from vtprune.video.reader import AUTO, BACKENDS, prepare
+
+    obstacles = {name: prepare(name) for name in dict.fromkeys((*AUTO, *BACKENDS))}
+    found = [f"{name} reads them" if not obstacle else f"{name}: {obstacle}" for name, obstacle in obstacles.items()]
+    return "; ".join(found) + ("" if not all(obstacles.values()) else "; pip install 'vtprune[video]'")
 
 
 def _torchvision() -> str:

@@ -155,6 +155,13 @@ def _relevance(model: str) -> Callable[..., Tensor] | None:
     return lambda pixels, questions: -text_relevance(clip, tokenizer, pixels, questions)
 
 
+def _frames(model: Any, processor: Any) -> Callable[..., Tensor]:
+    """How much the parts of a clip have to do with a question, asked of the model under test itself."""
+    from vtprune.video.relevance import per_part, score_frames
+
+    return lambda pictures, question: per_part(score_frames(model, processor, pictures, question), model)
+
+
 def _run(options: argparse.Namespace) -> list[Row]:
     from vtprune import _console as helpers
 
@@ -184,6 +191,7 @@ def _run(options: argparse.Namespace) -> list[Row]:
             max_new_tokens=length,
             instruction=options.instruction,
             relevance=_relevance(options.model),
+            frames=_frames(model, processor) if modality == "video" else None,
             variants=options.variants,
         )
         weights = fingerprint(model)

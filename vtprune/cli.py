@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import os
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from vtprune import _bench, _calibrate, _evaluate, _train
-from vtprune._arguments import add_attention, check_debias, check_writable, share_or_number, write_outputs
+from vtprune import _bench, _calibrate, _evaluate, _train, _video_qa
+from vtprune._arguments import (
+    add_attention,
+    check_debias,
+    check_writable,
+    parameters_of,
+    share_or_number,
+    write_outputs,
+)
 from vtprune.errors import InvalidOption, VtpruneError
 
 if TYPE_CHECKING:
@@ -28,6 +34,7 @@ _EXAMPLES = """examples:
   vtprune methods                                      what --method takes
   vtprune describe divprune                            one method, its source and its parameters
   vtprune families                                     which models have an adapter
+  vtprune video-qa                                     questions about clips, in batches
   vtprune eval --csv out.csv --plot out.png            how often answers are right, method by method
   vtprune doctor ./my-llava                            can this model be pruned, and with which methods?
   vtprune bench                                        the benchmarks, and what they measure
@@ -84,7 +91,7 @@ def _main(arguments: Sequence[str] | None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from vtprune import __version__
+    from vtprune._version import __version__
 
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("vtprune", description=_ABOUT, epilog=_EXAMPLES, formatter_class=raw)
@@ -105,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="check this machine, and whether a model can be pruned")
     doctor.add_argument("model", nargs="?", help="tiny:NAME, a directory or a hub id; weights are not loaded")
     doctor.set_defaults(command=_doctor)
+    _video_qa.add_video_qa(commands.add_parser)
     _evaluate.add_eval(commands.add_parser)
     _train.add_train(commands.add_parser)
     _calibrate.add_calibrate(commands.add_parser)
@@ -139,7 +147,7 @@ def _run(options: argparse.Namespace, console: Console) -> None:
     from vtprune import _pictures as pictures
     from vtprune.tiny import PICTURE, QUESTION
 
-    keep, parameters = _keep(options), _parameters(options.set)
+    keep, parameters = _keep(options), parameters_of(options.set)
     _check(options)
     picture = pictures.read_picture(options.image or PICTURE)
     tiny = options.model.startswith("tiny:")
@@ -219,22 +227,6 @@ def _check(options: argparse.Namespace) -> None:
 def _keep(options: argparse.Namespace) -> float | int | None:
     """What was asked for; None where nothing was."""
     return None if options.keep is None else share_or_number(options.keep)
-
-
-def _parameters(pairs: Sequence[str]) -> dict[str, Any]:
-    """`name=value` pairs; a value is a Python literal, or else text."""
-    parameters: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        if not equals or not name.isidentifier():
-            raise InvalidOption(f"--set {pair}: expected NAME=VALUE, for example --set lam=0.3")
-        if name in parameters:
-            raise InvalidOption(f"--set {name} is given twice")
-        try:
-            parameters[name] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            parameters[name] = text
-    return parameters
 
 
 def _methods(options: argparse.Namespace, console: Console) -> None:
