@@ -25,14 +25,14 @@ from transformers.cache_utils import DynamicCache
 
 import vtprune
 from tests import models
-from tests.integration.common import ONE, TEXT, logits, reachable, room, write
-from tests.models import QWEN, VIDEO_FAMILIES
+from tests.integration.common import GIVEN, ONE, TEXT, logits, reachable, room, write
+from tests.models import QWEN, VIDEO_FAMILIES, Prompt
 from vtprune.catalog import build
 from vtprune.kernels import host
 from vtprune.stages.sinks import MassiveActivations, WithoutMassive
 
 FAMILIES = ("llava", "llava_next", "qwen2_5_vl", "qwen3_vl")
-METHODS = tuple(name for name in vtprune.list_methods() if name not in ("identity", "cdpruner"))
+METHODS = tuple(name for name in vtprune.list_methods() if name not in ("identity", *GIVEN))
 """Those that prune and need no evidence but the model's."""
 CELLS = [(name, method) for name in FAMILIES for method in METHODS if name == "llava" or build(method).encoder is None]
 """Methods that prune inside the encoder only where it bears that."""
@@ -303,6 +303,20 @@ def test_a_prefill_of_clips_reads_the_device_once(name: str, monkeypatch: pytest
     with watched(monkeypatch) as waits:
         logits(model, inputs)
     assert sum(waits.ours.values()) == 1, waits.ours
+
+
+@pytest.mark.parametrize("name", VIDEO_FAMILIES)
+def test_a_budget_by_scores_of_frames_reads_once_more(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = models.build(name)
+    inputs = models.inputs(model, (Prompt(clips=((32, 32, 4),), seed=3),), kind="video")
+    with vtprune.pruning(model, "random", keep=0.5) as pruner:
+        logits(model, inputs)
+        scores = torch.rand(len(pruner.last.segments[0].parts))
+    with vtprune.pruning(model, "quota", keep=0.5) as pruner, pruner.using(frames=[scores]):
+        logits(model, inputs)
+        with watched(monkeypatch) as waits:
+            logits(model, inputs)
+        assert sum(waits.ours.values()) == 2, waits.ours
 
 
 @pytest.mark.parametrize("name", FAMILIES)

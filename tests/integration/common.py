@@ -155,6 +155,8 @@ CACHING = tuple(method for method in vtprune.list_methods() if build(method).cac
 
 LOSSLESS = tuple(method for method in vtprune.list_methods() if not build(method).drops)
 """Methods that drop nothing."""
+GIVEN = tuple(method for method in vtprune.list_methods() if {"relevance", "frames"} & set(build(method).needs))
+"""Methods whose evidence the user has to give."""
 EDITING = tuple(method for method in LOSSLESS if build(method).attention is not None)
 """Methods that change attention instead."""
 

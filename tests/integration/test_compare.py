@@ -16,6 +16,7 @@ from tests import models
 from tests.integration.common import (
     CACHING,
     FRAMES,
+    GIVEN,
     LOSSLESS,
     ONE,
     STEPS,
@@ -85,7 +86,7 @@ def test_without_arguments_every_method_that_needs_only_the_model_is_compared() 
     The others that cut between layers need some in front and behind: two are too few for the budgets.
     """
     model = llava(layers=6)
-    apart = {*LOSSLESS, "cdpruner", "tome", "flowcut", "mustdrop", "mustdrop_vision", "zero_tprune"}
+    apart = {*LOSSLESS, *GIVEN, "tome", "flowcut", "mustdrop", "mustdrop_vision", "zero_tprune"}
     rows = vtprune.compare(model, models.inputs(model, ONE), max_new_tokens=2)
     assert [row.method for row in rows[:1]] == ["identity"]
     assert {row.method for row in rows[1:]} == set(vtprune.list_methods()) - apart

@@ -15,7 +15,18 @@ from torch import Tensor, nn
 
 import vtprune
 from tests import models
-from tests.integration.common import CACHING, FRAMES, IN_LAYERS, LOSSLESS, kept_of, llava, logits, reachable, room
+from tests.integration.common import (
+    CACHING,
+    FRAMES,
+    GIVEN,
+    IN_LAYERS,
+    LOSSLESS,
+    kept_of,
+    llava,
+    logits,
+    reachable,
+    room,
+)
 from tests.models import Prompt
 from vtprune import Pick, Pipeline
 from vtprune.errors import InvalidOption, UnsupportedCall
@@ -153,7 +164,7 @@ def test_features_that_are_no_numbers_still_give_the_count(rows: slice, value: f
 
 
 every_method = pytest.mark.parametrize(
-    "method", [name for name in vtprune.list_methods() if name not in (*LOSSLESS, "cdpruner")]
+    "method", [name for name in vtprune.list_methods() if name not in (*LOSSLESS, *GIVEN)]
 )
 
 

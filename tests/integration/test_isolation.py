@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicCache
 import vtprune
 from tests import models
 from tests.integration.common import (
+    GIVEN,
     ONE,
     OTHER,
     TEXT,
@@ -138,7 +139,7 @@ RUNNING = [
     (name, method)
     for name in ("llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "internvl")
     for method in vtprune.list_methods()
-    if method != "cdpruner" and (name == "llava" or build(method).encoder is None)
+    if method not in GIVEN and (name == "llava" or build(method).encoder is None)
 ]
 """Methods on families that bear them, without evidence from the user."""
 

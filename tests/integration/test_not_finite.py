@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 import vtprune
 from tests import models
 from tests.integration import test_encoders_alone as alone
-from tests.integration.common import CACHING, LOSSLESS, kept_of, llava, logits
+from tests.integration.common import CACHING, GIVEN, LOSSLESS, kept_of, llava, logits
 from tests.models import Prompt
 from vtprune import Pick, Pipeline
 from vtprune.catalog import build
@@ -31,7 +31,7 @@ N, K = 16, 5
 ONE = (Prompt(images=((32, 32),), seed=2),)
 CLIP = (Prompt(clips=((32, 32, 4),), seed=3),)
 BY_THE_CLS_ROW = ("fastervlm", "vtprune", "hiprune", "visionzip", "vispruner", "scope", "vtc_cls")
-WITHOUT_QUESTIONS = [name for name in vtprune.list_methods() if name not in (*LOSSLESS, "cdpruner")]
+WITHOUT_QUESTIONS = [name for name in vtprune.list_methods() if name not in (*LOSSLESS, *GIVEN)]
 REFUSED = "of the .* hold NaN or infinity"
 
 

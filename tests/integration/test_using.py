@@ -13,6 +13,7 @@ from tests import models
 from tests.integration.common import (
     CACHING,
     FRAMES,
+    GIVEN,
     IN_LAYERS,
     LOSSLESS,
     ONE,
@@ -54,7 +55,7 @@ def least_wanted(model: nn.Module, inputs: dict[str, Any]) -> list[int]:
 BETWEEN = [
     name
     for name in vtprune.list_methods()
-    if name not in (*LOSSLESS, "cdpruner", *IN_LAYERS, *CACHING) and build(name).encoder is None
+    if name not in (*LOSSLESS, *GIVEN, *IN_LAYERS, *CACHING) and build(name).encoder is None
 ]
 """Methods that prune between encoder and language model and need no evidence but the model's.
 

@@ -81,7 +81,7 @@ class Given:
         if value is not None and value.shape == (segment.tokens,):
             return value.float()
         if value is not None and value.shape == (len(segment.parts),):
-            return value.float().repeat_interleave(torch.tensor([part.tokens for part in segment.parts]))
+            return torch.cat([own.expand(part.tokens) for own, part in zip(value.float(), segment.parts, strict=True)])
         got = "nothing" if value is None else f"{len(value)} scores"
         raise UnsupportedCall(
             f"using({name}=...): got {got} for the {segment.kind} of prompt row {segment.row}: expected one score for "
