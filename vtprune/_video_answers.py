@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 _QUIET = 30.0
 """Seconds between lines."""
+_SPEED = 600.0
+"""Seconds that the rate is one of: batches of large models take a while."""
 FEW = 10
 """Answers, or reasons, that are shown."""
 _COLUMNS = (
@@ -53,7 +55,14 @@ def progress_bar(console: Console) -> Progress:
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
     failed = TextColumn("[red]{task.fields[failed]}")
-    return Progress(*columns, failed, console=console, transient=True, disable=not console.is_terminal)
+    return Progress(
+        *columns,
+        failed,
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+        speed_estimate_period=_SPEED,
+    )
 
 
 class Log:

@@ -117,14 +117,12 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--instruction", default="", metavar="TEXT", help='put behind each question ("One word only.")')
     group.add_argument("--limit", type=int, help="only the first so many questions")
     group.add_argument("--retry-errors", action="store_true", help="answer again what ended in an error")
-    group.add_argument("--decoders", type=int, default=1, help="processes that decode ahead (default: %(default)s)")
+    group.add_argument("--decoders", type=int, help="processes that decode ahead (default: 1)")
     group.add_argument("--seed", type=int, default=0, help="of what is drawn at random (default: %(default)s)")
     group.add_argument("--threads", type=int, help="threads of one operation on the CPU (default: as torch decides)")
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: %(default)s)")
     group.add_argument("--engine", choices=("local", "ray"), default="local", help="this process, or a Ray cluster")
-    group.add_argument(
-        "--replicas", type=int, default=1, help="models at work with --engine ray (default: %(default)s)"
-    )
+    group.add_argument("--replicas", type=int, help="models at work, at most, with --engine ray (default: 1)")
 
 
 def _video_qa(options: argparse.Namespace, console: Console) -> int:
@@ -162,8 +160,10 @@ def _check(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and value < low:
             raise InvalidOption(f"--{name.replace('_', '-')} {value}: expected {low} or more")
-    if options.engine == "local" and options.replicas != 1:
-        raise InvalidOption(f"--replicas {options.replicas}: expected --engine ray with it")
+    for name, engine in (("replicas", "ray"), ("decoders", "local"), ("threads", "local")):
+        value = getattr(options, name)
+        if value is not None and options.engine != engine:
+            raise InvalidOption(f"--{name} {value}: expected --engine {engine} with it")
     if not 0 < options.timeout < float("inf"):
         raise InvalidOption(f"--timeout {options.timeout}: expected seconds above 0")
     if options.fps is not None and (options.sampling != "uniform" or not 0 < options.fps < float("inf")):
@@ -249,11 +249,11 @@ def _answer(
             from vtprune.video.ray_engine import answer_with_ray, start
 
             start()
-            answer: Any = functools.partial(answer_with_ray, replicas=options.replicas)
+            answer: Any = functools.partial(answer_with_ray, replicas=options.replicas or 1)
         else:
             from vtprune.video.qa import answer_questions
 
-            answer = functools.partial(answer_questions, decoders=options.decoders, answerer=task.load())
+            answer = functools.partial(answer_questions, decoders=options.decoders or 1, answerer=task.load())
     with shown.progress_bar(options.trouble) as progress:
         bar = progress.add_task("questions", total=len(questions), failed="")
 

@@ -8,13 +8,15 @@ import random
 import struct
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 
+from vtprune.video.answering import Answerer, ClipAsked
 from vtprune.video.frames import Frames
+from vtprune.video.journal import Record
 
 RATE = 30
 ROWS, COLUMNS = 4, 5
@@ -258,3 +260,15 @@ def subsets(count: int) -> list[list[int]]:
     """Some requests in an order that goes back and forth."""
     rng = random.Random(count)
     return [sorted(rng.sample(range(count), min(count, rng.randint(1, 4)))) for _ in range(20)]
+
+
+def answers(answer: Answerer, clips: list[ClipAsked]) -> list[Record]:
+    """All records, in the order of the questions."""
+    place = {question.id: number for number, question in enumerate(q for clip in clips for q in clip.questions)}
+    found = [record for records in answer(clips) for record in records]
+    return sorted(found, key=lambda record: place[record.id])
+
+
+def known(records: list[Record]) -> list[Record]:
+    """Without what depends on the clock."""
+    return [replace(record, seconds={}) for record in records]

@@ -16,15 +16,17 @@ from PIL import Image
 
 import vtprune
 from tests.integration.common import hooks_of
+from tests.video.common import answers, known
 from vtprune.errors import InvalidOption, MissingEvidence, VtpruneError
 from vtprune.tiny.clips import draw_clip
 from vtprune.tiny.scenes import DEVELOPMENT
-from vtprune.video.answering import Answerer, ClipAsked, plain
+from vtprune.video.answering import Answerer, ClipAsked
 from vtprune.video.asking import rows_of
 from vtprune.video.frames import Frames
 from vtprune.video.journal import Record
 from vtprune.video.prompting import clip_inputs
 from vtprune.video.questions import Question
+from vtprune.video.records import plain
 from vtprune.video.relevance import score_frames, score_questions
 from vtprune.video.sampling import ByRate, Scenes, Uniform
 from vtprune.video.task import Task
@@ -62,11 +64,6 @@ def answerer(model: str, method: str = "vtprune", keep: float = 0.25, **fields: 
         return task.load()
 
 
-def known(records: list[Record]) -> list[Record]:
-    """Without what depends on the clock."""
-    return [replace(record, seconds={}) for record in records]
-
-
 @contextmanager
 def counted(model: str) -> Iterator[dict[str, int]]:
     """How often clips are prepared and encoded inside the block."""
@@ -93,7 +90,7 @@ def test_with_all_tokens_it_is_the_model_alone(model: str) -> None:
     """Each question by transformers alone, one at a time."""
     host, processor = loaded(model)
     clips = [asked(0, *TEXTS), asked(7, TEXTS[0])]
-    records = answerer(model, "identity", 1.0)(clips)
+    records = answers(answerer(model, "identity", 1.0), clips)
     expected = []
     for one in clips:
         for question in one.questions:
@@ -110,16 +107,16 @@ def test_with_all_tokens_it_is_the_model_alone(model: str) -> None:
 @pytest.mark.parametrize(("model", "method"), CASES)
 def test_a_batch_is_its_questions_alone(model: str, method: str) -> None:
     """Several questions about several clips, one of them shorter, in batches that end in the middle of a clip."""
-    answer = answerer(model, method, scoring="change")
+    answer = answerer(model, method, **({"scoring": "change"} if method == "quota" else {}))
     clips = [asked(0, *TEXTS), asked(7, *TEXTS[:2]), asked(5, TEXTS[0], frames=4), asked(3, *TEXTS)]
     with counted(model) as counts:
-        together = replace(answer, batch=4)(clips)
+        together = answers(replace(answer, batch=4), clips)
     assert counts == {"prepared": len(clips), "encoded": len(clips)}
     alone = [
         record
         for one in clips
         for question in one.questions
-        for record in replace(answer, batch=1)([replace(one, questions=(question,))])
+        for record in answers(replace(answer, batch=1), [replace(one, questions=(question,))])
     ]
     assert known(together) == known(alone)
     assert [record.id for record in together] == ["0/0", "0/1", "0/2", "7/0", "7/1", "5/0", "3/0", "3/1", "3/2"]
@@ -133,7 +130,7 @@ def test_a_batch_is_its_questions_alone(model: str, method: str) -> None:
 @pytest.mark.parametrize("model", MODELS)
 def test_quota_gives_tokens_to_the_frames_that_show_it(model: str) -> None:
     """A blue diamond is seen in the second and third of eight frames."""
-    (record,) = answerer(model, "quota")([asked(7, "is there a blue diamond ?")])
+    (record,) = answers(answerer(model, "quota"), [asked(7, "is there a blue diamond ?")])
     total = sum(record.kept)
     shown = sum(record.kept[1:3]) if model == "llava_next_video" else sum(record.kept[:2])
     assert shown > 0.9 * total
@@ -141,11 +138,12 @@ def test_quota_gives_tokens_to_the_frames_that_show_it(model: str) -> None:
 
 
 def test_frames_are_chosen_by_the_question() -> None:
-    """Of eight candidates the two best are shown, each question its own."""
+    """Of eight candidates the two best are shown, each question its own; where none is better, evenly spaced ones."""
     answer = answerer("llava_next_video", best=2)
-    records = answer([asked(7, "is there a blue diamond ?", "what number is shown ?", "is there a blue diamond ?")])
+    texts = ("is there a blue diamond ?", "what number is shown ?", "is there a blue diamond ?")
+    records = answers(answer, [asked(7, *texts)])
     assert records[0].frames == records[2].frames == (1, 2)
-    assert records[1].frames == (0, 1)
+    assert records[1].frames == (2, 6)
     assert records[0].times == (1.5, 2.5)
     assert records[0].answer == "yes" and len(records[0].kept) == 2
 
@@ -154,7 +152,7 @@ def test_frames_are_scored_together_for_all_questions_about_a_clip() -> None:
     """Prepared and encoded once for the scores and once for the answers; each question has its own scores."""
     answer = answerer("llava_next_video", "quota")
     with counted("llava_next_video") as counts:
-        records = answer([asked(7, *TEXTS)])
+        records = answers(answer, [asked(7, *TEXTS)])
     assert counts == {"prepared": 2, "encoded": 2}
     host, processor = loaded("llava_next_video")
     together = score_questions(host, processor, clip(7), TEXTS)
@@ -167,36 +165,96 @@ def test_what_fails_in_a_batch_is_asked_alone() -> None:
     """And what fails alone is recorded with its reason; the others have their answers."""
     answer = answerer("llava_next_video")
     clips = [asked(0, *TEXTS), asked(7, *TEXTS)]
-    expected = known(answer(clips))
+    expected = known(answers(answer, clips))
     generate = Answerer._generate
 
     def failing(self: Answerer, rows: Any, pruner: Any) -> list[Record]:
         if any(row.question.id == "0/1" for row in rows):
-            raise torch.OutOfMemoryError("too much\nof it")
+            raise RuntimeError("too much\nof it")
         return generate(self, rows, pruner)
 
     with patch.object(Answerer, "_generate", failing):
-        found = answer(clips)
+        found = answers(answer, clips)
     assert [record.id for record in found] == [record.id for record in expected]
-    assert found[1].error == "OutOfMemoryError: too much of it" and found[1].answer is None
+    assert found[1].error == "RuntimeError: too much of it" and found[1].answer is None
     assert [one for one in known(found) if one.error is None] == [one for one in expected if one.id != "0/1"]
+
+
+def test_batches_that_do_not_fit_the_memory_are_halved_and_stay_so(caplog: pytest.LogCaptureFixture) -> None:
+    answer = replace(answerer("llava_next_video"), batch=8)
+    clips = [asked(0, *TEXTS), asked(7, *TEXTS), asked(3, *TEXTS), asked(5, *TEXTS)]
+    expected = known(answers(answer, clips))
+    generate, sizes = Answerer._generate, []
+
+    def small(self: Answerer, rows: Any, pruner: Any) -> list[Record]:
+        sizes.append(len(rows))
+        if len(rows) > 3:
+            raise torch.OutOfMemoryError("out of memory")
+        return generate(self, rows, pruner)
+
+    with patch.object(Answerer, "_generate", small):
+        assert known(answers(answer, clips)) == expected
+        assert known(answers(answer, clips)) == expected
+    assert sizes == [8, 4, 2, 2, 4, 2, 2, 2, 2] + [2] * 6
+    assert "8 questions at once do not fit the memory: going on with 4" in caplog.text
+
+
+@pytest.mark.parametrize("error", [MemoryError("no room"), NotImplementedError("not that"), ZeroDivisionError()])
+def test_whatever_goes_wrong_with_a_clip_costs_that_clip(error: Exception) -> None:
+    answer = answerer("llava_next_video", "quota", scoring="change")
+    score = answer.score
+    assert score is not None
+
+    def failing(frames: Frames, questions: Any) -> torch.Tensor:
+        if frames is clip(7, 8):
+            raise error
+        return score(frames, questions)
+
+    found = answers(replace(answer, score=failing), [asked(0, TEXTS[0]), asked(7, TEXTS[0]), asked(3, TEXTS[0])])
+    assert [record.error is None for record in found] == [True, False, True]
+    assert found[1].error is not None and type(error).__name__ in found[1].error
+
+
+def test_a_device_that_fails_ends_the_run() -> None:
+    """Every answer after it would be an error; what came before it is not lost."""
+    answer = answerer("llava_next_video")
+
+    class Lost:
+        device = torch.device("cuda:7")
+
+    with pytest.raises(VtpruneError, match=r"cuda:7 failed \(RuntimeError: CUDA error: launch failure\).*run it again"):
+        replace(answer, model=Lost())._check_device(RuntimeError("CUDA error: launch failure"))
+    answer._check_device(RuntimeError("CUDA error: launch failure"))
+    replace(answer, model=Lost())._check_device(VtpruneError("ours"))
+
+
+def test_answers_come_batch_by_batch() -> None:
+    """Also those about one clip: what is answered can be noted before the next batch begins."""
+    came = answerer("llava_next_video", batch=2)([asked(0, *TEXTS, *TEXTS[:2])])
+    assert [len(records) for records in came] == [2, 2, 1]
+
+
+def test_clips_of_other_sizes_are_asked_together_where_nothing_is_stacked() -> None:
+    answer = replace(answerer("qwen2_5_vl"), batch=4)
+    came = answer([asked(0, *TEXTS[:2]), asked(5, *TEXTS[:2], frames=4)])
+    assert [len(records) for records in came] == [4]
 
 
 @pytest.mark.parametrize("word", ["<video>", "<image>"])
 def test_a_question_with_a_placeholder_costs_its_own_answer_only(word: str) -> None:
     """Nor does it get around the template."""
     answer = answerer("llava_next_video", "quota", scoring="change")
-    found = answer([asked(0, TEXTS[0], f"is there {word} ?", TEXTS[1]), asked(7, f"{word} what ?")])
+    found = answers(answer, [asked(0, TEXTS[0], f"is there {word} ?", TEXTS[1]), asked(7, f"{word} what ?")])
     assert [record.error is None for record in found] == [True, False, True, False]
     assert f"holds '{word}'" in found[1].error
-    plainly = answer([asked(0, TEXTS[0], TEXTS[1])])
+    plainly = answers(answer, [asked(0, TEXTS[0], TEXTS[1])])
     assert [found[0].answer, found[2].answer] == [record.answer for record in plainly]
 
 
 def test_a_clip_the_processor_does_not_take() -> None:
     answer = answerer("llava_next_video")
     with patch("vtprune.video.answering.rows_of", side_effect=VtpruneError("not this one")):
-        records = answer([asked(0, *TEXTS)])
+        records = answers(answer, [asked(0, *TEXTS)])
     assert [record.error for record in records] == ["not this one"] * 3
 
 
@@ -221,6 +279,11 @@ def test_what_a_task_refuses() -> None:
         answerer("llava_next_video", "cdpruner")
     with pytest.raises(InvalidOption, match="takes no clips"):
         Task(model="tiny:llava").load()
+    for unread in ({"scoring": "change"}, {"asked": True}):
+        with pytest.raises(InvalidOption, match="method 'vtprune' reads no scores of frames"):
+            Task(**unread)
+    with pytest.raises(InvalidOption, match="only scoring='yes' looks for things"):
+        Task(method="quota", scoring="change", asked=True)
     with pytest.raises(InvalidOption, match="unknown method"):
         answerer("llava_next_video", "nosuch")
 
@@ -240,6 +303,23 @@ def test_settings_tell_what_answers_depend_on() -> None:
     assert settings["pipeline"]["name"] == "quota" and settings["seed"] == 0 and "torch" in settings["versions"]
     different = [{"keep": 0.5}, {"scoring": "change"}, {"sampling": Uniform(4)}, {"instruction": "short"}, {"seed": 1}]
     assert all(replace(task, **change).settings(one) != settings for change in different)
+    assert replace(task, model="elsewhere").settings(one) == settings
+
+
+def test_settings_tell_models_apart_by_what_they_are() -> None:
+    """Another head, other words, another template, another generation: each is another job."""
+    task, answer = Task(max_new_tokens=3), answerer("llava_next_video")
+    settings = task.settings(answer)
+    model, processor = vtprune.load_tiny("llava_next_video")
+    assert task.settings(replace(answer, model=model, processor=processor)) == settings
+    model.generation_config.repetition_penalty = 1.05
+    assert task.settings(replace(answer, model=model))["generation"] != settings["generation"]
+    processor.chat_template = processor.chat_template.replace("user", "human") + " "
+    assert task.settings(replace(answer, processor=processor))["processor"] != settings["processor"]
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(1.5)
+    assert task.settings(replace(answer, model=model))["weights"] != settings["weights"]
+    assert task.settings(replace(answer, scorer="abc"))["scorer"] == "abc"
 
 
 def test_pictures_of_another_kind_are_no_clip() -> None:

@@ -18,17 +18,19 @@ from transformers.video_utils import VideoMetadata
 
 import vtprune
 from tests.fidelity.loops_video import shares
+from tests.video.common import answers, known
 from tests.video.processors import FAMILIES, JOINING, Host, host
 from vtprune.types import Budget
-from vtprune.video.answering import Answerer, ClipAsked, kept_of_parts
+from vtprune.video.answering import Answerer, ClipAsked
 from vtprune.video.frames import Frames
 from vtprune.video.journal import Record
 from vtprune.video.questions import Question
+from vtprune.video.records import kept_of_parts
 from vtprune.video.relevance import Wording, score_frames
 from vtprune.video.task import Task
 
 TEXTS = ("what color is the circle ?", "is there a red circle ?", "what number is shown ?")
-METHODS = (("vtprune", "change"), ("quota", "change"), ("quota", "yes"), ("temporal", "change"))
+METHODS = (("vtprune", "yes"), ("quota", "change"), ("quota", "yes"), ("temporal", "yes"))
 TOKENS = {"llava_next_video": 4, "llava_onevision": 4}
 """Of a frame; 16 of every other family, of a frame or of two that it joins."""
 RATE = 2.0
@@ -60,7 +62,8 @@ def asked(frames: Frames, name: str, *texts: str) -> ClipAsked:
 
 
 def answerer(own: Host, method: str = "vtprune", keep: float = 0.25, **fields: Any) -> Answerer:
-    task = Task(model=own.name, method=method, keep=keep, max_new_tokens=WRITTEN, **{"scoring": "change"} | fields)
+    scoring = {"scoring": "change"} if method == "quota" else {}
+    task = Task(model=own.name, method=method, keep=keep, max_new_tokens=WRITTEN, **scoring | fields)
     with patch("vtprune.video.task.load_model", lambda source, device: (own.model, own.processor)):
         return task.load()
 
@@ -74,11 +77,6 @@ def weights_of(own: Host, frames: Frames) -> list[float]:
     scores = score_frames(own.model, own.processor, frames, "", by="change").tolist()
     pairs = [scores[i : i + 2] for i in range(0, len(scores), 2)]
     return [sum(pair) / len(pair) for pair in pairs] if own.name in JOINING else scores
-
-
-def known(records: list[Record]) -> list[Record]:
-    """Without what depends on the clock."""
-    return [replace(record, seconds={}) for record in records]
 
 
 @contextmanager
@@ -124,13 +122,13 @@ def test_questions_together_are_those_alone(name: str, method: str, scoring: str
         asked(clip(3, 1), "d", TEXTS[0]),
     ]
     with kept() as tokens:
-        together = replace(answer, batch=3)(clips)
+        together = answers(replace(answer, batch=3), clips)
     with kept() as tokens_alone:
         alone = [
             record
             for one in clips
             for question in one.questions
-            for record in answer([replace(one, questions=(question,))])
+            for record in answers(answer, [replace(one, questions=(question,))])
         ]
     assert [record.error for record in together] == [None] * 7
     assert known(together) == known(alone)
@@ -149,9 +147,9 @@ def test_upright_and_lying_clips_in_one_batch(name: str, method: str) -> None:
     answer = answerer(host(name), method)
     clips = [asked(clip(8, 4, size=size), str(size), TEXTS[0]) for size in ((48, 32), (32, 48))]
     with seen(host(name)) as calls:
-        together = answer(clips)
+        together = answers(answer, clips)
     assert len(calls) == 1 and calls[0]["video_grid_thw"].tolist() == [[2, 12, 8], [2, 8, 12]]
-    assert known(together) == known([record for one in clips for record in answer([one])])
+    assert known(together) == known([record for one in clips for record in answers(answer, [one])])
     assert all(record.error is None and sum(record.kept) == 12 for record in together)
 
 
@@ -159,7 +157,7 @@ def test_upright_and_lying_clips_in_one_batch(name: str, method: str) -> None:
 def test_frames_without_a_score_get_nothing(name: str) -> None:
     """Four frames show nothing new; the others share what the clip may keep by their scores."""
     frames = clip(4, 8, still=(2, 3, 6, 7))
-    (record,) = answerer(host(name), "quota")([asked(frames, "a", TEXTS[0])])
+    (record,) = answers(answerer(host(name), "quota"), [asked(frames, "a", TEXTS[0])])
     weights = weights_of(host(name), frames)
     sizes = [TOKENS.get(name, 16)] * parts_of(name, 8)
     assert list(record.kept) == shares(weights, sizes, Budget(keep=0.25).resolve(sum(sizes)), 2.0)
@@ -186,7 +184,7 @@ def prepared(own: Host, frames: Frames, text: str) -> Any:
 def test_with_all_tokens_it_is_transformers_alone(name: str) -> None:
     own = host(name)
     clips = [asked(clip(seed, count), str(seed), *TEXTS) for seed, count in ((0, 8), (2, 5), (3, 1))]
-    records = answerer(own, "identity", 1.0)(clips)
+    records = answers(answerer(own, "identity", 1.0), clips)
     assert not hasattr(own.model, "vtprune")
     expected = []
     for one in clips:
@@ -205,7 +203,7 @@ def test_with_all_tokens_it_is_transformers_alone(name: str) -> None:
 def test_it_is_what_the_library_gives_by_hand(name: str, method: str) -> None:
     """The clip encoded with its question, and the scores of frames handed in as the documentation says."""
     own, frames = host(name), clip(9, 5)
-    (record,) = answerer(own, method)([asked(frames, "a", TEXTS[0])])
+    (record,) = answers(answerer(own, method), [asked(frames, "a", TEXTS[0])])
     scores = weights_of(own, frames)
     evidence = {"frames": [[[score] for score in scores]] if name == "internvl" else [scores]}
     inputs = prepared(own, frames, TEXTS[0])
@@ -225,7 +223,7 @@ def test_times_stand_in_the_prompt_of_qwen3_vl() -> None:
     """Those of two joined frames, on average; the odd one at the end has its own."""
     own = host("qwen3_vl")
     with seen(own) as calls:
-        answerer(own)([asked(clip(5, 7, times=TIMES), "a", *TEXTS)])
+        answers(answerer(own), [asked(clip(5, 7, times=TIMES), "a", *TEXTS)])
     (inputs,) = calls
     for row in own.tokenizer.batch_decode(inputs["input_ids"]):
         assert re.findall(r"< (\d) \. (\d) seconds >", row) == [("0", "3"), ("2", "0"), ("3", "7"), ("6", "2")]
@@ -238,7 +236,7 @@ def test_times_reach_the_positions_of_qwen2_5_vl(dtype: torch.dtype) -> None:
     own = replace(own, model=copy.deepcopy(own.model).to(dtype))
     frames = replace(clip(5, 7, times=TIMES), duration=8.3)
     with seen(own) as calls:
-        (record, _) = answerer(own)([asked(frames, "a", *TEXTS[:2])])
+        (record, _) = answers(answerer(own), [asked(frames, "a", *TEXTS[:2])])
     (inputs,) = calls
     assert record.error is None
     assert inputs["second_per_grid_ts"].tolist() == pytest.approx([2 * 8.3 / 7] * 2, rel=1e-6)
@@ -269,7 +267,7 @@ def test_frames_scored_together_are_those_alone(name: str, things: list[str]) ->
 def test_frames_chosen_by_the_question(name: str) -> None:
     """Three of five, which need not be the same ones for every question."""
     answer = answerer(host(name), "quota", keep=0.5, scoring="yes", best=3)
-    together = answer([asked(clip(7, 5), "a", *TEXTS)])
-    alone = [record for i, text in enumerate(TEXTS) for record in answer([asked(clip(7, 5), "a", text)])]
+    together = answers(answer, [asked(clip(7, 5), "a", *TEXTS)])
+    alone = [record for i, text in enumerate(TEXTS) for record in answers(answer, [asked(clip(7, 5), "a", text)])]
     assert known(together) == [replace(record, id=f"a/{i}") for i, record in enumerate(known(alone))]
     assert all(record.error is None and len(record.frames) == 3 for record in together)

@@ -18,7 +18,7 @@ from tests.video.drawn import CLIP, SHOWN, THING, pictures, tiny
 from vtprune.errors import InvalidOption
 from vtprune.video.frames import Frames
 from vtprune.video.prompting import clip_inputs
-from vtprune.video.relevance import per_part, pictures_of, score_frames
+from vtprune.video.relevance import per_part, pictures_of, score_frames, score_questions
 from vtprune.video.similarity import ImageText
 
 
@@ -65,6 +65,19 @@ def test_similarity_is_stretched_over_the_clip() -> None:
     assert scored(grey(0, 1), "why ?", batch=1).tolist() == pytest.approx([1.0, 0.0])
     assert scored(grey(1, 1), "why ?").tolist() == [1.0, 1.0]
     assert set(asked) == {"why ?"}
+
+
+def test_by_similarity_frames_are_embedded_once_for_all_questions() -> None:
+    embedded: list[int] = []
+
+    def embed(batch: Any) -> Tensor:
+        embedded.append(len(batch))
+        return torch.tensor([[1.0, float(picture.getpixel((0, 0))[0])] for picture in batch])
+
+    texts = {"why ?": [1.0, 0.0], "what ?": [0.0, 1.0]}
+    made = ImageText(name="by hand", embed_pictures=embed, embed_text=lambda words: torch.tensor([texts[words]]))
+    found = score_questions(torch.nn.Identity(), None, grey(0, 9), ["why ?", "what ?"], by=made)
+    assert embedded == [2] and found.tolist() == [[1.0, 0.0], [0.0, 1.0]]
 
 
 def test_clips_come_as_frames_pictures_or_arrays() -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import random
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -131,6 +134,47 @@ def test_errors_are_tried_again_where_asked(tmp_path: Path) -> None:
         journal.add([record("2")])
     assert answers(path) == ["1", "3", "2"]
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_a_file_written_anew_stays_where_and_what_it_was(tmp_path: Path) -> None:
+    """A link goes on leading to it, and who may read it stays so; a file of a similar name is nobody's business."""
+    (tmp_path / "real").mkdir()
+    path, link = tmp_path / "real" / "a.jsonl", tmp_path / "a.jsonl"
+    link.symlink_to(path)
+    (tmp_path / "real" / "a.jsonl.new").write_text("mine")
+    with Journal(link, SETTINGS) as journal:
+        journal.add([record("1"), record("2", error="x")])
+    path.chmod(0o640)
+    with Journal(link, SETTINGS, retry=True) as journal:
+        journal.add([record("2")])
+    assert link.is_symlink() and answers(path) == ["1", "2"]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    assert (tmp_path / "real" / "a.jsonl.new").read_text() == "mine" and len(list(path.parent.iterdir())) == 2
+
+
+def test_a_file_that_was_replaced_before_it_was_locked_is_opened_again(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    with Journal(path, SETTINGS) as journal:
+        journal.add([record("1"), record("2", error="x")])
+    lock, done = fcntl.flock, []
+
+    def late(file: int, how: int) -> None:
+        if not done:
+            done.append(file)
+            Journal(path, SETTINGS, retry=True).close()
+        lock(file, how)
+
+    with patch("fcntl.flock", late), Journal(path, SETTINGS) as journal:
+        journal.add([record("2")])
+    assert answers(path) == ["1", "2"]
+
+
+def test_where_there_are_no_locks_one_is_warned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    refused = OSError(errno.ENOLCK, "No locks available")
+    with patch("fcntl.flock", side_effect=refused), Journal(tmp_path / "a.jsonl", SETTINGS) as journal:
+        journal.add([record("1")])
+    assert "cannot be locked (No locks available)" in caplog.text
+    assert answers(tmp_path / "a.jsonl") == ["1"]
 
 
 def test_places_that_cannot_be_written(tmp_path: Path) -> None:

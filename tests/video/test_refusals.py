@@ -13,6 +13,7 @@ import pytest
 
 from tests.video.common import FOLDER, clip, picture
 from vtprune.errors import InvalidOption
+from vtprune.tiny.bundled_clip import CLIP
 from vtprune.video import frames
 from vtprune.video.reader import read_frames
 from vtprune.video.sampling import Uniform
@@ -68,6 +69,16 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     ):
         with pytest.raises(InvalidOption, match=text):
             read_frames(path, Uniform(1))
+
+
+@pytest.mark.parametrize("backend", ["auto", "pyav", "decord"])
+@pytest.mark.parametrize("head", ["#EXTM3U\n#EXTINF:1,\n", "ffconcat version 1.0\nfile ", "\ufeff <?xml ?><MPD>"])
+def test_a_list_of_other_files_is_not_followed(tmp_path: Path, backend: str, head: str) -> None:
+    """FFmpeg would open what it names, outside of the directory that was given too."""
+    path = tmp_path / "list.mp4"
+    path.write_text(f"{head}{CLIP}\n")
+    with pytest.raises(InvalidOption, match="is a list of other files"):
+        read_frames(path, Uniform(2), backend=backend)
 
 
 def test_a_file_without_frames_is_no_video(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -161,8 +162,10 @@ def test_scenes_are_distinct_and_as_many_as_asked_for(greys: list[int], count: i
     assert len(found) == min(count, len(greys))
 
 
-def test_best_frames_are_ascending_and_the_earlier_wins() -> None:
-    assert best_frames([0.1, 0.9, 0.9, 0.2, 0.9], 2).tolist() == [1, 2]
+def test_best_frames_are_ascending_and_evenly_apart_where_they_score_alike() -> None:
+    assert best_frames([0.1, 0.9, 0.9, 0.2, 0.9], 2).tolist() == [1, 4]
+    assert best_frames([1.0] * 8, 2).tolist() == [2, 6]
+    assert best_frames([1.0] * 5 + [2.0], 2).tolist() == [2, 5]
     assert best_frames([3, 1, 2], 2).tolist() == [0, 2]
     assert best_frames([1.0, 2.0], 5).tolist() == [0, 1]
     assert best_frames([], 1).tolist() == []
@@ -176,8 +179,12 @@ def test_best_frames_are_ascending_and_the_earlier_wins() -> None:
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=30), st.integers(1, 30))
 def test_best_frames_are_the_best(scores: list[int], count: int) -> None:
     found = best_frames(scores, count).tolist()
-    ranked = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
-    assert found == sorted(ranked[:count])
+    assert found == sorted(set(found)) and len(found) == min(count, len(scores))
+    assert sorted((scores[i] for i in found), reverse=True) == sorted(scores, reverse=True)[:count]
+    alike = [i for i, score in enumerate(scores) if score == min(scores[i] for i in found)]
+    places = [alike.index(i) for i in found if i in alike]
+    gaps = [after - before for before, after in itertools.pairwise(places)]
+    assert not gaps or max(gaps) - min(gaps) <= 1
 
 
 @pytest.mark.parametrize("sampling", [Uniform(8), ByRate(0.5), ByRate(2, most=16), Scenes(4), Scenes(4, candidates=32)])

@@ -28,6 +28,7 @@ from vtprune.errors import BackendUnavailable, InvalidOption, VtpruneError
 from vtprune.tiny.clips import draw_clip
 from vtprune.tiny.scenes import DEVELOPMENT
 from vtprune.tiny.words import BEGIN, END, PAD, VOCABULARY_SIZE, build_tokenizer
+from vtprune.video.identity import weights_of
 from vtprune.video.relevance import score_frames
 from vtprune.video.similarity import ImageText
 
@@ -53,14 +54,14 @@ def by_vectors() -> ImageText:
 
 def test_cosines_by_hand() -> None:
     clip = [Image.new("RGB", size) for size in ((3, 4), (12, 5), (8, 6), (7, 24))]
-    found = by_vectors()(clip, "why ?")
+    (found,) = by_vectors()(clip, ["why ?"])
     assert found.tolist() == pytest.approx([3 / 5, 12 / 13, 8 / 10, 7 / 25])
     assert found.dtype == torch.float32
     for batch in (1, 3):
-        assert torch.equal(by_vectors()(clip, "what ?", batch=batch), found)
+        assert torch.equal(by_vectors()(clip, ["what ?"], batch=batch)[0], found)
 
 
-def test_pictures_are_embedded_in_batches_and_the_text_once() -> None:
+def test_pictures_are_embedded_in_batches_and_once_for_all_texts() -> None:
     asked: list[int] = []
 
     def embed(batch: Any) -> Tensor:
@@ -71,8 +72,8 @@ def test_pictures_are_embedded_in_batches_and_the_text_once() -> None:
         asked.append(-1)
         return torch.ones(1, 2)
 
-    ImageText(name="counting", embed_pictures=embed, embed_text=text)(pictures(), TEXT, batch=2)
-    assert asked == [-1, 2, 2, 1]
+    ImageText(name="counting", embed_pictures=embed, embed_text=text)(pictures(), [TEXT, "why ?"], batch=2)
+    assert asked == [-1, -1, 2, 2, 1]
 
 
 @pytest.fixture
@@ -106,16 +107,20 @@ def test_open_clip_by_hand(weights: Path) -> None:
     ]
     found = ImageText.of_open_clip(ARCHITECTURE, weights)
     assert found.name == "open_clip vtprune-test"
-    torch.testing.assert_close(found(pictures(), TEXT), torch.stack(expected), **LOOSE)
-    torch.testing.assert_close(found(pictures(), TEXT, batch=2), torch.stack(expected), **LOOSE)
-    assert not found(pictures(), TEXT).requires_grad
+    torch.testing.assert_close(found(pictures(), [TEXT])[0], torch.stack(expected), **LOOSE)
+    torch.testing.assert_close(found(pictures(), [TEXT], batch=2)[0], torch.stack(expected), **LOOSE)
+    assert not found(pictures(), [TEXT]).requires_grad
     grey = [picture.convert("L") for picture in pictures()]
-    assert found(grey, TEXT).shape == (5,)
+    assert found(grey, [TEXT, TEXT]).shape == (2, 5)
+    assert found.weights == ImageText.of_open_clip(ARCHITECTURE, str(weights)).weights
+    with torch.no_grad():
+        model.visual.proj.mul_(1.5)
+    assert weights_of(model) != found.weights
 
 
 def test_open_clip_scores_frames(weights: Path) -> None:
     made = ImageText.of_open_clip(ARCHITECTURE, str(weights))
-    cosines = made(pictures(), TEXT)
+    (cosines,) = made(pictures(), [TEXT])
     found = score_frames(torch.nn.Identity(), None, pictures(), TEXT, by=made)
     assert (found.min(), found.max()) == (0.0, 1.0)
     torch.testing.assert_close(found, (cosines - cosines.min()) / (cosines.max() - cosines.min()))
@@ -177,7 +182,7 @@ def test_models_of_transformers_by_hand(kind: str) -> None:
     made = ImageText.of_transformers(*of_transformers(kind))
     assert made.name == {"clip": "CLIPModel", "siglip": "SiglipModel"}[kind]
     for batch in (1, 2, 16):
-        torch.testing.assert_close(made(pictures(), TEXT, batch=batch), expected, **LOOSE)
+        torch.testing.assert_close(made(pictures(), [TEXT], batch=batch)[0], expected, **LOOSE)
     assert len(set(expected.tolist())) == len(expected)
 
 
@@ -191,12 +196,12 @@ def test_padding_matters_to_siglip_only() -> None:
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 def test_long_questions_are_cut(kind: str) -> None:
     made = ImageText.of_transformers(*of_transformers(kind))
-    assert torch.isfinite(made(pictures(1), " ".join([TEXT] * 20))).all()
+    assert torch.isfinite(made(pictures(1), [" ".join([TEXT] * 20)])).all()
 
 
 def test_models_in_half_precision_score_in_single() -> None:
     model, processor = of_transformers("clip")
-    whole = ImageText.of_transformers(model, processor)(pictures(), TEXT)
-    half = ImageText.of_transformers(copy.deepcopy(model).bfloat16(), processor)(pictures(), TEXT)
+    whole = ImageText.of_transformers(model, processor)(pictures(), [TEXT])
+    half = ImageText.of_transformers(copy.deepcopy(model).bfloat16(), processor)(pictures(), [TEXT])
     assert half.dtype == torch.float32
     torch.testing.assert_close(half, whole, atol=0.05, rtol=0.05)

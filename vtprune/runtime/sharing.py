@@ -28,9 +28,13 @@ class Shared:
 
     @property
     def shape(self) -> tuple[object, ...]:
-        """What is of equal shape can stand in one batch, whatever the family."""
-        entries = [(kind, carried(kind, output)) for kind, output in self.outputs.items()]
-        return tuple((kind, entry.lengths, entry.pixels[1:]) for kind, entry in entries if entry is not None)
+        """What is of equal shape can stand in one batch. Families that stack clips need them of equal length."""
+        found: list[object] = []
+        for kind, output in self.outputs.items():
+            entry, pooled = carried(kind, output), output["pooler_output"]
+            assert entry is not None
+            found.append((kind, tuple(pooled.shape[1:]) if torch.is_tensor(pooled) else None, entry.pixels[1:]))
+        return tuple(found)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ from vtprune.adapters.base import Family
 from vtprune.api import pruning
 from vtprune.errors import VtpruneError
 from vtprune.pipeline import Pipeline
-from vtprune.report import DROPPED, PruneReport, SegmentReport
+from vtprune.report import PruneReport
 from vtprune.runtime.pruner import Pruner
 from vtprune.runtime.sharing import Shared, encode_shared, joined
 from vtprune.seam import find_base
@@ -24,10 +25,11 @@ from vtprune.video.frames import Frames
 from vtprune.video.journal import Record
 from vtprune.video.prompting import check_words
 from vtprune.video.questions import Question
+from vtprune.video.records import blank, failed, kept_of_parts, plain, plainly
 from vtprune.video.relevance import per_part
 from vtprune.video.sampling import best_frames
 
-_TROUBLES = (VtpruneError, ValueError, RuntimeError, TypeError, KeyError, IndexError, AttributeError)
+logger = logging.getLogger("vtprune")
 Score = Callable[[Frames, Sequence[str]], Tensor]
 """Scores (Q, T) of frames by questions about them."""
 
@@ -53,12 +55,13 @@ class _Row:
     shared: Shared | None = None
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False)
 class Answerer:
-    """Answers from the tokens that a method leaves, greedily.
+    """Answers from the tokens that a method leaves, greedily, and else as the model's generation settings say.
 
-    `method` and `options` are those of `pruning`, `pipeline` what they make. `score` gives scores of frames where the
-    method reads them, or where only the `best` so many frames are shown. `instruction` is put behind every question.
+    `method` and `options` are those of `pruning`, `pipeline` what they make. `batch` questions are asked at once, fewer
+    where they do not fit the memory. `score` gives scores of frames where the method reads them, or where only the
+    `best` so many frames are shown; `scorer` tells its weights apart. `instruction` is put behind every question.
     """
 
     model: nn.Module
@@ -70,30 +73,40 @@ class Answerer:
     batch: int = 8
     instruction: str = ""
     score: Score | None = None
+    scorer: str = ""
     best: int | None = None
+    _fitting: dict[str, int] = field(default_factory=dict, init=False, repr=False)
+    """Questions at once, for shapes of which `batch` did not fit the memory."""
 
-    def __call__(self, clips: Sequence[ClipAsked]) -> list[Record]:
-        """A record for every question; what fails is tried again alone, and then recorded as an error."""
-        asked = [question for clip in clips for question in clip.questions]
+    def __call__(self, clips: Sequence[ClipAsked]) -> Iterator[list[Record]]:
+        """A record for every question, as batches are answered; what fails costs its own answer only.
+
+        Raises:
+            VtpruneError: where the device fails, and every other answer would with it.
+        """
         rows: list[_Row] = []
-        records: list[Record] = []
+        refused: list[Record] = []
         for clip in clips:
-            clip, refused = self._checked(clip)
-            records += refused
+            clip, unfit = self._checked(clip)
+            refused += unfit
             try:
                 rows += self._rows(clip)
-            except _TROUBLES as error:
-                told = {"decode": clip.frames.seconds}
-                records += [failed(question, error, clip.frames, told) for question in clip.questions]
+            except Exception as error:  # whatever it was, it costs this clip and not the run
+                self._check_device(error)
+                seconds = {"decode": clip.frames.seconds}
+                refused += [failed(question, error, clip.frames, seconds) for question in clip.questions]
         base = find_base(self.model)
         with pruning(self.model, self.method, **self.options) as pruner:
-            ready = sorted(self._encoded(rows, records, base, pruner.family), key=_shape)
-            for _, alike in itertools.groupby(ready, key=_shape):
-                group = list(alike)
-                for start in range(0, len(group), self.batch):
-                    records += self._answered(group[start : start + self.batch], pruner)
-        place = {question.id: number for number, question in enumerate(asked)}
-        return sorted(records, key=lambda record: place[record.id])
+            encoded = list(self._encoded(rows, refused, base, pruner.family))
+            if refused:
+                yield refused
+            ready = sorted(encoded, key=lambda row: (_shape(row), _length(row)))
+            for shape, alike in itertools.groupby(ready, key=_shape):
+                left = list(alike)
+                while left:
+                    most = self._fitting.get(shape, self.batch)
+                    now, left = left[:most], left[most:]
+                    yield self._answered(now, pruner)
 
     def _checked(self, clip: ClipAsked) -> tuple[ClipAsked, list[Record]]:
         """The clip with the questions that can be asked, and errors for the others."""
@@ -130,7 +143,8 @@ class Answerer:
         for group in alike.values():
             try:
                 self._encode(group, base, family)
-            except _TROUBLES as error:
+            except Exception as error:  # as above
+                self._check_device(error)
                 records += [failed(row.question, error, row.frames, row.seconds) for row in group]
                 continue
             yield from group
@@ -148,13 +162,37 @@ class Answerer:
             row.seconds["encode"] = seconds
 
     def _answered(self, rows: Sequence[_Row], pruner: Pruner) -> list[Record]:
+        """The rows together, or in halves where that fails, down to single ones."""
         try:
             return self._generate(rows, pruner)
-        except _TROUBLES as error:
+        except Exception as error:  # as above
+            self._check_device(error)
             if len(rows) == 1:
                 return [failed(rows[0].question, error, rows[0].frames, rows[0].seconds)]
+            full = isinstance(error, torch.OutOfMemoryError | MemoryError)
         # Outside of the handler: its traceback would hold the tensors of the batch that was too large.
-        return [record for row in rows for record in self._answered([row], pruner)]
+        half = (len(rows) + 1) // 2
+        if full:
+            self._fitting[_shape(rows[0])] = half
+            logger.warning("%s questions at once do not fit the memory: going on with %s", len(rows), half)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        return [*self._answered(rows[:half], pruner), *self._answered(rows[half:], pruner)]
+
+    def _check_device(self, error: Exception) -> None:
+        """Raise `VtpruneError` where the device does nothing any more: every further answer would be an error."""
+        model: Any = self.model
+        device: torch.device = model.device
+        if device.type == "cpu" or isinstance(error, VtpruneError):
+            return
+        try:
+            torch.ones(1, device=device).cpu()
+        except torch.OutOfMemoryError:
+            return
+        except Exception as last:
+            raise VtpruneError(
+                f"the device {device} failed ({plainly(error)}): what was answered is noted, run it again to go on"
+            ) from last
 
     def _generate(self, rows: Sequence[_Row], pruner: Pruner) -> list[Record]:
         begin = time.perf_counter()
@@ -208,43 +246,7 @@ def _shape(row: _Row) -> str:
     return repr(row.shared.shape)
 
 
-def kept_of_parts(report: PruneReport, segment: SegmentReport) -> list[float]:
-    """Tokens kept of every part of a clip, on average over decoder layers."""
-    if segment.depths is not None:
-        shares = segment.depths.float() / report.layers
-    elif segment.cached is not None:
-        shares = segment.cached.float() / report.layers
-    else:
-        shares = (segment.stages > DROPPED).float()
-    counts = [float(own.sum()) for own in shares.cpu().split([part.tokens for part in segment.parts])]
-    return [int(count) if count.is_integer() else round(count, 3) for count in counts]
-
-
-def plain(text: str) -> str:
-    """What counts of an answer: small letters, without punctuation at the ends."""
-    return " ".join(text.casefold().split()).strip(" .,;:!?\"'()")
-
-
-def blank(question: Question, frames: Frames | None, seconds: Mapping[str, float]) -> Record:
-    """A record of what is known before there is an answer."""
-    shown = () if frames is None else tuple(frames.indices.tolist())
-    return Record(
-        id=question.id,
-        video=question.video,
-        question=question.question,
-        expected=question.answer,
-        frames=shown,
-        times=() if frames is None else tuple(round(time, 6) for time in frames.times.tolist()),
-        reader="" if frames is None else frames.backend,
-        warnings=() if frames is None else frames.warnings,
-        seconds={name: round(value, 6) for name, value in seconds.items()},
-    )
-
-
-def failed(
-    question: Question, error: BaseException, frames: Frames | None = None, seconds: Mapping[str, float] | None = None
-) -> Record:
-    """The record of a question without an answer."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    known = isinstance(error, VtpruneError)
-    return replace(blank(question, frames, seconds or {}), error=text if known else f"{type(error).__name__}: {text}")
+def _length(row: _Row) -> int:
+    """Of the prompt: those that are padded to one length should differ little."""
+    ids: Tensor = row.inputs["input_ids"]
+    return ids.shape[1]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import stat
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,6 +15,7 @@ from typing import Any
 
 from vtprune.errors import InvalidOption
 
+logger = logging.getLogger("vtprune")
 FORMAT = 1
 _KIND = "vtprune video-qa"
 
@@ -87,6 +91,8 @@ class Journal:
 
     def add(self, records: Sequence[Record]) -> None:
         """Append some answers: they are on the disk when this returns."""
+        if not records:
+            return
         repeated = [record.id for record in records if record.id in self.records]
         assert not repeated, f"answered twice: {repeated}"
         try:
@@ -108,13 +114,17 @@ class Journal:
         self.close()
 
     def _opened(self) -> int:
-        file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-        try:
-            _lock(file, self._path)
-        except BaseException:
+        while True:
+            file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            try:
+                _lock(file, self._path)
+                if _is_at(file, self._path):
+                    return file
+            except BaseException:
+                os.close(file)
+                raise
+            # Another run wrote the file anew between the two lines, and this is the old one.
             os.close(file)
-            raise
-        return file
 
     def _read(self) -> None:
         with open(self._file, "rb", closefd=False) as file:
@@ -164,12 +174,18 @@ class Journal:
         """Write the file anew without what failed, in one step."""
         self.records = {id: record for id, record in self.records.items() if record.error is None}
         lines = [self._head, *(record.to_json() for record in self.records.values())]
-        fresh = self._path.with_name(self._path.name + ".new")
-        file = os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o666)
-        _lock(file, fresh)
-        _write(file, "".join(line + "\n" for line in lines))
-        os.replace(fresh, self._path)
-        _sync_folder(self._path)
+        path = Path(os.path.realpath(self._path))
+        file, fresh = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            os.chmod(fresh, stat.S_IMODE(os.fstat(self._file).st_mode))
+            _lock(file, path)
+            _write(file, "".join(line + "\n" for line in lines))
+            os.replace(fresh, path)
+        except BaseException:
+            os.close(file)
+            os.unlink(fresh)
+            raise
+        _sync_folder(path)
         os.close(self._file)
         self._file = file
 
@@ -200,8 +216,17 @@ def _lock(file: int, path: Path) -> None:
         return
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         raise InvalidOption(f"{path} is being written by another run: wait for it, or name another file") from error
+    except OSError as error:  # some file systems over a network have none
+        logger.warning("%s cannot be locked (%s): see to it that one run writes at a time", path, error.strerror)
+
+
+def _is_at(file: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _differences(there: Any, now: Any, name: str = "") -> list[str]:

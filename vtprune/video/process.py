@@ -86,17 +86,17 @@ class DecoderProcess:
         """A process, and whether it took the request; where one died while it had nothing to do, a new one is asked."""
         while True:
             used = self._process is not None
-            process = self._started()
+            process = self._started(request["path"])
             with _Deadline(process, STARTING):
                 begun = _begin(process, request)
             if begun or not used:
                 return process, begun
             self.stop()
 
-    def _started(self) -> subprocess.Popen[bytes]:
+    def _started(self, path: str) -> subprocess.Popen[bytes]:
         with self._lock:
             if self._closed:
-                raise InvalidOption("these decoders are closed: make new ones")
+                raise _closed_before(path)
             if self._process is None or self._process.poll() is not None:
                 if self._complaints is not None:
                     self._complaints.close()
@@ -107,7 +107,7 @@ class DecoderProcess:
     def _failure(self, request: dict[str, Any], begun: bool, late: bool, code: int | None) -> VtpruneError:
         path, backend = request["path"], request["backend"]
         if self._closed:
-            return InvalidOption(f"{path} was not read to its end: the decoders were closed before")
+            return _closed_before(path)
         if not begun:
             return BackendUnavailable(f"the process that decodes videos does not start: {self._last_words()}")
         if late:
@@ -125,6 +125,10 @@ class DecoderProcess:
         self._complaints.seek(0)
         words = self._complaints.read().decode(errors="replace").strip().splitlines()
         return words[-1] if words else "it says nothing"
+
+
+def _closed_before(path: str) -> InvalidOption:
+    return InvalidOption(f"{path} was not read to its end: the decoders were closed before")
 
 
 class _Deadline:

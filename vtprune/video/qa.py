@@ -5,20 +5,23 @@ Data flows in one direction: questions, by clip -> `Decoders` -> `Answerer` -> `
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vtprune.errors import InvalidOption, VtpruneError
-from vtprune.video.answering import Answerer, ClipAsked, failed
+from vtprune.video.answering import Answerer, ClipAsked
 from vtprune.video.frames import Frames
 from vtprune.video.guard import Decoders
 from vtprune.video.journal import Journal, Record
 from vtprune.video.questions import Question, clip_path
 from vtprune.video.reader import check_reads_files
+from vtprune.video.records import failed, plainly
 from vtprune.video.task import Task
 
 AHEAD = 2
@@ -78,7 +81,7 @@ def answer_questions(
     """
     check_readable(task, questions, directory)
     answerer = answerer or task.load()
-    with Journal(out, task.settings(answerer), retry=retry) as journal:
+    with Journal(out, settings_of(task.settings(answerer), directory), retry=retry) as journal:
         clips, counts, note = noting(questions, journal, directory, on_records)
         with Decoders(workers=decoders, timeout=task.timeout) as pool:
             for records, waited in answered(
@@ -87,6 +90,11 @@ def answer_questions(
                 counts.waited += waited
                 note(records)
         return counts, dict(journal.records)
+
+
+def settings_of(settings: Mapping[str, Any], directory: Path) -> dict[str, Any]:
+    """What the header of the answers says: the settings of a task, and where its clips lie."""
+    return {**settings, "videos": os.path.realpath(directory)}
 
 
 def check_readable(task: Task, questions: Sequence[Question], directory: Path) -> None:
@@ -169,23 +177,21 @@ def decoded(task: Task, clips: Sequence[ClipTask], decoders: Decoders, *, ahead:
         except VtpruneError as error:
             frames = error
         except Exception as error:  # whatever it was, it costs this clip and not the run
-            frames = VtpruneError(f"{clip.path} was not read: {type(error).__name__}: {error}")
+            frames = VtpruneError(f"{clip.path} was not read: {plainly(error)}")
         yield clip, frames, time.perf_counter() - begin
 
 
 def answered(task: Task, answerer: Answerer, clips: Iterable[Decoded]) -> Iterator[tuple[list[Record], float]]:
-    """Records of some clips at a time, as many as have questions for a batch, and the seconds waited for them."""
+    """Records as they come, and the seconds waited for clips: as many clips at a time as have questions for a batch."""
     ready: list[ClipAsked] = []
-    broken: list[Record] = []
-    waited = 0.0
     for clip, frames, seconds in clips:
-        waited += seconds
         if isinstance(frames, Frames):
             ready.append(ClipAsked(frames=frames, questions=clip.questions))
+            yield [], seconds
         else:
-            broken += [failed(question, frames) for question in clip.questions]
-        if sum(len(one.questions) for one in ready) + len(broken) >= task.batch:
-            yield [*broken, *answerer(ready)], waited
-            ready, broken, waited = [], [], 0.0
-    if ready or broken:
-        yield [*broken, *answerer(ready)], waited
+            yield [failed(question, frames) for question in clip.questions], seconds
+        if sum(len(one.questions) for one in ready) >= task.batch:
+            yield from ((records, 0.0) for records in answerer(ready))
+            ready = []
+    if ready:
+        yield from ((records, 0.0) for records in answerer(ready))

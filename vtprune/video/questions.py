@@ -58,7 +58,7 @@ def read_questions(path: Path) -> tuple[tuple[Question, ...], tuple[Malformed, .
                 malformed.append(Malformed(line=number, reason=question))
             else:
                 found[question.id] = question
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, csv.Error) as error:
         raise InvalidOption(f"cannot read the questions in {path}: {error}") from error
     if not found and not malformed:
         raise InvalidOption(f"{path} holds no questions")
@@ -89,11 +89,13 @@ def clip_path(directory: Path, name: str) -> Path:
 
 def _json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
     with path.open("rb") as file:
-        for number, raw in enumerate(iter(lambda: file.readline(_LONGEST + 1), b""), start=1):
-            if len(raw) > _LONGEST:
-                raise InvalidOption(f"line {number} of {path} is longer than {_LONGEST >> 10} KiB: is this JSON Lines?")
+        for number, raw in enumerate(iter(lambda: file.readline(_LONGEST), b""), start=1):
             text = raw.removeprefix(b"\xef\xbb\xbf").strip()
-            if text:
+            if len(raw) == _LONGEST and not raw.endswith(b"\n"):
+                while (rest := file.readline(_LONGEST)) and not rest.endswith(b"\n"):
+                    pass
+                yield number, f"longer than {_LONGEST >> 10} KiB"
+            elif text:
                 yield number, _json_line(text)
 
 
@@ -106,12 +108,20 @@ def _json_line(text: bytes) -> Mapping[str, Any] | str:
 
 
 def _csv_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    # Bytes that are no UTF-8 come through as halves of characters, and cost their own line.
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.DictReader(file)
         missing = [name for name in ("id", "video", "question") if name not in (reader.fieldnames or ())]
         if missing:
             raise InvalidOption(f"{path} has no column {', '.join(missing)}: expected id, video, question, answer")
-        for fields in reader:
+        while True:
+            try:
+                fields = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield reader.reader.line_num, str(error)
+                continue
             known = {name: value for name, value in fields.items() if name is not None and value not in (None, "")}
             yield reader.line_num, "more cells than columns" if None in fields else known
 
@@ -131,5 +141,7 @@ def _question(line: int, fields: Mapping[str, Any]) -> Question | str:
                 if value is None or value == ""
                 else f"{name!r} is no text: {value!r:.40}"
             )
+        if any("\ud800" <= letter <= "\udfff" for letter in value):
+            return f"{name!r} is no UTF-8"
         texts[name] = value.strip()
     return Question(**texts, line=line)

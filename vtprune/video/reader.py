@@ -21,6 +21,8 @@ from vtprune.video.read_stills import open_array_file, open_folder, open_memory
 from vtprune.video.sampling import Sampling
 
 logger = logging.getLogger("vtprune")
+_HEAD = 256
+"""Bytes that tell a list of files from a video."""
 Source = str | os.PathLike[str] | np.ndarray | Sequence[Image.Image]
 OnTruncated = Literal["warn", "raise"]
 
@@ -148,10 +150,13 @@ def prepare(backend: str) -> str:
 def check_reads_files(backend: str) -> None:
     """Raise `BackendUnavailable` where no video file can be read by a backend, or by any that "auto" tries."""
     check_backend(backend)
-    obstacles = {name: prepare(name) for name in (AUTO if backend == "auto" else (backend,))}
-    if all(obstacles.values()):
-        reasons = "; ".join(f"{name}: {obstacle}" for name, obstacle in obstacles.items())
-        raise BackendUnavailable(f"no video file can be read here ({reasons}): pip install 'vtprune[video]'")
+    obstacles: dict[str, str] = {}
+    for name in AUTO if backend == "auto" else (backend,):
+        obstacles[name] = prepare(name)
+        if not obstacles[name]:
+            return
+    reasons = "; ".join(f"{name}: {obstacle}" for name, obstacle in obstacles.items())
+    raise BackendUnavailable(f"no video file can be read here ({reasons}): pip install 'vtprune[video]'")
 
 
 def _open_path(path: Path, backend: str, rate: float | None) -> Video:
@@ -165,9 +170,18 @@ def _open_path(path: Path, backend: str, rate: float | None) -> Video:
         raise InvalidOption(f"{path} is empty: expected a video")
     if path.suffix.lower() == ".npy":
         return open_array_file(path, rate)
+    _check_no_playlist(path)
     if rate is not None:
         raise InvalidOption(f"rate={rate!r}: {path} says itself when frames are shown, leave the rate out")
     return _open_by_any(path) if backend == "auto" else _open_by(backend, path)
+
+
+def _check_no_playlist(path: Path) -> None:
+    """FFmpeg follows lists of other files, wherever these lie."""
+    with path.open("rb") as file:
+        head = file.read(_HEAD).lstrip(b"\xef\xbb\xbf \t\r\n")
+    if head.startswith((b"#EXTM3U", b"ffconcat", b"<?xml", b"<MPD", b"v=0")):
+        raise Refused(f"{path} is a list of other files: expected a video")
 
 
 def _open_by(backend: str, path: Path) -> Video:

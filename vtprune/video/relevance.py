@@ -123,7 +123,7 @@ def score_questions(
     if batch < 1:
         raise InvalidOption(f"batch={batch}: expected 1 or more")
     if isinstance(by, ImageText):
-        return torch.stack([stretched(by(pictures, question, batch=batch)) for question in questions])
+        return torch.stack([stretched(own) for own in by(pictures, questions, batch=batch)])
     if by == "change":
         return _change(pictures).expand(len(questions), -1)
     if by != "yes":

@@ -125,7 +125,9 @@ def from_dict(stored: Mapping[str, Any]) -> Sampling:
 
 
 def best_frames(scores: Sequence[float] | np.ndarray, count: int) -> np.ndarray:
-    """Indices (K,), ascending, of the `count` frames with the highest scores (T,); the earlier one wins a tie.
+    """Indices (K,), ascending, of the `count` frames with the highest scores (T,).
+
+    Of those that score alike and do not all fit, evenly spaced ones: the middle of each of so many stretches of them.
 
     Raises:
         InvalidOption: for scores that are not one finite number for each frame.
@@ -134,7 +136,12 @@ def best_frames(scores: Sequence[float] | np.ndarray, count: int) -> np.ndarray:
     values = np.asarray(scores, dtype=np.float64)
     if values.ndim != 1 or not np.isfinite(values).all():
         raise InvalidOption(f"scores of shape {values.shape}: expected one finite number for each frame")
-    return np.sort(np.argsort(-values, kind="stable")[:count])
+    if count >= len(values):
+        return np.arange(len(values))
+    bar = np.sort(values)[-count]
+    above, alike = np.flatnonzero(values > bar), np.flatnonzero(values == bar)
+    left = count - len(above)
+    return np.sort(np.concatenate([above, alike[(2 * np.arange(left) + 1) * len(alike) // (2 * left)]]))
 
 
 def _check_count(name: str, value: object) -> None:

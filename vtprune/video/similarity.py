@@ -15,6 +15,7 @@ from torch.nn.functional import normalize
 from vtprune._loading import explained, is_local
 from vtprune._torchvision import heal
 from vtprune.errors import BackendUnavailable, InvalidOption, VtpruneError
+from vtprune.video.identity import weights_of
 
 _OPEN_CLIP = "open_clip:"
 _TROUBLES = (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError)
@@ -22,18 +23,22 @@ _TROUBLES = (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeEr
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ImageText:
-    """A pair of encoders: `embed_pictures` gives (T, C) of a batch of pictures, `embed_text` (1, C) of a text."""
+    """A pair of encoders: `embed_pictures` gives (T, C) of a batch of pictures, `embed_text` (1, C) of a text.
+
+    `weights` tells models of one name apart.
+    """
 
     name: str
     embed_pictures: Callable[[Sequence[Image.Image]], Tensor]
     embed_text: Callable[[str], Tensor]
+    weights: str = ""
 
     @torch.no_grad()
-    def __call__(self, pictures: Sequence[Image.Image], text: str, *, batch: int = 16) -> Tensor:
-        """Cosine (T,) of every picture to the text, in fp32 on the host."""
-        words = normalize(self.embed_text(text).float(), dim=-1)[0]
+    def __call__(self, pictures: Sequence[Image.Image], texts: Sequence[str], *, batch: int = 16) -> Tensor:
+        """Cosines (Q, T) of Q texts and T pictures, in fp32 on the host; each is embedded once."""
+        words = torch.cat([self.embed_text(text) for text in texts])
         rows = [self.embed_pictures(pictures[start : start + batch]) for start in range(0, len(pictures), batch)]
-        return (normalize(torch.cat(rows).float(), dim=-1) @ words).cpu()
+        return (normalize(words.float(), dim=-1) @ normalize(torch.cat(rows).float(), dim=-1).T).cpu()
 
     @classmethod
     def of(cls, source: str, *, device: Any = "cpu") -> ImageText:
@@ -81,7 +86,8 @@ class ImageText:
             found: Tensor = model.encode_text(tokenizer([words]).to(device))
             return found
 
-        return cls(name=f"open_clip {architecture}", embed_pictures=pictures, embed_text=text)
+        name = f"open_clip {architecture}"
+        return cls(name=name, embed_pictures=pictures, embed_text=text, weights=weights_of(model))
 
     @classmethod
     def of_transformers(cls, model: Any, processor: Any) -> ImageText:
@@ -98,7 +104,8 @@ class ImageText:
             made = processor(text=[words], return_tensors="pt", **options).to(model.device)
             return _embedded(model.get_text_features(**made))
 
-        return cls(name=type(model).__name__, embed_pictures=pictures, embed_text=text)
+        name = type(model).__name__
+        return cls(name=name, embed_pictures=pictures, embed_text=text, weights=weights_of(model))
 
 
 def _loaded(source: str, device: Any) -> tuple[Any, Any]:

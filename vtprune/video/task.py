@@ -13,13 +13,14 @@ from vtprune._checks import check_whole
 from vtprune._loading import choose_device, load_model, quiet_transformers, versions
 from vtprune.adapters import family_of
 from vtprune.api import pruning
-from vtprune.calibration import quick_fingerprint
+from vtprune.catalog import build
 from vtprune.errors import InvalidOption, MissingEvidence
 from vtprune.runtime.evidence import readings_of
 from vtprune.seam import find_base
 from vtprune.video.answering import Answerer, Score
 from vtprune.video.decoupling import decouple_by_model
 from vtprune.video.frames import Frames
+from vtprune.video.identity import processing_of, weights_of
 from vtprune.video.prompting import takes_clips
 from vtprune.video.relevance import Scoring, score_questions
 from vtprune.video.sampling import Sampling, Uniform
@@ -37,6 +38,9 @@ class Task:
     `sampling` chooses frames without the question; with `best` it chooses candidates, and the best so many by the
     scores are shown. `scoring` makes these, and those of methods that read scores of frames: `"yes"`, `"change"`, or
     what `ImageText.of` takes; with `asked` the things to look for are those the language model names itself.
+
+    Raises:
+        InvalidOption: for values out of range, unknown methods, and options of scores where nothing reads any.
     """
 
     model: str = "tiny:llava_next_video"
@@ -66,6 +70,18 @@ class Task:
             check_whole(name, getattr(self, name), least=least)
         if self.best is not None:
             check_whole("best", self.best, least=1)
+        if self.asked and self.scoring != "yes":
+            raise InvalidOption(f"asked=True with scoring={self.scoring!r}: only scoring='yes' looks for things")
+        if (self.asked or self.scoring != "yes") and not self.scores:
+            raise InvalidOption(
+                f"scoring={self.scoring!r}, asked={self.asked}: method {self.method!r} reads no scores of frames, and "
+                "they do not choose the frames either; leave it out, or take quota or sampling by the question"
+            )
+
+    @property
+    def scores(self) -> bool:
+        """Whether anything reads scores of frames."""
+        return self.best is not None or "frames" in build(self.method, dict(self.parameters)).needs
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -103,6 +119,7 @@ class Task:
             raise MissingEvidence(
                 f"method {self.method!r} reads {', '.join(sorted(others))}: this job cannot give that"
             )
+        by = self._scoring(model.device)
         return Answerer(
             model=model,
             processor=processor,
@@ -112,30 +129,41 @@ class Task:
             max_new_tokens=self.max_new_tokens,
             batch=self.batch,
             instruction=self.instruction,
-            score=self._scorer(model, processor) if self.best is not None or "frames" in pipeline.asked else None,
+            score=None if by is None else self._scorer(model, processor, by),
+            scorer=by.weights if isinstance(by, ImageText) else "",
             best=self.best,
         )
 
     def settings(self, answerer: Answerer) -> dict[str, Any]:
-        """What the header of the answers says: all that they depend on, with the pipeline and the weights."""
+        """What the header of the answers says: all that they depend on, with the pipeline and what tells models apart.
+
+        The model stands there by its weights, not by its name: a directory may be called anything.
+        """
         stored = self.to_dict()
-        for name in ("device", "batch", "timeout", "method", "parameters", "debias", "calibration"):
+        for name in ("model", "device", "batch", "timeout", "method", "parameters", "debias", "calibration"):
             stored.pop(name)
         model: Any = answerer.model
-        weights = {
-            "weights": quick_fingerprint(find_base(model)),
+        return {
+            **stored,
+            "weights": weights_of(model),
+            "processor": processing_of(answerer.processor),
+            "scorer": answerer.scorer,
+            "generation": model.generation_config.to_diff_dict(),
             "dtype": str(model.dtype),
             "device": model.device.type,
+            "pipeline": answerer.pipeline.to_dict(),
+            "versions": versions(),
         }
-        return {**stored, **weights, "pipeline": answerer.pipeline.to_dict(), "versions": versions()}
 
-    def _scorer(self, model: Any, processor: Any) -> Score:
+    def _scoring(self, device: Any) -> Scoring | None:
         plain: dict[str, Scoring] = {"yes": "yes", "change": "change"}
-        by = plain.get(self.scoring) or ImageText.of(self.scoring, device=str(model.device))
+        if not self.scores:
+            return None
+        return plain.get(self.scoring) or ImageText.of(self.scoring, device=str(device))
 
+    def _scorer(self, model: Any, processor: Any, by: Scoring) -> Score:
         def score(frames: Frames, questions: Sequence[str]) -> Tensor:
-            ask = self.asked and by == "yes"
-            things = [decouple_by_model(model, processor, question) for question in questions] if ask else None
+            things = [decouple_by_model(model, processor, question) for question in questions] if self.asked else None
             return score_questions(model, processor, frames, questions, by=by, things=things, batch=self.batch)
 
         return score

@@ -1,0 +1,49 @@
+"""What tells models and processors apart, so that answers of two of them do not come together in one file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import nn
+
+_SAMPLED = 64
+"""Numbers of each weight."""
+_WORDING = ("chat_template", "patch_size", "num_additional_image_tokens", "vision_feature_select_strategy")
+
+
+@torch.no_grad()
+def weights_of(model: nn.Module) -> str:
+    """A hash of names, shapes and some numbers of all weights, as bfloat16 has them: the same in any precision."""
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        flat = weight.detach().reshape(-1)
+        some = flat[:: max(1, flat.numel() // _SAMPLED)].to(torch.bfloat16).view(torch.int16)
+        digest.update(f"{name} {tuple(weight.shape)}".encode() + some.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def processing_of(processor: Any) -> str:
+    """A hash of all that a processor makes inputs by: its settings, its words and its chat template."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    described = [
+        processor.to_dict() if hasattr(processor, "to_dict") else type(processor).__name__,
+        {name: getattr(processor, name, None) for name in _WORDING},
+        getattr(tokenizer, "chat_template", None),
+        _words_of(tokenizer),
+        {name: str(value) for name, value in tokenizer.special_tokens_map.items()},
+    ]
+    text = json.dumps(described, sort_keys=True, default=lambda value: type(value).__name__)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _words_of(tokenizer: Any) -> dict[str, Any]:
+    """How text becomes ids, without what the last call asked for."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        vocabulary: dict[str, Any] = tokenizer.get_vocab()
+        return vocabulary
+    stored: dict[str, Any] = json.loads(backend.to_str())
+    return {name: value for name, value in stored.items() if name not in ("padding", "truncation")}
