@@ -116,29 +116,30 @@ def tokenizer() -> Any:
     )
 
 
-def _video_llava() -> Any:
-    return transformers.VideoLlavaProcessor(
-        image_processor=transformers.VideoLlavaImageProcessor(size=_SHORT, crop_size=_SQUARE),
-        video_processor=transformers.VideoLlavaVideoProcessor(size=_SHORT, crop_size=_SQUARE),
+def _llava(kind: str, pictures: Any, clips: Any) -> Any:
+    """Of a tower with a CLS token, which is left out."""
+    return getattr(transformers, kind)(
+        image_processor=pictures,
+        video_processor=clips,
         tokenizer=tokenizer(),
         patch_size=_PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=chat_template(),
+    )
+
+
+def _video_llava() -> Any:
+    pictures = transformers.VideoLlavaImageProcessor(size=_SHORT, crop_size=_SQUARE)
+    return _llava(
+        "VideoLlavaProcessor", pictures, transformers.VideoLlavaVideoProcessor(size=_SHORT, crop_size=_SQUARE)
     )
 
 
 def _llava_next_video() -> Any:
     pictures = transformers.LlavaNextImageProcessor(size=_SHORT, crop_size=_SQUARE, image_grid_pinpoints=PINPOINTS)
-    return transformers.LlavaNextVideoProcessor(
-        image_processor=pictures,
-        video_processor=transformers.LlavaNextVideoVideoProcessor(size=_SQUARE, crop_size=_SQUARE),
-        tokenizer=tokenizer(),
-        patch_size=_PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=chat_template(),
-    )
+    clips = transformers.LlavaNextVideoVideoProcessor(size=_SQUARE, crop_size=_SQUARE)
+    return _llava("LlavaNextVideoProcessor", pictures, clips)
 
 
 def _llava_onevision() -> Any:
