@@ -1,4 +1,4 @@
-"""Pictures of the command line: read from files, framed as the model saw them, and checked to be writable."""
+"""Pictures of the command line: read from files, and checked to be writable."""
 
 from __future__ import annotations
 
@@ -6,15 +6,11 @@ import io
 import struct
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vtprune.errors import InvalidOption, VtpruneError
-
-if TYPE_CHECKING:
-    from vtprune.report import PruneReport
 
 MAX_PIXELS = 50_000_000
 _DEEP = ("I", "F")
@@ -61,57 +57,6 @@ def _in_8_bits(picture: Image.Image) -> Image.Image:
     brightest = float(values.max())
     white = next((white for white in whites if brightest <= white), brightest)
     return Image.fromarray((values * (255.0 / white) + 0.5).astype(np.uint8))
-
-
-def as_seen(picture: Image.Image, processor: Any, report: PruneReport) -> Image.Image:
-    """The part of the picture that the encoder saw, for an overlay; tiles, crops and frames see all of it.
-
-    Raises `InvalidOption` where it cannot be told which part that was.
-    """
-    parts = report.segments[0].parts if report.segments else ()
-    if not parts or parts[0].kind != "image":
-        return picture
-    settings = getattr(processor, "image_processor", processor)
-    width, height = picture.size
-    rows, columns = parts[0].grid
-    square_off = abs(rows * width - columns * height) > max(width, height)
-    if getattr(settings, "do_pad", None) and square_off:
-        raise InvalidOption(f"no overlay: the processor pads this picture of {width} x {height}; give it a square one")
-    if not getattr(settings, "do_center_crop", None):
-        return picture
-    crop = _pair(getattr(settings, "crop_size", None))
-    scales = _scales(settings, width, height)
-    if crop is None or scales is None:
-        raise InvalidOption(f"no overlay: it is not known how the processor crops this picture of {width} x {height}")
-    seen_width, seen_height = crop[1] / scales[0], crop[0] / scales[1]
-    if seen_width > width + 1 or seen_height > height + 1:
-        raise InvalidOption(f"no overlay: the processor crops beyond the edges of this picture of {width} x {height}")
-    left, top = max(0.0, (width - seen_width) / 2), max(0.0, (height - seen_height) / 2)
-    return picture.crop((round(left), round(top), round(width - left), round(height - top)))
-
-
-def _scales(settings: Any, width: int, height: int) -> tuple[float, float] | None:
-    """By what the processor scales width and height before it crops; None where that is not known."""
-    if not getattr(settings, "do_resize", None):
-        return 1.0, 1.0
-    size = getattr(settings, "size", None)
-    both = _pair(size)
-    if both is not None:
-        return both[1] / width, both[0] / height
-    if _named(size, "shortest_edge") and not _named(size, "longest_edge"):
-        scale = _named(size, "shortest_edge") / min(width, height)
-        return scale, scale
-    return None
-
-
-def _pair(size: Any) -> tuple[int, int] | None:
-    height, width = _named(size, "height"), _named(size, "width")
-    return (height, width) if height and width else None
-
-
-def _named(size: Any, name: str) -> int:
-    found = size.get(name) if hasattr(size, "get") else getattr(size, name, None)
-    return int(found) if found else 0
 
 
 def check_format(path: Path) -> None:

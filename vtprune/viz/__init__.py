@@ -1,0 +1,10 @@
+"""Show which tokens of a picture or clip were kept, from a report alone."""
+
+from __future__ import annotations
+
+from vtprune.viz.framing import Box, framing_of
+from vtprune.viz.overlays import heatmap, legend, overlay
+from vtprune.viz.placing import cells_of, token_at
+from vtprune.viz.sheets import sheet, strip
+
+__all__ = ["Box", "cells_of", "framing_of", "heatmap", "legend", "overlay", "sheet", "strip", "token_at"]
