@@ -98,7 +98,8 @@ for name in vtprune.__all__:
 dir(vtprune)
 imported = []
 for module in pkgutil.walk_packages(vtprune.__path__, "vtprune."):
-    if not module.name.endswith("__main__") and "triton" not in module.name:
+    late = "triton" in module.name or module.name.startswith("vtprune.demo.app")
+    if not module.name.endswith("__main__") and not late:
         importlib.import_module(module.name)
         imported.append(module.name)
 """

@@ -32,7 +32,7 @@ def read_picture(path: Path) -> Image.Image:
                 width, height = picture.size
                 if width * height > MAX_PIXELS:
                     raise InvalidOption(_too_large(path, f"{width} x {height} pixels"))
-                return _in_8_bits(ImageOps.exif_transpose(picture)).convert("RGB")
+                return in_8_bits(ImageOps.exif_transpose(picture)).convert("RGB")
     except Image.DecompressionBombError as error:
         raise InvalidOption(_too_large(path, "an enormous picture")) from error
     except UnidentifiedImageError as error:
@@ -47,7 +47,7 @@ def _too_large(path: Path, size: str) -> str:
     return f"{path} holds {size}: at most {MAX_PIXELS / 1e6:.0f} megapixels are read, scale it down first"
 
 
-def _in_8_bits(picture: Image.Image) -> Image.Image:
+def in_8_bits(picture: Image.Image) -> Image.Image:
     """Pillow clips what is deeper at 255. White is 1, 255 or 65535 (in 16 bits always), or else the brightest value."""
     if not picture.mode.startswith(_DEEP):
         return picture

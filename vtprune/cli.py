@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vtprune import _bench, _calibrate, _evaluate, _train, _video_qa
+from vtprune import _bench, _calibrate, _compare, _demo, _evaluate, _train, _video_qa
 from vtprune._arguments import (
     add_attention,
     check_debias,
@@ -31,12 +31,14 @@ _EXAMPLES = """examples:
   vtprune run --method random --keep 0.11              what blind choices do to the answer
   vtprune run --image cat.jpg --prompt "What is it?" --model ./my-llava --keep 64
   vtprune run --set lam=0.3 --overlay kept.png --report runs.jsonl
+  vtprune compare --sheet sheet.png                    one question under many methods, side by side
   vtprune methods                                      what --method takes
   vtprune describe divprune                            one method, its source and its parameters
   vtprune families                                     which models have an adapter
   vtprune video-qa                                     questions about clips, in batches
   vtprune eval --csv out.csv --plot out.png            how often answers are right, method by method
   vtprune doctor ./my-llava                            can this model be pruned, and with which methods?
+  vtprune demo                                         see which patches are kept, in the browser
   vtprune bench                                        the benchmarks, and what they measure
   vtprune train llava                                  make the bundled model anew
 """
@@ -112,7 +114,9 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="check this machine, and whether a model can be pruned")
     doctor.add_argument("model", nargs="?", help="tiny:NAME, a directory or a hub id; weights are not loaded")
     doctor.set_defaults(command=_doctor)
+    _demo.add_demo(commands.add_parser)
     _video_qa.add_video_qa(commands.add_parser)
+    _compare.add_compare(commands.add_parser)
     _evaluate.add_eval(commands.add_parser)
     _train.add_train(commands.add_parser)
     _calibrate.add_calibrate(commands.add_parser)
@@ -183,9 +187,10 @@ def _run(options: argparse.Namespace, console: Console) -> None:
     console.print(report.summary(), markup=False, soft_wrap=True)
 
     def save_overlay(path: Path) -> None:
-        from vtprune.viz import overlay
+        from vtprune.viz import framing_of, overlay
 
-        overlay(report, pictures.as_seen(picture, processor, report), stages=len(report.picks) > 1).save(path)
+        framing = framing_of(processor, picture.size, report.segments[0].parts if report.segments else ())
+        overlay(report, picture, stages=len(report.picks) > 1, framing=framing).save(path)
 
     writers = {
         "report appended to": (options.report, report.write_jsonl),

@@ -1,0 +1,105 @@
+"""From the click to the first answer on the page of `vtprune demo`, in a real browser; and pictures of the page.
+
+  python benchmarks/demo.py --csv benchmarks/results/demo.csv
+  python benchmarks/demo.py --pictures docs                        the pictures of the README, anew
+
+The page is served by this process, and visited with chromium on the same machine (apt-get install chromium; pip install
+playwright). Each round presses the button on another example of the bundled model: seconds until the answer without
+pruning is there, until that of the first method, and until all panes are drawn. Wall seconds, since several processes
+work: the median, and the range of all rounds. The first round of all, with a model that answers for the first time, is
+told apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from browsing import browser, compare, served, take_example, visited
+from playwright.sync_api import Page
+from recording import append_rows, csv_path, machine, run
+
+from vtprune.demo.photo_host import PhotoHost
+from vtprune.demo.session import Host
+
+MODEL, CLIPS = "tiny:llava", "tiny:llava_next_video"
+EXAMPLES = ("a picture", "scene 1", "scene 2")
+PARTS = {"unpruned": "#unpruned", "first method": "#answer-a", "all": "#answer-random"}
+"""What is waited for, and how it is found."""
+
+
+def clicked(page: Page, example: str) -> dict[str, float]:
+    """Seconds from the click until each of `PARTS` is there."""
+    page.reload()
+    page.locator(".vtp-ask").first.wait_for()
+    take_example(page, example)
+    begin = time.perf_counter()
+    page.locator(".vtp-ask:visible").click()
+    found = {}
+    for name, place in PARTS.items():
+        page.locator(place).wait_for()
+        found[name] = time.perf_counter() - begin
+    return found
+
+
+def measured(rounds: int) -> list[dict]:
+    """A row for the first click, and one for all others."""
+    with served([("model", Host.load(MODEL, "cpu"))]) as address, visited(address) as page:
+        found = [clicked(page, EXAMPLES[turn % len(EXAMPLES)]) for turn in range(rounds + 1)]
+    rows = []
+    for when, some in (("first", found[:1]), ("later", found[1:])):
+        for part in PARTS if some else ():
+            seconds = [one[part] for one in some]
+            row = {"click": when, "until": part, "rounds": len(some), "seconds": statistics.median(seconds)}
+            rows.append({**row, "low": min(seconds), "high": max(seconds), "model": MODEL})
+    return [{key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()} for row in rows]
+
+
+def table(rows: list[dict]) -> str:
+    lines = ["| click | until | seconds | range |", "|---|---|---|---|"]
+    lines += [
+        f"| {row['click']} | {row['until']} | {row['seconds']:.2f} | {row['low']:.2f} to {row['high']:.2f} |"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def draw(folder: Path) -> None:
+    """Pictures of the page: a picture, a clip, and a photo on a vision tower if it is installed."""
+    hosts = [("picture", Host.load(MODEL, "cpu")), ("clip", Host.load(CLIPS, "cpu")), ("photo", PhotoHost())]
+    shots = {"picture": ("a picture", "by the stage that took them"), "clip": ("a clip", "frames and their budgets")}
+    shots["photo"] = ("chelsea", "kept patches")
+    for title, host in hosts:
+        example, view = shots[title]
+        with served([(title, host)]) as address, visited(address) as page:
+            take_example(page, example)
+            compare(page)
+            page.get_by_label(view, exact=True).check()
+            page.wait_for_timeout(1500)
+            page.screenshot(path=folder / f"demo-{title}.png", full_page=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=12, help="after the first click (default: 12)")
+    parser.add_argument("--threads", type=int, default=2, help="of torch (default: 2)")
+    parser.add_argument("--csv", type=csv_path, help="where the rows go")
+    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="draw the page there, and measure nothing")
+    options = parser.parse_args()
+    if browser() is None:
+        parser.error("there is no chromium: apt-get install chromium")
+    torch.set_num_threads(options.threads)
+    if options.pictures:
+        draw(options.pictures)
+        return
+    rows = [{**row, **machine("cpu"), "clock": "wall", "threads": options.threads} for row in measured(options.rounds)]
+    print(table(rows))
+    if options.csv:
+        append_rows(options.csv, rows)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,168 @@
+"""The page in a real browser: what a visitor does, and what the page then says."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import vtprune
+from vtprune.demo.media import examples
+from vtprune.demo.session import Host
+from vtprune.types import Budget
+
+pytest.importorskip("gradio")
+pytest.importorskip("playwright")
+BENCHMARKS = Path(vtprune.__file__).parent.parent / "benchmarks"
+TOKENS = 256
+
+
+@pytest.fixture(scope="module")
+def browsing() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        import browsing
+
+    if browsing.browser() is None:
+        pytest.skip("there is no chromium")
+    return browsing
+
+
+@pytest.fixture(scope="module")
+def address(browsing: Any) -> Iterator[str]:
+    from vtprune.demo.photo_host import PhotoHost
+
+    hosts = [("Ask a model", Host.load("tiny:llava", "cpu")), ("Photos", PhotoHost(source="tiny:llava"))]
+    with browsing.served(hosts) as address:
+        yield address
+
+
+@pytest.fixture
+def page(browsing: Any, address: str) -> Iterator[Any]:
+    with browsing.visited(address) as page:
+        yield page
+        outside = [url for url in page.asked if not url.startswith((address, "data:", "blob:"))]
+        assert not outside, "the page asks other machines"
+
+
+def text_of(page: Any, place: str) -> str:
+    return page.locator(f".vtp-{place}:visible").inner_text()
+
+
+def shot(page: Any, selector: str) -> Image.Image:
+    return Image.open(io.BytesIO(page.locator(selector).screenshot())).convert("RGB")
+
+
+def bright(picture: Image.Image) -> float:
+    """The share of a picture that has colours."""
+    pixels = np.asarray(picture, dtype=float)
+    return float((pixels.max(axis=2) - pixels.min(axis=2) > 12).mean())
+
+
+def saved(page: Any, button: str, folder: Path) -> Path:
+    with page.expect_download() as download:
+        page.get_by_role("button", name=button).or_(page.get_by_role("link", name=button)).locator(
+            "visible=true"
+        ).click()
+    path = folder / download.value.suggested_filename
+    download.value.save_as(path)
+    return path
+
+
+def set_keep(page: Any, share: float) -> None:
+    number = page.get_by_label("number input for keep").locator("visible=true")
+    number.fill(str(share))
+    number.press("Tab")
+    k = Budget(keep=share).resolve(TOKENS)
+    page.locator(f".vtp .count:visible:has-text('{k} of {TOKENS}')").wait_for()
+
+
+def test_a_visit(browsing: Any, page: Any, tmp_path: Path) -> None:
+    """Upload, ask, move the slider, click a patch, read the numbers, look closer, save."""
+    picture = next(one for one in examples() if one.name == "scene 1")
+    picture.source.save(tmp_path / "scene.png")
+    page.locator("input[type=file]").first.set_input_files(str(tmp_path / "scene.png"))
+    page.locator(".vtp-board img:visible").wait_for()
+    page.get_by_label("question").fill(picture.question)
+    set_keep(page, 0.11)
+    browsing.compare(page)
+    assert page.locator("#unpruned").inner_text() == picture.answer
+    for place in ("a", "b", "random"):
+        assert f"28 of {TOKENS}" in text_of(page, place)
+    assert "random" in text_of(page, "random") and "MB" in text_of(page, "a") and "prefill" in text_of(page, "b")
+    assert re.search(r"vtprune and divprune\s+\d+ %", page.locator("#overlaps").inner_text())
+    few = bright(shot(page, ".vtp-random img:visible"))
+
+    set_keep(page, 0.5)
+    browsing.compare(page)
+    page.locator(f".vtp-a:has-text('128 of {TOKENS}')").wait_for()
+    assert bright(shot(page, ".vtp-random img:visible")) > few + 0.1
+
+    board = page.locator(".vtp-board img:visible")
+    box = board.bounding_box()
+    board.click(position={"x": box["width"] * 1.5 / 16, "y": box["height"] * 2.5 / 16})
+    page.wait_for_timeout(500)
+    browsing.wait_for_panes(page)
+    page.get_by_label("by the stage that took them").check()
+    page.locator(".vtp-a:has-text('protected')").wait_for()
+    stored = saved(page, "Save a page (HTML)", tmp_path).read_text("utf-8")
+    data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', stored, re.S)[1])
+    assert data["forced_in"] == [2 * 16 + 1]
+    assert all(33 in pane["report"]["segments"][0]["keep"] for pane in data["panes"])
+    assert Image.open(saved(page, "Save a picture (PNG)", tmp_path)).width > 500
+
+
+def test_what_cannot_be_shown_is_told_and_the_page_goes_on(browsing: Any, page: Any, tmp_path: Path) -> None:
+    (tmp_path / "notes.png").write_text("not a picture")
+    page.locator("input[type=file]").first.set_input_files(str(tmp_path / "notes.png"))
+    page.get_by_text("notes.png is no picture").first.wait_for()
+    assert "Traceback" not in page.content()
+    page.reload()
+    page.locator(".vtp-ask").first.wait_for()
+    browsing.take_example(page, "a picture")
+    page.get_by_label("question").fill("  ")
+    page.locator(".vtp-ask:visible").click()
+    page.get_by_text("the question is empty").first.wait_for()
+    page.get_by_label("question").fill("what color is the cross ?")
+    browsing.compare(page)
+    assert page.locator("#unpruned").inner_text() == "orange"
+
+
+def test_methods_that_cannot_serve_are_grey_with_the_reason(page: Any) -> None:
+    page.get_by_text("What the methods do").locator("visible=true").click()
+    row = page.locator("tr.cannot:visible", has_text="quota")
+    row.wait_for()
+    assert "clip" in row.inner_text()
+    page.get_by_label("method", exact=True).locator("visible=true").click()
+    offered = page.get_by_role("option").all_inner_texts()
+    assert "divprune" in offered and "quota" not in offered
+
+
+def test_two_visitors_do_not_see_each_other(browsing: Any, page: Any, address: str) -> None:
+    other = page.context.browser.new_page()
+    other.goto(address)
+    other.locator(".vtp-ask").first.wait_for()
+    browsing.take_example(page, "a picture")
+    browsing.take_example(other, "scene 1")
+    page.locator(".vtp-ask:visible").click()
+    other.locator(".vtp-ask:visible").click()
+    for visitor in (page, other):
+        browsing.wait_for_panes(visitor)
+    answers = {one.name: one.answer for one in examples()}
+    assert page.locator("#unpruned").inner_text() == answers["a picture"]
+    assert other.locator("#unpruned").inner_text() == answers["scene 1"]
+
+
+def test_photos_need_no_question(browsing: Any, page: Any) -> None:
+    page.get_by_role("tab", name="Photos").click()
+    browsing.take_example(page, "scene")
+    browsing.compare(page)
+    assert f"64 of {TOKENS}" in text_of(page, "a")
+    assert page.locator("#unpruned:visible").count() == 0

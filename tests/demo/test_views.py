@@ -1,0 +1,112 @@
+"""Pictures of panes: those of `vtprune.viz`, of what was kept."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.demo.common import ask, clip, host, picture
+from vtprune.demo.drawing import IN, OUT, board, board_scale, token_under, views_of
+from vtprune.demo.media import read_upload
+from vtprune.demo.panes import VIEWS
+from vtprune.demo.running import run
+from vtprune.tiny import QUESTION
+from vtprune.viz import Box, cells_of, heatmap, overlay, strip
+
+
+def test_overlays_are_those_of_the_report_on_what_the_encoder_sees() -> None:
+    outcome = host().answer(ask(methods=("visionzip", "divprune")))
+    pane, shown = outcome.panes[0], picture().pictures[0]
+    assert pane.report is not None and list(pane.pictures) == ["kept", "stages", "groups", "scores", "debiased"]
+    for name, options in (("kept", {}), ("stages", {"stages": True}), ("groups", {"groups": True})):
+        drawn = overlay(pane.report, shown, framing=outcome.framing, **options)
+        assert np.array_equal(np.asarray(pane.pictures[name]), np.asarray(drawn)), name
+    assert [name for name, _ in pane.colours] == ["dominant", "contextual"]
+    assert "groups" not in outcome.panes[1].pictures and "merged nothing" in outcome.panes[1].missing["groups"]
+
+
+def test_every_view_is_there_or_missing_with_a_reason() -> None:
+    outcome = host().answer(ask(methods=("vispruner", "attention_sink")))
+    for pane in outcome.panes:
+        assert set(pane.pictures) | set(pane.missing) == set(VIEWS) - {"strip"}
+        assert not set(pane.pictures) & set(pane.missing)
+
+
+@pytest.mark.parametrize(("frames", "name"), [(4, "qwen2_5_vl"), (3, "qwen2_5_vl"), (3, "llava_next_video")])
+def test_clips_have_a_strip_even_where_frames_do_not_come_out_even(frames: int, name: str) -> None:
+    outcome = host(name).answer(ask(media=clip(frames)))
+    pane = outcome.panes[0]
+    assert pane.error == "" and pane.report is not None
+    parts = len(pane.report.segments[0].parts)
+    shown = [*clip(frames).pictures, clip(frames).pictures[-1]][: -(-frames // parts) * parts]
+    drawn = strip(pane.report, shown, framing=outcome.framing)
+    assert np.array_equal(np.asarray(pane.pictures["strip"]), np.asarray(drawn))
+
+
+def test_heat_maps_are_those_of_the_scores() -> None:
+    own, asked = host(), ask(methods=("fastervlm", "random"), debiaser="trend")
+    pane = own.answer(asked).panes[0]
+    again = run(own.model, own.processor, asked, own._inputs(picture(), QUESTION), "fastervlm", longest=1)
+    assert again.scored is not None and again.scored.scores is not None and again.scored.debiased is not None
+    for name, scores in (("scores", again.scored.scores), ("debiased", again.scored.debiased)):
+        drawn = heatmap(scores[0], again.report, picture().pictures[0])
+        assert np.array_equal(np.asarray(pane.pictures[name]), np.asarray(drawn)), name
+    assert not np.array_equal(np.asarray(pane.pictures["scores"]), np.asarray(pane.pictures["debiased"]))
+
+
+def test_the_board_frames_forced_tokens_where_their_cells_are() -> None:
+    outcome = host().answer(ask())
+    assert outcome.segment is not None
+    scale, size = board_scale(picture()), picture().size
+    drawn = board(picture(), outcome, forced_in={17}, forced_out={200})
+    assert drawn.size == (size[0] * scale, size[1] * scale)
+    pixels = np.asarray(drawn)
+    for token, colour in ((17, IN), (200, OUT)):
+        cell = cells_of(outcome.segment, size, outcome.framing)[token]
+        rows, columns = (pixels == colour).all(axis=2).nonzero()
+        assert (rows.min(), rows.max() + 1) == (cell.top * scale, cell.bottom * scale)
+        assert (columns.min(), columns.max() + 1) == (cell.left * scale, cell.right * scale)
+
+
+def test_a_board_without_an_outcome_is_the_picture() -> None:
+    scale = board_scale(picture())
+    assert np.array_equal(np.asarray(board(picture()))[::scale, ::scale], np.asarray(picture().pictures[0]))
+
+
+def test_clicks_mean_the_token_whose_cell_they_are_in() -> None:
+    wide = read_upload(Image.fromarray(np.random.default_rng(0).integers(0, 255, (96, 200, 3)).astype(np.uint8)))
+    for name in ("llava", "qwen2_5_vl", "llava_next_video"):
+        outcome = host(name).answer(ask(media=wide))
+        segment = outcome.segment
+        assert segment is not None
+        sizes = [part.tokens for part in segment.parts]
+        largest = sizes.index(max(sizes))
+        own = range(sum(sizes[:largest]), sum(sizes[: largest + 1]))
+        cells = cells_of(segment, wide.size, outcome.framing)
+        for token in own:
+            left, top, right, bottom = cells[token]
+            assert token_under(outcome, (left + right) / 2, (top + bottom) / 2) == token, name
+
+
+def test_clicks_on_frames_mean_tokens_of_these_frames() -> None:
+    outcome = host("qwen2_5_vl").answer(ask(media=clip()))
+    assert outcome.segment is not None
+    first, second = outcome.segment.parts
+    found = [token_under(outcome, 1, 1, frame=frame) for frame in range(4)]
+    assert found == [0, 0, first.tokens, first.tokens] and second.tokens == first.tokens
+
+
+def test_large_pictures_are_drawn_smaller_in_the_same_places() -> None:
+    plain = np.zeros((1400, 1000, 3), np.uint8) + 200
+    media, framing = read_upload(plain), Box(0, 200, 1000, 1200)
+    report = host().answer(ask(media=media)).panes[2].report
+    assert report is not None
+    drawn = np.asarray(views_of(report, media, framing).pictures["kept"])
+    assert drawn.shape == (896, 640, 3)
+    bright = (drawn == 200).all(axis=2)
+    inside = set(report.segments[0].keep.tolist())
+    for token, (left, top, right, bottom) in enumerate(cells_of(report.segments[0], media.size, framing)):
+        x, y = (left + right) / 2 * 0.64, (top + bottom) / 2 * 0.64
+        assert bright[int(y), int(x)] == (token in inside), token
+    assert not bright[:127].any() and not bright[770:].any()

@@ -1,0 +1,120 @@
+"""What a user does, step by step; no step changes what another user has."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tests.demo.common import clip, host, kept, picture
+from vtprune.demo.drawing import board_scale
+from vtprune.demo.session import Visit
+from vtprune.errors import InvalidOption
+from vtprune.tiny import QUESTION
+from vtprune.types import Budget
+from vtprune.viz import cells_of
+
+
+def centre(visit: Visit, token: int) -> tuple[float, float]:
+    """The middle of a token on the board."""
+    assert visit.media is not None and visit.outcome is not None and visit.outcome.segment is not None
+    cell = cells_of(visit.outcome.segment, visit.media.size, visit.outcome.framing)[token]
+    scale = board_scale(visit.media)
+    return (cell.left + cell.right) / 2 * scale, (cell.top + cell.bottom) / 2 * scale
+
+
+@pytest.fixture
+def visit() -> Visit:
+    return Visit().showing(picture(), host()).asked(host(), QUESTION)
+
+
+def test_the_live_count_is_that_of_the_budget() -> None:
+    visit = Visit().showing(picture(), host())
+    for keep in (0.01, 0.11, 0.25, 0.999, 1.0, 7, 1000):
+        assert visit.tokens(keep) == (Budget(keep=keep).resolve(256), 256)
+    assert Visit().tokens(0.25) == (0, 0)
+    with pytest.raises(InvalidOption, match="keep"):
+        visit.tokens(0.0)
+
+
+def test_the_count_is_what_is_kept(visit: Visit) -> None:
+    assert visit.outcome is not None
+    for pane in visit.outcome.panes:
+        assert pane.numbers is not None and (pane.numbers.kept, pane.numbers.tokens) == visit.tokens(0.25)
+
+
+def test_a_click_forces_a_token_and_another_lets_it_go(visit: Visit) -> None:
+    forced = visit.clicked(*centre(visit, 37), to="in").clicked(*centre(visit, 90), to="out")
+    assert (forced.forced_in, forced.forced_out) == ({37}, {90})
+    turned = forced.clicked(*centre(visit, 37), to="out")
+    assert (turned.forced_in, turned.forced_out) == (frozenset(), {37, 90})
+    assert forced.clicked(*centre(visit, 37), to="in").forced_in == frozenset()
+    assert (forced.freed().forced_in, forced.freed().forced_out) == (frozenset(), frozenset())
+    assert (visit.forced_in, visit.forced_out) == (frozenset(), frozenset())
+
+
+def test_forced_tokens_are_heeded_in_the_next_answer(visit: Visit) -> None:
+    assert visit.outcome is not None
+    own = kept(visit.outcome.panes[0].report)[0]
+    dropped = next(token for token in range(256) if token not in own)
+    again = visit.clicked(*centre(visit, dropped), to="in").clicked(*centre(visit, own[0]), to="out")
+    outcome = again.asked(host(), QUESTION).outcome
+    assert outcome is not None and outcome.ask.forced_in == (dropped,) and outcome.ask.forced_out == (own[0],)
+    for pane in outcome.panes:
+        assert dropped in kept(pane.report)[0] and own[0] not in kept(pane.report)[0]
+
+
+def test_another_picture_forgets_what_was_forced(visit: Visit) -> None:
+    other = visit.clicked(5, 5, to="in").showing(picture(), host())
+    assert (other.forced_in, other.outcome, other.count) == (frozenset(), None, 256)
+
+
+def test_clicks_need_an_answer_and_a_patch(visit: Visit) -> None:
+    with pytest.raises(InvalidOption, match="ask a question first"):
+        Visit().showing(picture(), host()).clicked(5, 5, to="in")
+    with pytest.raises(InvalidOption, match="does not see this part"):
+        visit.clicked(-5, 5, to="in")
+
+
+def test_patches_of_frames_that_are_pictures_cannot_be_forced(visit: Visit) -> None:
+    assert visit.outcome is not None and visit.outcome.unpruned is not None
+    whole = visit.outcome.unpruned
+    assert whole.report is not None
+    several = replace(whole.report, segments=whole.report.segments * 2)
+    other = replace(visit, outcome=replace(visit.outcome, unpruned=replace(whole, report=several)))
+    with pytest.raises(InvalidOption, match="pictures of their own"):
+        other.clicked(5, 5, to="in")
+
+
+def test_a_question_needs_a_picture() -> None:
+    with pytest.raises(InvalidOption, match="there is no picture"):
+        Visit().asked(host(), QUESTION)
+
+
+def test_users_at_once_share_nothing_but_the_model() -> None:
+    shown: dict[str, Any] = {"one": (picture(), "vtprune", 0.25, 3), "other": (clip(), "temporal", 0.5, 200)}
+    own = host("qwen2_5_vl")
+
+    def steps(name: str) -> Visit:
+        media, method, keep, token = shown[name]
+        visit = Visit().showing(media, own).asked(own, QUESTION, methods=(method, "divprune"), keep=keep)
+        visit = visit.clicked(*centre(visit, token % 256), to="in")
+        return visit.asked(own, QUESTION, methods=(method, "divprune"), keep=keep)
+
+    alone = {name: steps(name) for name in shown}
+    together: dict[str, Visit] = {}
+    threads = [
+        threading.Thread(target=lambda name: together.update({name: steps(name)}), args=(name,)) for name in shown
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for name, visit in together.items():
+        assert visit.forced_in == alone[name].forced_in and visit.outcome is not None
+        expected = alone[name].outcome
+        assert expected is not None
+        for pane, before in zip(visit.outcome.panes, expected.panes, strict=True):
+            assert (pane.answer, kept(pane.report)) == (before.answer, kept(before.report)), name

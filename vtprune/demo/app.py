@@ -1,0 +1,63 @@
+"""The page in gradio: on this machine only, and without a request to any other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import gradio as gr
+
+from vtprune.demo import page
+from vtprune.demo.app_tab import Tab
+from vtprune.demo.hosting import Answering
+from vtprune.demo.media import MAX_FILE
+from vtprune.errors import VtpruneError
+
+ADDRESS = "127.0.0.1"
+AT_ONCE = 8
+"""Visitors whose pictures are read or drawn at once; a model answers one of them after the other."""
+_STALE = 3600
+"""Seconds that uploads stay on the disk."""
+
+
+def serve(hosts: Sequence[tuple[str, Answering]], *, port: int | None = None) -> tuple[str, gr.Blocks]:
+    """Serve a page with a tab for each host, on this machine only; gives its address, and the page, to be closed.
+
+    Args:
+        hosts: titles of tabs, and what they ask.
+        port: None takes the first free one from 7860 on.
+
+    Raises:
+        OSError: where the port is taken.
+    """
+    blocks = build(hosts)
+    _, address, _ = blocks.queue(default_concurrency_limit=AT_ONCE).launch(
+        server_name=ADDRESS,
+        server_port=port,
+        share=False,
+        inbrowser=False,
+        quiet=True,
+        ssr_mode=False,
+        max_file_size=MAX_FILE,
+        footer_links=[],
+        prevent_thread_lock=True,
+        theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        css=page.STYLE,
+    )
+    return address, blocks
+
+
+def build(hosts: Sequence[tuple[str, Answering]]) -> gr.Blocks:
+    """The page, not served yet."""
+    stale = (_STALE, _STALE)
+    with gr.Blocks(title="vtprune: which patches are kept", analytics_enabled=False, delete_cache=stale) as blocks:
+        gr.Markdown("# Which patches are kept, and does the answer change?")
+        with gr.Tabs():
+            for title, host in hosts:
+                with gr.Tab(title):
+                    try:
+                        host.methods()
+                    except VtpruneError as error:
+                        gr.Markdown(f"**This cannot be shown here.** {error}")
+                        continue
+                    Tab(host).lay_out()
+    return blocks

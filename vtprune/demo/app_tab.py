@@ -1,0 +1,287 @@
+"""A tab of the page: its components, and what follows from what."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from vtprune.demo import asking, page
+from vtprune.demo.asking import PLACES, Wish
+from vtprune.demo.drawing import board
+from vtprune.demo.export import to_html, to_png
+from vtprune.demo.hosting import Answering
+from vtprune.demo.media import Media
+from vtprune.demo.panes import VIEWS, Pane
+from vtprune.demo.session import Visit
+from vtprune.errors import VtpruneError
+
+logger = logging.getLogger("vtprune")
+_FIRST, _SECOND, _KEEP = "vtprune", "divprune", 0.25
+
+
+@contextmanager
+def _telling() -> Iterator[None]:
+    """What goes wrong in a step, in a sentence on the page; the page goes on."""
+    try:
+        yield
+    except VtpruneError as error:
+        raise gr.Error(str(error), duration=None, print_exception=False) from error
+    except Exception as error:  # no trace of it belongs on the page
+        logger.exception("a step of the demo failed")
+        raise gr.Error("this went wrong; the terminal says how", duration=None, print_exception=False) from error
+
+
+def _told(step: Callable[..., Any]) -> Callable[..., Any]:
+    """The step, with its errors on the page."""
+
+    @functools.wraps(step)
+    def call(*given: Any) -> Any:
+        with _telling():
+            return step(*given)
+
+    return call
+
+
+def _told_on_the_way(steps: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+    """The same of several steps."""
+
+    @functools.wraps(steps)
+    def call(*given: Any) -> Iterator[Any]:
+        with _telling():
+            yield from steps(*given)
+
+    return call
+
+
+@dataclass(kw_only=True)
+class _Side:
+    """The components of a pane."""
+
+    head: gr.HTML
+    picture: gr.Image
+    numbers: gr.HTML
+
+
+class Tab:
+    """A tab: a picture, a question, two methods and chance beside them."""
+
+    def __init__(self, host: Answering) -> None:
+        self._host = host
+
+    def lay_out(self) -> None:
+        """Make the components, and say what follows from what."""
+        self._visit = gr.State(Visit())
+        with gr.Row():
+            with gr.Column(scale=2, min_width=320):
+                self._lay_out_sources()
+            with gr.Column(scale=3, min_width=320):
+                self._lay_out_wish()
+        self._view = gr.Radio([(text, name) for name, text in VIEWS.items()], value="kept", label="show")
+        with gr.Row():
+            self._sides = {place: self._lay_out_side(place) for place in PLACES}
+        self._overlaps = gr.HTML()
+        with gr.Row():
+            self._png = gr.DownloadButton("Save a picture (PNG)", interactive=False)
+            self._html = gr.DownloadButton("Save a page (HTML)", interactive=False)
+        with gr.Accordion("What the methods do", open=False):
+            gr.HTML(page.methods_html(self._host.methods("image")))
+        self._connect()
+
+    def _lay_out_sources(self) -> None:
+        names = [one.name for one in self._host.examples()]
+        self._example = gr.Dropdown(names, value=None, label="an example", elem_id=f"example-{id(self)}")
+        with gr.Tabs():
+            with gr.Tab("a file"):
+                kinds = "a picture or a clip" if self._host.takes_clips else "a picture"
+                self._file = gr.File(label=kinds, file_count="single", type="filepath", height=110)
+            with gr.Tab("the camera"):
+                self._camera = gr.Image(sources=["webcam"], type="pil", label="the camera")
+        self._board = gr.Image(
+            show_label=False,
+            type="pil",
+            format="png",
+            interactive=False,
+            elem_classes=["vtp-picture", "vtp-board"],
+            buttons=[],
+        )
+        with gr.Row(equal_height=True):
+            self._to = gr.Radio(["in", "out"], value="in", label="after an answer, a click on a patch forces it")
+            self._free = gr.Button("let all go", size="sm", min_width=90)
+        self._frame = gr.Slider(0, 1, value=0, step=1, label="frame", visible=False)
+
+    def _lay_out_wish(self) -> None:
+        names = asking.served(self._host.methods("image"))
+        self._question = gr.Textbox(label="question", lines=2, visible=self._host.takes_questions, max_length=4000)
+        with gr.Row():
+            self._first = gr.Dropdown(names, value=_FIRST if _FIRST in names else names[0], label="method")
+            self._second = gr.Dropdown(names, value=_SECOND if _SECOND in names else names[-1], label="beside it")
+        self._keep = gr.Slider(0.01, 1.0, value=_KEEP, step=0.01, label="keep", info="share of the visual tokens")
+        self._count = gr.HTML(page.count_html(0, 0))
+        with gr.Row():
+            self._seed = gr.Number(0, label="seed of random", precision=0, minimum=0)
+            self._debias = gr.Checkbox(False, label="debias attention")
+        self._ask = gr.Button("Compare", variant="primary", elem_classes=["vtp-ask"])
+        self._unpruned = gr.HTML()
+
+    def _lay_out_side(self, place: str) -> _Side:
+        with gr.Column(min_width=280, elem_classes=[f"vtp-{place}"]):
+            head = gr.HTML(page.head_html(None, place), elem_classes=["vtp-head"])
+            classes = ["vtp-picture"]
+            picture = gr.Image(
+                show_label=False,
+                type="pil",
+                format="png",
+                interactive=False,
+                elem_classes=classes,
+                buttons=["fullscreen"],
+            )
+            return _Side(head=head, picture=picture, numbers=gr.HTML())
+
+    def _connect(self) -> None:
+        shown = [self._visit, self._question, self._board, self._frame, self._count, self._first, self._second]
+        shown += [*self._of_panes(), self._png, self._html]
+        quiet: dict[str, Any] = {"show_progress": "hidden"}
+        self._example.input(self._take_example, [self._example], shown)
+        self._file.upload(self._take, [self._file, self._question], shown)
+        self._camera.change(self._take, [self._camera, self._question], shown)
+        self._keep.change(self._recount, [self._visit, self._keep], [self._count], **quiet)
+        wish = [self._question, self._first, self._second, self._keep, self._seed, self._debias, self._view]
+        answered = [self._visit, self._board, self._count, *self._of_panes(), self._png, self._html]
+        asked: Any = {"inputs": [self._visit, *wish, self._frame], "outputs": answered}
+        self._ask.click(self._answer, **asked)
+        self._question.submit(self._answer, **asked)
+        marked = [self._visit, self._board]
+        self._board.select(self._click, [self._visit, self._to, self._frame], marked).success(self._answer, **asked)
+        self._free.click(self._let_go, [self._visit, self._frame], marked).success(self._answer, **asked)
+        self._frame.change(self._turn, [self._visit, self._frame], [self._board], **quiet)
+        self._view.change(self._look, [self._visit, self._view], self._of_panes(), **quiet)
+
+    def _of_panes(self) -> list[Any]:
+        sides = [part for side in self._sides.values() for part in (side.head, side.picture, side.numbers)]
+        return [self._unpruned, *sides, self._overlaps]
+
+    @property
+    def _take_example(self) -> Callable[..., Any]:
+        def take(name: str) -> list[Any]:
+            visit, question = asking.example(self._host, name)
+            return self._beginning(visit, question)
+
+        return _told(take)
+
+    @property
+    def _take(self) -> Callable[..., Any]:
+        def take(source: Any, question: str) -> list[Any]:
+            return self._beginning(asking.brought(self._host, source), question)
+
+        return _told(take)
+
+    def _beginning(self, visit: Visit, question: str) -> list[Any]:
+        """A new picture, and nothing known of it."""
+        media = _media_of(visit)
+        names = asking.served(self._host.methods(media.kind))
+        frame = gr.Slider(0, max(1, len(media.pictures) - 1), value=0, visible=len(media.pictures) > 1)
+        methods = [gr.Dropdown(names), gr.Dropdown(names)]
+        count = page.count_html(*visit.tokens(_KEEP), notes=media.notes)
+        files = [gr.DownloadButton(interactive=False)] * 2
+        begun = [visit, question, board(media), frame, count, *methods]
+        return [*begun, *self._drawn(visit, {}, "kept"), *files]
+
+    @property
+    def _recount(self) -> Callable[..., Any]:
+        return _told(lambda visit, keep: page.count_html(*visit.tokens(float(keep))) if visit.media else gr.skip())
+
+    @property
+    def _answer(self) -> Callable[..., Any]:
+        def answer(
+            visit: Visit,
+            question: str,
+            first: str,
+            second: str,
+            keep: float,
+            seed: int | None,
+            debias: bool,
+            view: str,
+            frame: int,
+        ) -> Iterator[list[Any]]:
+            wish = Wish(question=question or "", first=first, second=second, keep=keep, seed=seed or 0, debias=debias)
+            for step in asking.answered(self._host, visit, wish):
+                yield self._after(step, view, int(frame), float(keep))
+
+        return _told_on_the_way(answer)
+
+    def _after(self, step: asking.Step, view: str, frame: int, keep: float) -> list[Any]:
+        if step.visit is None:
+            return [gr.skip(), gr.skip(), gr.skip(), *self._drawn(None, step.panes, view), gr.skip(), gr.skip()]
+        visit, outcome = step.visit, step.visit.outcome
+        assert outcome is not None
+        folder = Path(tempfile.mkdtemp(prefix="vtprune-", dir=_cache()))
+        (folder / "kept.png").write_bytes(to_png(outcome))
+        (folder / "kept.html").write_text(to_html(outcome), encoding="utf-8")
+        files = [gr.DownloadButton(value=str(folder / name), interactive=True) for name in ("kept.png", "kept.html")]
+        count = page.count_html(*visit.tokens(keep))
+        return [visit, _board_of(visit, frame), count, *self._drawn(visit, asking.panes_of(visit), view), *files]
+
+    def _drawn(self, visit: Visit | None, panes: dict[str, Pane], view: str) -> list[Any]:
+        """What all panes show; without a visit those that are not done stay as they were."""
+        found: list[Any] = [page.unpruned_html(panes.get("unpruned"))]
+        for place in PLACES:
+            pane = panes.get(place)
+            if pane is None and visit is None:
+                found += [gr.skip(), gr.skip(), gr.skip()]
+                continue
+            picture = None if pane is None else pane.pictures.get(view)
+            found += [page.head_html(pane, place), picture, page.numbers_html(pane, view)]
+        return [*found, gr.skip() if visit is None else page.overlaps_html(visit.outcome)]
+
+    @property
+    def _click(self) -> Callable[..., Any]:
+        def click(visit: Visit, to: Any, frame: int, where: gr.SelectData) -> list[Any]:
+            x, y = where.index
+            clicked = visit.clicked(x + 0.5, y + 0.5, to=to, frame=int(frame))
+            return [clicked, _board_of(clicked, int(frame))]
+
+        return _told(click)
+
+    @property
+    def _let_go(self) -> Callable[..., Any]:
+        def let_go(visit: Visit, frame: int) -> list[Any]:
+            freed = visit.freed()
+            return [freed, _board_of(freed, int(frame))]
+
+        return _told(let_go)
+
+    @property
+    def _turn(self) -> Callable[..., Any]:
+        return _told(lambda visit, frame: _board_of(visit, int(frame)))
+
+    @property
+    def _look(self) -> Callable[..., Any]:
+        return _told(lambda visit, view: self._drawn(visit, asking.panes_of(visit), view))
+
+
+def _media_of(visit: Visit) -> Media:
+    assert visit.media is not None
+    return visit.media
+
+
+def _board_of(visit: Visit, frame: int) -> Any:
+    """The picture to click on, with what is forced."""
+    if visit.media is None:
+        return None
+    return board(visit.media, visit.outcome, forced_in=visit.forced_in, forced_out=visit.forced_out, frame=frame)
+
+
+def _cache() -> str:
+    """Where gradio may serve files from."""
+    folder = os.environ.get("GRADIO_TEMP_DIR") or str(Path(tempfile.gettempdir()) / "gradio")
+    os.makedirs(folder, exist_ok=True)
+    return folder

@@ -1,0 +1,155 @@
+"""Pictures of a pane, and clicks on them, through `vtprune.viz`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from vtprune.demo.media import Media
+from vtprune.demo.panes import Outcome
+from vtprune.demo.scoring import Scored
+from vtprune.errors import InvalidOption
+from vtprune.report import PruneReport, SegmentReport
+from vtprune.viz import Box, cells_of, framing_of, heatmap, overlay, sheet, strip, token_at
+
+IN, OUT = (60, 220, 90), (255, 70, 70)
+"""Frames of tokens that are forced in and out."""
+_DRAWN = 896
+"""Pixels that the longest side of a picture in a pane has at most."""
+_BOARD = 640
+"""Pixels that the longest side of a board has at least."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Views:
+    """Pictures by the names of `VIEWS`, and why others are missing."""
+
+    pictures: dict[str, Image.Image]
+    missing: dict[str, str]
+
+
+def framing_for(processor: Any, media: Media, segment: SegmentReport) -> tuple[Box | None, str]:
+    """What the encoder sees of a picture, or None and why that is not known."""
+    try:
+        return framing_of(processor, media.size, segment.parts), ""
+    except InvalidOption as error:
+        return None, f"patches may be drawn out of place: {error}"
+
+
+def views_of(report: PruneReport, media: Media, framing: Box | None, scored: Scored | None = None) -> Views:
+    """The pictures of a pane."""
+    missing = {} if scored is None else dict(scored.missing)
+    if not report.segments:
+        return Views(pictures={}, missing={"kept": "the model was shown no picture"})
+    media, framing = _for_drawing(media, framing)
+    shown = [_shown(report, media, number) for number in range(len(report.segments))]
+
+    def drawn(draw: Callable[[Any, int], Image.Image]) -> Image.Image:
+        found = [draw(own, number) for number, own in enumerate(shown)]
+        return found[0] if len(found) == 1 else sheet([(str(number), own) for number, own in enumerate(found, 1)])
+
+    pictures = {"kept": drawn(lambda own, number: overlay(report, own, number, framing=framing))}
+    if report.average == report.tokens:
+        missing |= dict.fromkeys(("stages", "groups"), "nothing was dropped")
+    else:
+        pictures["stages"] = drawn(lambda own, number: overlay(report, own, number, stages=True, framing=framing))
+    if report.merged:
+        pictures["groups"] = drawn(lambda own, number: overlay(report, own, number, groups=True, framing=framing))
+    elif "groups" not in missing:
+        missing["groups"] = f"{report.method} merged nothing"
+    for name, scores in () if scored is None else (("scores", scored.scores), ("debiased", scored.debiased)):
+        if scores is not None:
+            pictures[name] = drawn(_heat(report, framing, scores))
+    if media.kind == "video":
+        frames = shown[0] if isinstance(shown[0], list) else list(media.pictures)
+        pictures["strip"] = strip(report, frames, framing=framing)
+    return Views(pictures=pictures, missing=missing)
+
+
+def _for_drawing(media: Media, framing: Box | None) -> tuple[Media, Box | None]:
+    """The same, scaled down where it is larger than what is drawn."""
+    factor = _DRAWN / max(media.size)
+    if factor >= 1:
+        return media, framing
+    width, height = (max(1, round(side * factor)) for side in media.size)
+    small = tuple(picture.resize((width, height), Image.Resampling.LANCZOS) for picture in media.pictures)
+    if framing is not None:
+        across, down = width / media.size[0], height / media.size[1]
+        framing = Box(framing.left * across, framing.top * down, framing.right * across, framing.bottom * down)
+    return replace(media, pictures=small), framing
+
+
+def _heat(report: PruneReport, framing: Box | None, scores: Sequence[Tensor]) -> Callable[[Any, int], Image.Image]:
+    return lambda own, number: heatmap(scores[number], report, own, number, framing=framing)
+
+
+def _shown(report: PruneReport, media: Media, number: int) -> Image.Image | list[Image.Image]:
+    """The picture of a segment, or its frames, as many times as many as it has parts."""
+    if media.kind == "image":
+        return media.pictures[0]
+    if len(report.segments) == len(media.pictures) > 1:
+        return media.pictures[number]
+    return _whole_multiple(media.pictures, len(report.segments[number].parts))
+
+
+def _whole_multiple(pictures: Sequence[Image.Image], parts: int) -> list[Image.Image]:
+    """With the last one again, as processors do where they join frames."""
+    wanted = -(-len(pictures) // parts) * parts
+    return [*pictures, *[pictures[-1]] * (wanted - len(pictures))]
+
+
+def panel_of(segment: SegmentReport, media: Media, frame: int = 0) -> int:
+    """The panel that a click on a frame, or on the picture, means: of several on one picture that with most tokens."""
+    parts = segment.parts
+    if media.kind == "video":
+        return min(frame, len(media.pictures) - 1) // -(-len(media.pictures) // len(parts))
+    if any(part.kind == "tile" for part in parts):
+        return 0
+    return int(np.argmax([part.tokens for part in parts]))
+
+
+def token_under(outcome: Outcome, x: float, y: float, *, frame: int = 0) -> int | None:
+    """The token under a pixel of the picture, or of a frame of the clip; None where the encoder sees nothing of it."""
+    segment, media = outcome.segment, outcome.ask.media
+    if segment is None:
+        return None
+    return token_at(segment, media.size, x, y, part=panel_of(segment, media, frame), framing=outcome.framing)
+
+
+def board_scale(media: Media) -> int:
+    """By what `board` enlarges a picture."""
+    return max(1, _BOARD // max(media.size))
+
+
+def board(
+    media: Media,
+    outcome: Outcome | None = None,
+    *,
+    forced_in: Collection[int] = (),
+    forced_out: Collection[int] = (),
+    frame: int = 0,
+) -> Image.Image:
+    """The picture, or a frame, to click on, with forced tokens framed; a pixel of it is one of `board_scale`."""
+    scale = board_scale(media)
+    picture = media.pictures[min(frame, len(media.pictures) - 1)]
+    drawn = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+    segment = None if outcome is None else outcome.segment
+    if outcome is None or segment is None:
+        return drawn
+    cells = cells_of(segment, media.size, outcome.framing)
+    sizes = [part.tokens for part in segment.parts]
+    panel = panel_of(segment, media, frame)
+    tiles = any(part.kind == "tile" for part in segment.parts)
+    start = 0 if tiles else sum(sizes[:panel])
+    own = range(start, start + (sum(sizes) if tiles else sizes[panel]))
+    pen = ImageDraw.Draw(drawn)
+    for tokens, colour in ((forced_in, IN), (forced_out, OUT)):
+        for token in sorted(set(tokens) & set(own)):
+            left, top, right, bottom = (side * scale for side in cells[token])
+            pen.rectangle((left, top, right - 1, bottom - 1), outline=colour, width=3)
+    return drawn

@@ -1,0 +1,28 @@
+"""What a page asks: a model, or a vision tower by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from vtprune.demo.choices import Choice
+from vtprune.demo.media import Example, Media
+from vtprune.demo.panes import Ask, Outcome, Pane
+from vtprune.types import Modality
+
+OnPane = Callable[[str, Pane], None]
+
+
+class Answering(Protocol):
+    """See `Host` and `PhotoHost`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def takes_clips(self) -> bool: ...
+    @property
+    def takes_questions(self) -> bool: ...
+    def examples(self) -> tuple[Example, ...]: ...
+    def methods(self, kind: Modality = "image") -> tuple[Choice, ...]: ...
+    def count(self, media: Media) -> int: ...
+    def answer(self, ask: Ask, on_pane: OnPane | None = None) -> Outcome: ...
