@@ -30,7 +30,7 @@ WAIT = 60_000
 
 def browser() -> str | None:
     """Where chromium is; None where it is not installed (apt-get install chromium)."""
-    return shutil.which("chromium") or shutil.which("chromium-browser")
+    return shutil.which("chromium")
 
 
 @contextmanager

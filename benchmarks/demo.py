@@ -13,13 +13,14 @@ told apart.
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import shutil
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
-from browsing import browser, compare, served, take_example, visited
-from playwright.sync_api import Page
 from recording import append_rows, csv_path, machine, run
 
 from vtprune.demo.photo_host import PhotoHost
@@ -31,11 +32,13 @@ PARTS = {"unpruned": "#unpruned", "first method": "#answer-a", "all": "#answer-r
 """What is waited for, and how it is found."""
 
 
-def clicked(page: Page, example: str) -> dict[str, float]:
+def clicked(page: Any, example: str) -> dict[str, float]:
     """Seconds from the click until each of `PARTS` is there."""
+    import browsing
+
     page.reload()
     page.locator(".vtp-ask").first.wait_for()
-    take_example(page, example)
+    browsing.take_example(page, example)
     begin = time.perf_counter()
     page.locator(".vtp-ask:visible").click()
     found = {}
@@ -47,7 +50,10 @@ def clicked(page: Page, example: str) -> dict[str, float]:
 
 def measured(rounds: int) -> list[dict]:
     """A row for the first click, and one for all others."""
-    with served([("model", Host.load(MODEL, "cpu"))]) as address, visited(address) as page:
+    import browsing
+
+    hosts = [("model", Host.load(MODEL, "cpu"))]
+    with browsing.served(hosts) as address, browsing.visited(address) as page:
         found = [clicked(page, EXAMPLES[turn % len(EXAMPLES)]) for turn in range(rounds + 1)]
     rows = []
     for when, some in (("first", found[:1]), ("later", found[1:])):
@@ -69,14 +75,16 @@ def table(rows: list[dict]) -> str:
 
 def draw(folder: Path) -> None:
     """Pictures of the page: a picture, a clip, and a photo on a vision tower if it is installed."""
+    import browsing
+
     hosts = [("picture", Host.load(MODEL, "cpu")), ("clip", Host.load(CLIPS, "cpu")), ("photo", PhotoHost())]
     shots = {"picture": ("a picture", "by the stage that took them"), "clip": ("a clip", "frames and their budgets")}
-    shots["photo"] = ("chelsea", "kept patches")
+    shots["photo"] = ("astronaut", "kept patches")
     for title, host in hosts:
         example, view = shots[title]
-        with served([(title, host)]) as address, visited(address) as page:
-            take_example(page, example)
-            compare(page)
+        with browsing.served([(title, host)]) as address, browsing.visited(address) as page:
+            browsing.take_example(page, example)
+            browsing.compare(page)
             page.get_by_label(view, exact=True).check()
             page.wait_for_timeout(1500)
             page.screenshot(path=folder / f"demo-{title}.png", full_page=True)
@@ -89,8 +97,11 @@ def main() -> None:
     parser.add_argument("--csv", type=csv_path, help="where the rows go")
     parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="draw the page there, and measure nothing")
     options = parser.parse_args()
-    if browser() is None:
+    if shutil.which("chromium") is None:
         parser.error("there is no chromium: apt-get install chromium")
+    absent = [name for name in ("gradio", "playwright") if importlib.util.find_spec(name) is None]
+    if absent:
+        parser.error(f"there is no {' and no '.join(absent)}: pip install {' '.join(absent)}")
     torch.set_num_threads(options.threads)
     if options.pictures:
         draw(options.pictures)

@@ -24,7 +24,7 @@ from vtprune.eval.questions import draw_items
 from vtprune.eval.subject import Answers, Subject
 
 ROOT = Path(__file__).parents[1]
-NAMES = ["demo", "frame_budgets", "house_default", "inside", "kernels", "prefill", "selection", "video"]
+NAMES = ["demo", "frame_budgets", "house_default", "inside", "kernels", "photos", "prefill", "selection", "video"]
 STUB = '''"""A stub: what it was told.
 
 More of it.

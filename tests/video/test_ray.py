@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -39,8 +40,10 @@ def cluster() -> Iterator[Any]:
 
 
 def with_ray(kind: Any, folder: Path, **options: Any) -> tuple[Counts, dict[str, Record]]:
+    """The job with replicas of that kind."""
     questions, _ = read_questions(folder / "q.jsonl")
-    return ray_engine._answer(kind, TASK, questions, folder / "clips", folder / "a.jsonl", **options)
+    with patch.object(ray_engine, "_Replica", kind):
+        return ray_engine.answer_with_ray(TASK, questions, folder / "clips", folder / "a.jsonl", **options)
 
 
 class Mortal(ray_engine._Replica):

@@ -55,9 +55,9 @@ def build(hosts: Sequence[tuple[str, Answering]]) -> gr.Blocks:
             for title, host in hosts:
                 with gr.Tab(title):
                     try:
-                        host.methods()
+                        tab = Tab(host)
                     except VtpruneError as error:
                         gr.Markdown(f"**This cannot be shown here.** {error}")
-                        continue
-                    Tab(host).lay_out()
+                    else:
+                        tab.lay_out()
     return blocks

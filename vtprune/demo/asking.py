@@ -33,7 +33,7 @@ class Wish:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Step:
-    """How far an answer is: the panes that are done, by place, and at the end the visit with its outcome."""
+    """What came of an answer since the step before: panes by place, or at the end the visit with its outcome."""
 
     panes: dict[str, Pane]
     visit: Visit | None = None
@@ -65,7 +65,6 @@ def answered(host: Answering, visit: Visit, wish: Wish) -> Iterator[Step]:
     Raises:
         VtpruneError: as `Visit.asked` does.
     """
-    done: dict[str, Pane] = {}
 
     def ask(note: OnPane) -> Visit:
         return visit.asked(
@@ -80,11 +79,10 @@ def answered(host: Answering, visit: Visit, wish: Wish) -> Iterator[Step]:
 
     for found in _as_they_come(ask):
         if isinstance(found, Visit):
-            yield Step(panes=dict(done), visit=found)
+            yield Step(panes={}, visit=found)
         else:
             place, pane = found
-            done[place] = pane
-            yield Step(panes=dict(done))
+            yield Step(panes={place: pane})
 
 
 def _as_they_come(ask: Callable[[OnPane], Visit]) -> Iterator[tuple[str, Pane] | Visit]:

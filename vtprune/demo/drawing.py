@@ -21,6 +21,7 @@ IN, OUT = (60, 220, 90), (255, 70, 70)
 """Frames of tokens that are forced in and out."""
 _DRAWN = 896
 """Pixels that the longest side of a picture in a pane has at most."""
+_FRAMES_A_ROW = 4
 _BOARD = 640
 """Pixels that the longest side of a board has at least."""
 
@@ -67,7 +68,7 @@ def views_of(report: PruneReport, media: Media, framing: Box | None, scored: Sco
             pictures[name] = drawn(_heat(report, framing, scores))
     if media.kind == "video":
         frames = shown[0] if isinstance(shown[0], list) else list(media.pictures)
-        pictures["strip"] = strip(report, frames, framing=framing)
+        pictures["strip"] = strip(report, frames, framing=framing, columns=_FRAMES_A_ROW)
     return Views(pictures=pictures, missing=missing)
 
 

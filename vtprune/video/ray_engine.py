@@ -50,20 +50,6 @@ def answer_with_ray(
         InvalidOption: for a GPU where the cluster has none, and as `answer_questions` does.
         VtpruneError: as `answer_questions` does, and where the cluster fails.
     """
-    return _answer(_Replica, task, questions, directory, out, retry=retry, replicas=replicas, on_records=on_records)
-
-
-def _answer(
-    kind: type[_Replica],
-    task: Task,
-    questions: Sequence[Question],
-    directory: Path,
-    out: Path,
-    *,
-    retry: bool = False,
-    replicas: int = 1,
-    on_records: Report | None = None,
-) -> tuple[Counts, dict[str, Record]]:
     check_readable(task, questions, directory)
     ray = start()
     needs = _needs(task.device, ray.cluster_resources())
@@ -73,7 +59,7 @@ def _answer(
         settings = ray.get(asked.remote(task.to_dict()))
         with Journal(out, settings_of(settings, directory), retry=retry) as journal:
             clips, counts, note = noting(questions, journal, directory, on_records)
-            for found in _records(ray, kind, task, _grouped(clips, task.batch), needs, replicas):
+            for found in _records(ray, task, _grouped(clips, task.batch), needs, replicas):
                 # What a replica answered is answered again where it ended before that was here.
                 note([record for record in found if record.id not in journal.records])
             return counts, dict(journal.records)
@@ -96,7 +82,6 @@ def _grouped(clips: Sequence[ClipTask], batch: int) -> list[list[ClipTask]]:
 
 def _records(
     ray: Any,
-    kind: type[_Replica],
     task: Task,
     groups: Sequence[Sequence[ClipTask]],
     needs: Mapping[str, float],
@@ -116,7 +101,7 @@ def _records(
     )
     ledger = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Ledger).remote()
     data = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-        kind, fn_constructor_args=(task.to_dict(), ledger), batch_size=None, compute=pool, **needs
+        _Replica, fn_constructor_args=(task.to_dict(), ledger), batch_size=None, compute=pool, **needs
     )
     for batch in data.iter_batches(batch_size=None):
         for lines in batch["records"]:

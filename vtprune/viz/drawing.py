@@ -21,7 +21,7 @@ OF_PICKS: tuple[Colour, ...] = ((255, 140, 0), (0, 190, 255), (120, 220, 60), (2
 """Frames of the patches that were protected, and of those that each pick took; a fifth pick begins anew."""
 
 _GAP = 4
-_PER_ROW = 8
+PER_ROW = 8
 _LIFT = 56
 _NO_GROUP = -1
 _HUE_STEP = 0.381966
@@ -172,15 +172,16 @@ def _dimmed(pixels: Pixels, dim: float) -> Pixels:
     return dimmed
 
 
-def side_by_side(panels: list[Image.Image], gap: int = _GAP) -> Image.Image:
+def side_by_side(panels: list[Image.Image], *, gap: int = _GAP, columns: int = PER_ROW) -> Image.Image:
     """Panels from left to right, a new row after eight of them."""
     if len(panels) == 1:
         return panels[0]
     width = max(panel.width for panel in panels) + gap
     height = max(panel.height for panel in panels) + gap
-    columns, rows = min(len(panels), _PER_ROW), -(-len(panels) // _PER_ROW)
+    columns = min(len(panels), columns)
+    rows = -(-len(panels) // columns)
     sheet = Image.new("RGB", (columns * width - gap, rows * height - gap), "white")
     for number, panel in enumerate(panels):
-        row, column = divmod(number, _PER_ROW)
+        row, column = divmod(number, columns)
         sheet.paste(panel, (column * width, row * height))
     return sheet

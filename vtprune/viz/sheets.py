@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from vtprune._checks import check_whole
 from vtprune.errors import InvalidOption
-from vtprune.viz.drawing import DROPPED, Colour, canvas_of, hatch_unseen, kept_and_dropped, side_by_side
+from vtprune.viz.drawing import DROPPED, PER_ROW, Colour, canvas_of, hatch_unseen, kept_and_dropped, side_by_side
 from vtprune.viz.framing import Box
 from vtprune.viz.overlays import Pruned, Reported, check_dim, segment_of, stages_of
 from vtprune.viz.placing import checked_framing, panels_of
@@ -44,9 +44,10 @@ def strip(
     *,
     dim: float = 0.25,
     height: int = 96,
+    columns: int = PER_ROW,
     framing: Box | None = None,
 ) -> Image.Image:
-    """The frames of a clip, eight a row, with a bar and a number under each that say how many of its tokens stay.
+    """The frames of a clip in rows, with a bar and a number under each that say how many of its tokens stay.
 
     Where a family takes the frames of a clip as pictures of their own (InternVL), those from `segment` on are drawn.
 
@@ -56,6 +57,7 @@ def strip(
         segment: which clip of the report.
         dim: how much is left of dropped patches, 0 (one dark grey) to 1 (as they are).
         height: of a frame, in pixels.
+        columns: frames of a row.
         framing: the box of a frame that the encoder saw (`framing_of`), all of it by default.
 
     Raises:
@@ -63,8 +65,9 @@ def strip(
     """
     check_dim(dim)
     check_whole("height", height, least=_LEAST_HEIGHT)
+    check_whole("columns", columns, least=1)
     cells = [_frame_cell(*frame, dim, height, framing) for frame in _frames_of(report, frames, segment)]
-    return side_by_side(cells, gap=2 * _PAD)
+    return side_by_side(cells, gap=2 * _PAD, columns=columns)
 
 
 def _frames_of(report: Reported, frames: Sequence[Image.Image], segment: int) -> list[_Frame]:
