@@ -20,7 +20,7 @@ from tests.video.common import answers, known
 from vtprune.errors import InvalidOption, MissingEvidence, VtpruneError
 from vtprune.tiny.clips import draw_clip
 from vtprune.tiny.scenes import DEVELOPMENT
-from vtprune.video.answering import Answerer, ClipAsked
+from vtprune.video.answering import Answerer, ClipAsked, DeviceLost, _is_want_of_memory
 from vtprune.video.asking import rows_of
 from vtprune.video.frames import Frames
 from vtprune.video.journal import Record
@@ -196,6 +196,8 @@ def test_batches_that_do_not_fit_the_memory_are_halved_and_stay_so(caplog: pytes
         assert known(answers(answer, clips)) == expected
         assert known(answers(answer, clips)) == expected
     assert sizes == [8, 4, 2, 2, 4, 2, 2, 2, 2] + [2] * 6
+    kinds = [MemoryError("no"), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), KeyError("no")]
+    assert [_is_want_of_memory(error) for error in kinds] == [True, True, False]
     assert "8 questions at once do not fit the memory: going on with 4" in caplog.text
 
 
@@ -220,9 +222,9 @@ def test_a_device_that_fails_ends_the_run() -> None:
     answer = answerer("llava_next_video")
 
     class Lost:
-        device = torch.device("cuda:7")
+        device = torch.device("cuda:77")
 
-    with pytest.raises(VtpruneError, match=r"cuda:7 failed \(RuntimeError: CUDA error: launch failure\).*run it again"):
+    with pytest.raises(DeviceLost, match=r"cuda:77 failed \(RuntimeError: CUDA error: launch failure\).*run it again"):
         replace(answer, model=Lost())._check_device(RuntimeError("CUDA error: launch failure"))
     answer._check_device(RuntimeError("CUDA error: launch failure"))
     replace(answer, model=Lost())._check_device(VtpruneError("ours"))
@@ -272,7 +274,7 @@ def test_pictures_are_prepared_once_and_the_processor_stays_as_it_was() -> None:
 
 
 def test_what_a_task_refuses() -> None:
-    for wrong in ({"batch": 0}, {"max_new_tokens": 0}, {"seed": -1}, {"best": 0}):
+    for wrong in ({"batch": 0}, {"max_new_tokens": 0}, {"seed": -1}, {"best": 0}, {"keep": 7.0}, {"timeout": -1.0}):
         with pytest.raises(InvalidOption, match=next(iter(wrong))):
             Task(**wrong)
     with pytest.raises(MissingEvidence, match="reads relevance"):
@@ -311,6 +313,9 @@ def test_settings_tell_models_apart_by_what_they_are() -> None:
     task, answer = Task(max_new_tokens=3), answerer("llava_next_video")
     settings = task.settings(answer)
     model, processor = vtprune.load_tiny("llava_next_video")
+    model.config.text_config.rms_norm_eps *= 2
+    assert task.settings(replace(answer, model=model))["configuration"] != settings["configuration"]
+    model, processor = vtprune.load_tiny("llava_next_video")
     assert task.settings(replace(answer, model=model, processor=processor)) == settings
     model.generation_config.repetition_penalty = 1.05
     assert task.settings(replace(answer, model=model))["generation"] != settings["generation"]
@@ -319,7 +324,13 @@ def test_settings_tell_models_apart_by_what_they_are() -> None:
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(1.5)
     assert task.settings(replace(answer, model=model))["weights"] != settings["weights"]
-    assert task.settings(replace(answer, scorer="abc"))["scorer"] == "abc"
+    assert task.settings(replace(answer, scorer="abc"))["scoring"] == "abc"
+
+
+def test_the_seed_is_that_of_methods_that_draw() -> None:
+    drawn = [answerer("llava_next_video", "random", seed=seed) for seed in (0, 0, 1)]
+    kept = [[record.kept for record in answers(answer, [asked(0, TEXTS[0])])] for answer in drawn]
+    assert kept[0] == kept[1] != kept[2]
 
 
 def test_pictures_of_another_kind_are_no_clip() -> None:

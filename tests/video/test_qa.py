@@ -15,9 +15,10 @@ import sys
 import time
 import wave
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -31,10 +32,10 @@ from vtprune.errors import BackendUnavailable, InvalidOption
 from vtprune.tiny.bundled_clip import CLIP, QUESTIONS, drawn
 from vtprune.video import reader
 from vtprune.video import task as tasks
-from vtprune.video.answering import Answerer, ClipAsked
+from vtprune.video.answering import Answerer, ClipAsked, DeviceLost
 from vtprune.video.guard import Decoders
 from vtprune.video.journal import Record
-from vtprune.video.qa import Counts, answer_questions
+from vtprune.video.qa import ClipTask, Counts, answer_questions, decoded
 from vtprune.video.questions import Question, read_questions
 from vtprune.video.reader import read_frames
 from vtprune.video.sampling import Uniform
@@ -146,6 +147,75 @@ def test_another_question_of_the_same_id_is_refused(folder: Path) -> None:
     other = Question(id="0/0", video="0.mp4", question="is there a star ?")
     with pytest.raises(InvalidOption, match="'0/0' was answered before"):
         answer_questions(TASK, [other], folder / "clips", folder / "a.jsonl")
+
+
+def test_a_device_that_fails_ends_the_run_and_the_next_gets_past_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was answered before is there; asked alone, the question that does it has an error of its own."""
+    generate, check = Answerer._generate, Answerer._check_device
+    broken = False
+
+    def failing(self: Answerer, rows: Any, pruner: Any) -> list[Record]:
+        nonlocal broken
+        broken = broken or any(row.question.id == "2/1" for row in rows)
+        if broken:
+            raise RuntimeError("CUDA error: device-side assert triggered")
+        return generate(self, rows, pruner)
+
+    def checking(self: Answerer, error: Exception) -> None:
+        if broken:
+            raise DeviceLost("the device failed")
+        check(self, error)
+
+    monkeypatch.setattr(Answerer, "_generate", failing)
+    monkeypatch.setattr(Answerer, "_check_device", checking)
+    questions, _ = read_questions(folder / "q.jsonl")
+    with pytest.raises(DeviceLost):
+        answer_questions(replace(TASK, batch=1), questions, folder / "clips", folder / "a.jsonl")
+    before = records_of(folder / "a.jsonl")
+    assert not hasattr(loaded()[0], "vtprune")
+    assert 1 < len(before) < 18 and before["2/1"]["error"] == "the device failed"
+    broken = False
+    counts, _ = answer_questions(replace(TASK, batch=1), questions, folder / "clips", folder / "a.jsonl")
+    assert counts.before == len(before) and len(records_of(folder / "a.jsonl")) == 18
+
+
+def test_no_process_that_decodes_ends_the_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be an error of every clip."""
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(BackendUnavailable, match="does not start"):
+        answered(folder, folder / "a.jsonl")
+    assert not records_of(folder / "a.jsonl")
+
+
+def test_an_answer_is_judged_by_what_is_expected_now(folder: Path) -> None:
+    asked = Question(id="1", video="0", question=ASKED[0], answer="red")
+    for expected, correct in (("red", False), ("green", True), (None, None)):
+        _, records = answer_questions(TASK, [replace(asked, answer=expected)], folder / "clips", folder / "a.jsonl")
+        assert (records["1"].answer, records["1"].correct) == ("green", correct)
+    with pytest.raises(InvalidOption, match="several questions have the id '1'"):
+        answer_questions(TASK, [asked, asked], folder / "clips", folder / "a.jsonl")
+
+
+@pytest.mark.parametrize("each", [1, 8])
+def test_clips_are_decoded_ahead_by_their_questions(each: int) -> None:
+    """As many as have questions for a batch, and two more."""
+    sent: list[Path] = []
+
+    class Pool:
+        def submit(self, path: Path, *args: Any, **options: Any) -> Future[Any]:
+            sent.append(path)
+            future: Future[Any] = Future()
+            future.set_exception(InvalidOption("none"))
+            return future
+
+    own = tuple(Question(id=str(number), video="v", question="what ?") for number in range(each))
+    clips = [ClipTask(path=Path(str(number)), questions=own) for number in range(40)]
+    came = decoded(replace(TASK, batch=8), clips, cast(Any, Pool()), ahead=2)
+    next(came)
+    assert len(sent) == -(-8 // each) + 2
+    assert len(list(came)) == 39 and len(sent) == 40
 
 
 def test_few_clips_wait_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,6 +67,9 @@ def test_tables(tmp_path: Path) -> None:
     assert found[0] == Question(id="1", video="a.mp4", question="what, then ?", line=2)
     assert (found[1].question, found[1].answer) == ("two\nlines", "yes")
     assert [(bad.line, bad.reason) for bad in malformed] == [(5, "'question' is missing or empty")]
+    path.write_text('id,video,question\n1,a,x\n2,b,"y\n3,c,z\n')
+    found, malformed = read_questions(path)
+    assert [question.id for question in found] == ["1"] and malformed[0].reason.startswith("unexpected end of data")
     path.write_bytes(b"id,video,question\n1,\xff,x\n2,b,y\n3,c," + b"z" * 200_000 + b"\n4,d,w\n")
     found, malformed = read_questions(path)
     assert [question.id for question in found] == ["2", "4"]

@@ -75,6 +75,14 @@ class Failing(ray_engine._Replica):
         return super()._answer(frames)
 
 
+class Unborn(ray_engine._Replica):
+    """Killed while it loads, as one is that is larger than the memory."""
+
+    def __init__(self, stored: dict[str, Any], ledger: Any) -> None:
+        with patch.object(ray_engine.Task, "load", lambda task: os.kill(os.getpid(), signal.SIGKILL)):
+            super().__init__(stored, ledger)
+
+
 class Watched(ray_engine._Replica):
     """Answers the first clips when the next are decoded, and the last when the driver noted some."""
 
@@ -156,6 +164,13 @@ def test_a_replica_whose_device_fails_is_started_again(cluster: Any, folder: Pat
     counts, records = with_ray(Failing, folder)
     assert (counts.answered, counts.failed) == (12, 6)
     assert (records["2/1"].error or "").endswith("ended, 3 times: the device failed")
+
+
+@pytest.mark.usefixtures("cluster")
+def test_replicas_that_die_while_they_load_end_the_job(folder: Path) -> None:
+    with pytest.raises(VtpruneError, match="ended while it loaded"):
+        with_ray(Unborn, folder)
+    assert len((folder / "a.jsonl").read_text().splitlines()) == 1
 
 
 def test_errors_that_end_the_job_say_why(cluster: Any, folder: Path) -> None:

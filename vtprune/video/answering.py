@@ -34,6 +34,10 @@ Score = Callable[[Frames, Sequence[str]], Tensor]
 """Scores (Q, T) of frames by questions about them."""
 
 
+class DeviceLost(VtpruneError):
+    """The device does nothing any more."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ClipAsked:
     """A clip and all questions about it."""
@@ -75,14 +79,14 @@ class Answerer:
     score: Score | None = None
     scorer: str = ""
     best: int | None = None
-    _fitting: dict[str, int] = field(default_factory=dict, init=False, repr=False)
-    """Questions at once, for shapes of which `batch` did not fit the memory."""
+    _fitting: dict[tuple[str, int], int] = field(default_factory=dict, init=False, repr=False)
+    """Questions at once, for shapes and sizes of which `batch` did not fit the memory."""
 
     def __call__(self, clips: Sequence[ClipAsked]) -> Iterator[list[Record]]:
         """A record for every question, as batches are answered; what fails costs its own answer only.
 
         Raises:
-            VtpruneError: where the device fails, and every other answer would with it.
+            DeviceLost: where the device fails, and every other answer would with it.
         """
         rows: list[_Row] = []
         refused: list[Record] = []
@@ -104,9 +108,15 @@ class Answerer:
             for shape, alike in itertools.groupby(ready, key=_shape):
                 left = list(alike)
                 while left:
-                    most = self._fitting.get(shape, self.batch)
+                    most = self._fitting.get((shape, _size(left[0])), self.batch)
                     now, left = left[:most], left[most:]
-                    yield self._answered(now, pruner)
+                    try:
+                        yield self._answered(now, pruner)
+                    except DeviceLost as error:
+                        # Noted, so that the next run gets past it.
+                        if len(now) == 1:
+                            yield [failed(now[0].question, error, now[0].frames, now[0].seconds)]
+                        raise
 
     def _checked(self, clip: ClipAsked) -> tuple[ClipAsked, list[Record]]:
         """The clip with the questions that can be asked, and errors for the others."""
@@ -169,18 +179,18 @@ class Answerer:
             self._check_device(error)
             if len(rows) == 1:
                 return [failed(rows[0].question, error, rows[0].frames, rows[0].seconds)]
-            full = isinstance(error, torch.OutOfMemoryError | MemoryError)
+            full = _is_want_of_memory(error)
         # Outside of the handler: its traceback would hold the tensors of the batch that was too large.
         half = (len(rows) + 1) // 2
         if full:
-            self._fitting[_shape(rows[0])] = half
+            self._fitting[_shape(rows[0]), _size(rows[0])] = half
             logger.warning("%s questions at once do not fit the memory: going on with %s", len(rows), half)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         return [*self._answered(rows[:half], pruner), *self._answered(rows[half:], pruner)]
 
     def _check_device(self, error: Exception) -> None:
-        """Raise `VtpruneError` where the device does nothing any more: every further answer would be an error."""
+        """Raise `DeviceLost` where the device does nothing any more: every further answer would be an error."""
         model: Any = self.model
         device: torch.device = model.device
         if device.type == "cpu" or isinstance(error, VtpruneError):
@@ -190,8 +200,9 @@ class Answerer:
         except torch.OutOfMemoryError:
             return
         except Exception as last:
-            raise VtpruneError(
-                f"the device {device} failed ({plainly(error)}): what was answered is noted, run it again to go on"
+            raise DeviceLost(
+                f"the device {device} failed ({plainly(error)}): what was answered is noted, run it again to go on; "
+                "where it fails again, one question at a time (--batch 1) gets past that which does it"
             ) from last
 
     def _generate(self, rows: Sequence[_Row], pruner: Pruner) -> list[Record]:
@@ -201,7 +212,8 @@ class Answerer:
         inputs["mm_encoder_outputs"] = joined([row.shared for row in rows if row.shared is not None])
         with pruner.using(**self._evidence(rows, pruner)):
             model: Any = self.model
-            written = model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1)
+            mode = {"do_sample": False, "num_beams": 1, "return_dict_in_generate": False}
+            written = model.generate(**inputs, max_new_tokens=self.max_new_tokens, **mode)
         texts = tokenizer.batch_decode(written[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         report = pruner.last
         assert report is not None
@@ -250,3 +262,14 @@ def _length(row: _Row) -> int:
     """Of the prompt: those that are padded to one length should differ little."""
     ids: Tensor = row.inputs["input_ids"]
     return ids.shape[1]
+
+
+def _size(row: _Row) -> int:
+    """Of the prompt, roughly: one more where it is twice as long."""
+    return _length(row).bit_length()
+
+
+def _is_want_of_memory(error: Exception) -> bool:
+    """On a CPU torch raises a plain `RuntimeError`."""
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or any(words in str(error) for words in ("can't allocate memory", "out of memory"))

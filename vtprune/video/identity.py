@@ -20,9 +20,16 @@ def weights_of(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, weight in model.named_parameters():
         flat = weight.detach().reshape(-1)
-        some = flat[:: max(1, flat.numel() // _SAMPLED)].to(torch.bfloat16).view(torch.int16)
+        # An odd step: an even one may go down a single column.
+        some = flat[:: flat.numel() // _SAMPLED | 1].to(torch.bfloat16).view(torch.int16)
         digest.update(f"{name} {tuple(weight.shape)}".encode() + some.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def configuration_of(model: Any) -> str:
+    """A hash of the settings that a model computes by, without names, versions and precision."""
+    stored = model.config.to_dict()
+    return _hashed(_without(stored, ("_name_or_path", "transformers_version", "dtype", "torch_dtype")))
 
 
 def processing_of(processor: Any) -> str:
@@ -35,8 +42,19 @@ def processing_of(processor: Any) -> str:
         _words_of(tokenizer),
         {name: str(value) for name, value in tokenizer.special_tokens_map.items()},
     ]
+    return _hashed(described)
+
+
+def _hashed(described: Any) -> str:
     text = json.dumps(described, sort_keys=True, default=lambda value: type(value).__name__)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _without(stored: Any, names: tuple[str, ...]) -> Any:
+    """Settings without those of some names, at any depth."""
+    if not isinstance(stored, dict):
+        return stored
+    return {str(name): _without(value, names) for name, value in stored.items() if name not in names}
 
 
 def _words_of(tokenizer: Any) -> dict[str, Any]:

@@ -185,9 +185,9 @@ class Journal:
             os.close(file)
             os.unlink(fresh)
             raise
-        _sync_folder(path)
         os.close(self._file)
         self._file = file
+        _sync_folder(path)
 
 
 def _write(file: int, text: str) -> None:

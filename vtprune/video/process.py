@@ -25,6 +25,10 @@ ERRORS: dict[str, type[VtpruneError]] = {"InvalidOption": InvalidOption, "Backen
 """What a process can report, by name."""
 
 
+class NotStarted(BackendUnavailable):
+    """No process can be started here, whatever the file."""
+
+
 class DecoderProcess:
     """A process that is started when it is first needed, and again after it had to be killed.
 
@@ -109,7 +113,7 @@ class DecoderProcess:
         if self._closed:
             return _closed_before(path)
         if not begun:
-            return BackendUnavailable(f"the process that decodes videos does not start: {self._last_words()}")
+            return NotStarted(f"the process that decodes videos does not start: {self._last_words()}")
         if late:
             return InvalidOption(
                 f"{path} was not read within {self._timeout:g} seconds by backend {backend!r}, its process was killed: "
@@ -158,9 +162,7 @@ class _Deadline:
 
 def _start(complaints: IO[bytes]) -> subprocess.Popen[bytes]:
     if not sys.executable:
-        raise BackendUnavailable(
-            "there is no Python interpreter to start (sys.executable is empty): read without timeout"
-        )
+        raise NotStarted("there is no Python interpreter to start (sys.executable is empty): read without timeout")
     # The child finds modules where this process does, and not first of all in the working directory.
     places = [place or os.getcwd() for place in sys.path if isinstance(place, str)]
     try:
@@ -172,7 +174,7 @@ def _start(complaints: IO[bytes]) -> subprocess.Popen[bytes]:
             env={**os.environ, "PYTHONPATH": os.pathsep.join(places)},
         )
     except OSError as error:
-        raise BackendUnavailable(f"the process that decodes videos does not start: {error}") from error
+        raise NotStarted(f"the process that decodes videos does not start: {error}") from error
 
 
 def _begin(process: subprocess.Popen[bytes], request: dict[str, Any]) -> bool:

@@ -5,9 +5,10 @@ Data flows in one direction: questions, by clip -> `Decoders` -> `Answerer` -> `
 
 from __future__ import annotations
 
+import ctypes
 import os
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -19,9 +20,10 @@ from vtprune.video.answering import Answerer, ClipAsked
 from vtprune.video.frames import Frames
 from vtprune.video.guard import Decoders
 from vtprune.video.journal import Journal, Record
+from vtprune.video.process import NotStarted
 from vtprune.video.questions import Question, clip_path
 from vtprune.video.reader import check_reads_files
-from vtprune.video.records import failed, plainly
+from vtprune.video.records import failed, judged, plainly
 from vtprune.video.task import Task
 
 AHEAD = 2
@@ -84,9 +86,7 @@ def answer_questions(
     with Journal(out, settings_of(task.settings(answerer), directory), retry=retry) as journal:
         clips, counts, note = noting(questions, journal, directory, on_records)
         with Decoders(workers=decoders, timeout=task.timeout) as pool:
-            for records, waited in answered(
-                task, answerer, decoded(task, clips, pool, ahead=task.batch + decoders * AHEAD)
-            ):
+            for records, waited in answered(task, answerer, decoded(task, clips, pool, ahead=decoders * AHEAD)):
                 counts.waited += waited
                 note(records)
         return counts, dict(journal.records)
@@ -133,6 +133,9 @@ def pending_of(questions: Sequence[Question], journal: Journal) -> tuple[list[Qu
     """
     open_ones: list[Question] = []
     done: list[Question] = []
+    again = [id for id, count in Counter(question.id for question in questions).items() if count > 1]
+    if again:
+        raise InvalidOption(f"several questions have the id {again[0]!r}: expected one of each")
     for question in questions:
         record = journal.records.get(question.id)
         if record is not None and (record.video, record.question) != (question.video, question.question):
@@ -140,6 +143,8 @@ def pending_of(questions: Sequence[Question], journal: Journal) -> tuple[list[Qu
                 f"question {question.id!r} was answered before, about {record.video!r}: {record.question!r}. Give it "
                 "another id, or name another file for the answers"
             )
+        if record is not None and record.expected != question.answer:
+            journal.records[question.id] = judged(record, question.answer)
         (open_ones if record is None else done).append(question)
     return open_ones, done
 
@@ -156,16 +161,34 @@ def clips_of(questions: Sequence[Question], directory: Path) -> tuple[list[ClipT
     return [ClipTask(path=path, questions=tuple(own)) for path, own in by_path.items()], lost
 
 
+def _trim() -> None:
+    """Give freed memory back to the system, where the C library can: between pieces that live on it would keep it."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
+
+
 Decoded = tuple[ClipTask, Frames | VtpruneError, float]
 """A clip, its frames or why there are none, and the seconds that were waited for them."""
 
 
 def decoded(task: Task, clips: Sequence[ClipTask], decoders: Decoders, *, ahead: int) -> Iterator[Decoded]:
-    """The frames of every clip, in order; `ahead` are on their way or wait."""
+    """The frames of every clip, in order.
+
+    On their way, or waiting, are as many as have questions for a batch, and `ahead` more.
+
+    Raises:
+        NotStarted: where no process that decodes can be started.
+    """
     waiting: deque[tuple[ClipTask, Future[Frames]]] = deque()
     left = iter(clips)
+
+    def wanted() -> bool:
+        counts = [len(clip.questions) for clip, _ in waiting]
+        return len(counts) <= ahead or sum(counts[:-ahead]) < task.batch
+
     while True:
-        while len(waiting) < ahead and (clip := next(left, None)) is not None:
+        while wanted() and (clip := next(left, None)) is not None:
             future = decoders.submit(clip.path, task.sampling, backend=task.reader, on_truncated=task.on_truncated)
             waiting.append((clip, future))
         if not waiting:
@@ -174,6 +197,8 @@ def decoded(task: Task, clips: Sequence[ClipTask], decoders: Decoders, *, ahead:
         begin = time.perf_counter()
         try:
             frames: Frames | VtpruneError = future.result()
+        except NotStarted:
+            raise
         except VtpruneError as error:
             frames = error
         except Exception as error:  # whatever it was, it costs this clip and not the run
@@ -193,5 +218,6 @@ def answered(task: Task, answerer: Answerer, clips: Iterable[Decoded]) -> Iterat
         if sum(len(one.questions) for one in ready) >= task.batch:
             yield from ((records, 0.0) for records in answerer(ready))
             ready = []
+            _trim()
     if ready:
         yield from ((records, 0.0) for records in answerer(ready))

@@ -110,7 +110,7 @@ def _json_line(text: bytes) -> Mapping[str, Any] | str:
 def _csv_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
     # Bytes that are no UTF-8 come through as halves of characters, and cost their own line.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.DictReader(file)
+        reader = csv.DictReader(file, strict=True)
         missing = [name for name in ("id", "video", "question") if name not in (reader.fieldnames or ())]
         if missing:
             raise InvalidOption(f"{path} has no column {', '.join(missing)}: expected id, video, question, answer")

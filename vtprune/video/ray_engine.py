@@ -26,6 +26,8 @@ from vtprune.video.task import Task
 
 CALLS = 2
 """Groups of clips that a replica has in work: one is answered, the next is decoded."""
+_LOADING = "loading"
+"""What the ledger calls it."""
 TRIES = 2
 """How often a clip is tried alone, behind a try among others, where its replica ends each time."""
 
@@ -99,7 +101,7 @@ def _records(
         enable_true_multi_threading=True,
         max_concurrent_calls_per_actor=CALLS,
     )
-    ledger = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Ledger).remote()
+    ledger = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Ledger).remote(size)
     data = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         _Replica, fn_constructor_args=(task.to_dict(), ledger), batch_size=None, compute=pool, **needs
     )
@@ -111,7 +113,8 @@ def _records(
 class _Ledger:
     """What replicas began and did not end, and why not: an actor, since Ray tries for ever what ends replicas."""
 
-    def __init__(self) -> None:
+    def __init__(self, replicas: int) -> None:
+        self._replicas = replicas
         self._begun: dict[str, int] = {}
         self._reasons: dict[str, str] = {}
 
@@ -119,6 +122,8 @@ class _Ledger:
         """How often this was begun before without an end, and the reason that was known last."""
         before = self._begun.get(name, 0)
         self._begun[name] = before + 1
+        if name == _LOADING:  # all of them load at once
+            before //= self._replicas
         return before, self._reasons.get(
             name, "its process was killed, perhaps for want of memory: see the logs of Ray"
         )
@@ -136,10 +141,16 @@ class _Replica:
     """A model on some machine, and a process that decodes for it. Called from two threads."""
 
     def __init__(self, stored: dict[str, Any], ledger: Any) -> None:
+        import ray
+
+        self._ledger = ledger
+        ended, reason = self._begin(_LOADING)
+        if ended > TRIES:
+            raise VtpruneError(f"a replica ended while it loaded {stored['model']}, {ended} times: {reason}")
         self._task = Task.from_dict(stored)
         self._answerer = self._task.load()
+        ray.get(ledger.end.remote(_LOADING))
         self._decoders = Decoders(workers=1, timeout=self._task.timeout)
-        self._ledger = ledger
         self._answering = threading.Lock()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:

@@ -29,6 +29,13 @@ def plain(text: str) -> str:
     return " ".join(text.casefold().split()).strip(" .,;:!?\"'()")
 
 
+def judged(record: Record, expected: str | None) -> Record:
+    """The record beside another expected answer."""
+    known = expected is not None and record.answer is not None
+    correct = plain(record.answer or "") == plain(expected or "") if known else None
+    return replace(record, expected=expected, correct=correct)
+
+
 def blank(question: Question, frames: Frames | None, seconds: Mapping[str, float]) -> Record:
     """A record of what is known before there is an answer."""
     shown = () if frames is None else tuple(frames.indices.tolist())

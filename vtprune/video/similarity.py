@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 from vtprune._loading import explained, is_local
 from vtprune._torchvision import heal
 from vtprune.errors import BackendUnavailable, InvalidOption, VtpruneError
-from vtprune.video.identity import weights_of
+from vtprune.video.identity import configuration_of, processing_of, weights_of
 
 _OPEN_CLIP = "open_clip:"
 _TROUBLES = (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError)
@@ -25,13 +25,13 @@ _TROUBLES = (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeEr
 class ImageText:
     """A pair of encoders: `embed_pictures` gives (T, C) of a batch of pictures, `embed_text` (1, C) of a text.
 
-    `weights` tells models of one name apart.
+    `identity` tells models of one name apart.
     """
 
     name: str
     embed_pictures: Callable[[Sequence[Image.Image]], Tensor]
     embed_text: Callable[[str], Tensor]
-    weights: str = ""
+    identity: str = ""
 
     @torch.no_grad()
     def __call__(self, pictures: Sequence[Image.Image], texts: Sequence[str], *, batch: int = 16) -> Tensor:
@@ -86,8 +86,8 @@ class ImageText:
             found: Tensor = model.encode_text(tokenizer([words]).to(device))
             return found
 
-        name = f"open_clip {architecture}"
-        return cls(name=name, embed_pictures=pictures, embed_text=text, weights=weights_of(model))
+        told = f"{weights_of(model)} {preprocess}"
+        return cls(name=f"open_clip {architecture}", embed_pictures=pictures, embed_text=text, identity=told)
 
     @classmethod
     def of_transformers(cls, model: Any, processor: Any) -> ImageText:
@@ -104,8 +104,8 @@ class ImageText:
             made = processor(text=[words], return_tensors="pt", **options).to(model.device)
             return _embedded(model.get_text_features(**made))
 
-        name = type(model).__name__
-        return cls(name=name, embed_pictures=pictures, embed_text=text, weights=weights_of(model))
+        told = f"{weights_of(model)} {configuration_of(model)} {processing_of(processor)}"
+        return cls(name=type(model).__name__, embed_pictures=pictures, embed_text=text, identity=told)
 
 
 def _loaded(source: str, device: Any) -> tuple[Any, Any]:

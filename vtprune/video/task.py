@@ -13,15 +13,17 @@ from vtprune._checks import check_whole
 from vtprune._loading import choose_device, load_model, quiet_transformers, versions
 from vtprune.adapters import family_of
 from vtprune.api import pruning
-from vtprune.catalog import build
+from vtprune.catalog import build, describe
 from vtprune.errors import InvalidOption, MissingEvidence
 from vtprune.runtime.evidence import readings_of
 from vtprune.seam import find_base
+from vtprune.types import Budget
 from vtprune.video.answering import Answerer, Score
 from vtprune.video.decoupling import decouple_by_model
 from vtprune.video.frames import Frames
-from vtprune.video.identity import processing_of, weights_of
+from vtprune.video.identity import configuration_of, processing_of, weights_of
 from vtprune.video.prompting import takes_clips
+from vtprune.video.reader import check_backend, check_request
 from vtprune.video.relevance import Scoring, score_questions
 from vtprune.video.sampling import Sampling, Uniform
 from vtprune.video.sampling import from_dict as sampling_from_dict
@@ -70,6 +72,11 @@ class Task:
             check_whole(name, getattr(self, name), least=least)
         if self.best is not None:
             check_whole("best", self.best, least=1)
+        Budget(keep=self.keep, per=self.per)
+        check_backend(self.reader)
+        check_request(self.sampling, self.on_truncated)
+        if not 0 < self.timeout < float("inf"):
+            raise InvalidOption(f"timeout={self.timeout!r}: expected seconds above 0")
         if self.asked and self.scoring != "yes":
             raise InvalidOption(f"asked=True with scoring={self.scoring!r}: only scoring='yes' looks for things")
         if (self.asked or self.scoring != "yes") and not self.scores:
@@ -96,7 +103,8 @@ class Task:
     def options(self) -> dict[str, Any]:
         """What `pruning` is asked for beside the method."""
         names = ("keep", "per", "positions", "backend", "debias", "calibration")
-        return {**{name: getattr(self, name) for name in names}, **self.parameters}
+        seeded = {"seed": self.seed} if "seed" in describe(self.method).parameters else {}
+        return {**{name: getattr(self, name) for name in names}, **seeded, **self.parameters}
 
     def load(self) -> Answerer:
         """The model, ready to answer.
@@ -130,7 +138,7 @@ class Task:
             batch=self.batch,
             instruction=self.instruction,
             score=None if by is None else self._scorer(model, processor, by),
-            scorer=by.weights if isinstance(by, ImageText) else "",
+            scorer=by.identity if isinstance(by, ImageText) else "",
             best=self.best,
         )
 
@@ -145,9 +153,10 @@ class Task:
         model: Any = answerer.model
         return {
             **stored,
+            "scoring": answerer.scorer or self.scoring,
             "weights": weights_of(model),
+            "configuration": configuration_of(model),
             "processor": processing_of(answerer.processor),
-            "scorer": answerer.scorer,
             "generation": model.generation_config.to_diff_dict(),
             "dtype": str(model.dtype),
             "device": model.device.type,
