@@ -72,7 +72,8 @@ def compare(page: Page) -> None:
 
 
 def wait_for_panes(page: Page) -> None:
-    """Wait until nothing is under way."""
+    """Wait until all panes are there, and the files to save, which come last."""
     page.locator(".vtp-random img:visible").wait_for()
-    page.wait_for_function("() => !document.querySelector('.vtp-ask[disabled], .generating, .pending')")
-    page.wait_for_timeout(300)
+    page.wait_for_function("() => !document.querySelector('.generating, .pending')")
+    page.locator("#overlaps:visible").wait_for()
+    page.wait_for_timeout(500)

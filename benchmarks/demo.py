@@ -28,7 +28,7 @@ from vtprune.demo.session import Host
 
 MODEL, CLIPS = "tiny:llava", "tiny:llava_next_video"
 EXAMPLES = ("a picture", "scene 1", "scene 2")
-PARTS = {"unpruned": "#unpruned", "first method": "#answer-a", "all": "#answer-random"}
+PARTS = {"unpruned": "#unpruned", "first method": "#answer-a", "all": "#overlaps"}
 """What is waited for, and how it is found."""
 
 

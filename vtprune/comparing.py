@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vtprune.adapters import family_of
@@ -149,3 +150,27 @@ def _agreement(answer: Tensor, reference: Tensor) -> float:
     length = min(answer.shape[1], reference.shape[1])
     same = (answer[:, :length] == reference[:, :length]).all(dim=1)
     return same.float().mean().item()
+
+
+def overlap(first: PruneReport, second: PruneReport) -> float | None:
+    """Intersection over union of two choices among the same tokens, None where neither holds any, or tokens differ.
+
+    A token counts by the share of decoder layers that it goes through, or is stored in: wholly, or not at all, where
+    the cut is in front of them.
+    """
+    if [segment.n for segment in first.segments] != [segment.n for segment in second.segments] or not first.segments:
+        return None
+    own, others = _presence(first), _presence(second)
+    either = float(torch.maximum(own, others).sum())
+    return float(torch.minimum(own, others).sum()) / either if either else None
+
+
+def _presence(report: PruneReport) -> Tensor:
+    """The share (n,) of decoder layers that has each token."""
+    found = []
+    for segment in report.segments:
+        kept = torch.zeros(segment.n, dtype=torch.float64)
+        kept[segment.keep] = 1.0
+        layers = segment.cached if segment.depths is None else segment.depths
+        found.append(kept if layers is None else layers.cpu().double() / report.layers)
+    return torch.cat(found)

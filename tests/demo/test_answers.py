@@ -10,6 +10,7 @@ import torch
 
 import vtprune
 from tests.demo.common import MODELS, ask, by_hand, clip, host, kept, media_of, picture
+from vtprune.demo import page, session
 from vtprune.demo.panes import Outcome, Pane
 from vtprune.demo.running import run
 from vtprune.demo.session import Host
@@ -79,6 +80,23 @@ def test_an_error_of_another_kind_is_a_sentence_too(monkeypatch: pytest.MonkeyPa
         "out of memory: try a smaller picture, fewer frames or a smaller model"
     }
     assert not hasattr(own.model, "vtprune")
+
+
+def test_where_only_all_tokens_are_too_many_the_others_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is nothing to hold them against, and patches are where they are."""
+    own, run = host(), session.run
+
+    def failing(model: Any, processor: Any, ask: Any, inputs: Any, method: str, **options: Any) -> Any:
+        if method == "identity":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run(model, processor, ask, inputs, method, **options)
+
+    monkeypatch.setattr(session, "run", failing)
+    outcome = own.answer(ask())
+    assert outcome.unpruned is not None and "out of memory" in outcome.unpruned.error
+    assert [(pane.same, pane.answer) for pane in outcome.panes] == [(None, "orange")] * 3
+    assert outcome.framing is not None
+    assert "unpruned" not in page.head_html(outcome.panes[0], "a")
 
 
 def test_debiasing_is_that_of_wrap_where_a_method_goes_by_attention() -> None:

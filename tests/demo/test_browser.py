@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import re
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import pytest
 from PIL import Image
 
 import vtprune
+from vtprune.demo import session
 from vtprune.demo.media import examples
 from vtprune.demo.session import Host
 from vtprune.types import Budget
@@ -110,10 +113,10 @@ def test_a_visit(browsing: Any, page: Any, tmp_path: Path) -> None:
     board = page.locator(".vtp-board img:visible")
     box = board.bounding_box()
     board.click(position={"x": box["width"] * 1.5 / 16, "y": box["height"] * 2.5 / 16})
-    page.wait_for_timeout(500)
-    browsing.wait_for_panes(page)
     page.get_by_label("by the stage that took them").check()
     page.locator(".vtp-a:has-text('protected')").wait_for()
+    browsing.wait_for_panes(page)
+    page.wait_for_timeout(1500)
     stored = saved(page, "Save a page (HTML)", tmp_path).read_text("utf-8")
     data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', stored, re.S)[1])
     assert data["forced_in"] == [2 * 16 + 1]
@@ -145,6 +148,93 @@ def test_methods_that_cannot_serve_are_grey_with_the_reason(page: Any) -> None:
     page.get_by_label("method", exact=True).locator("visible=true").click()
     offered = page.get_by_role("option").all_inner_texts()
     assert "divprune" in offered and "quota" not in offered
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Panes take their time, so that something can be done meanwhile."""
+    run = session.run
+
+    def later(*given: Any, **named: Any) -> Any:
+        time.sleep(0.7)
+        return run(*given, **named)
+
+    monkeypatch.setattr(session, "run", later)
+
+
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What the model is asked from now on."""
+    seen: list[Any] = []
+    answer = Host.answer
+
+    def noting(self: Host, ask: Any, on_pane: Any = None) -> Any:
+        seen.append(ask)
+        return answer(self, ask, on_pane)
+
+    monkeypatch.setattr(Host, "answer", noting)
+    return seen
+
+
+@pytest.mark.usefixtures("slow")
+def test_a_new_picture_ends_the_answer_about_the_old_one(
+    browsing: Any, page: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = asked(monkeypatch)
+    browsing.take_example(page, "a picture")
+    page.locator(".vtp-ask:visible").click()
+    page.locator("#unpruned").wait_for()
+    browsing.take_example(page, "scene 1")
+    page.wait_for_timeout(3500)
+    assert page.locator("#unpruned").count() == 0 and page.locator("#answer-random").count() == 0
+    browsing.compare(page)
+    own = next(one for one in examples() if one.name == "scene 1")
+    assert page.locator("#unpruned").inner_text() == own.answer
+    assert [ask.question for ask in seen][-1] == own.question
+    assert np.array_equal(np.asarray(seen[-1].media.pictures[0]), np.asarray(own.source))
+
+
+@pytest.mark.usefixtures("slow")
+def test_clicks_while_an_answer_is_under_way_are_not_lost(
+    browsing: Any, page: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = asked(monkeypatch)
+    browsing.take_example(page, "a picture")
+    browsing.compare(page)
+    board = page.locator(".vtp-board img:visible")
+    box = board.bounding_box()
+    for cell in (1, 3, 5):
+        board.click(position={"x": box["width"] * (cell + 0.5) / 16, "y": box["height"] * (cell + 0.5) / 16})
+        page.wait_for_timeout(900)
+    page.wait_for_timeout(3500)
+    browsing.wait_for_panes(page)
+    assert seen[-1].forced_in == (17, 51, 85)
+    page.locator(".vtp-random:has-text('64 of 256')").wait_for()
+
+
+@pytest.mark.usefixtures("slow")
+def test_what_is_looked_at_may_change_while_an_answer_comes(browsing: Any, page: Any) -> None:
+    browsing.take_example(page, "a picture")
+    browsing.compare(page)
+    set_keep(page, 0.5)
+    page.locator(".vtp-ask:visible").click()
+    page.locator(f".vtp-a:has-text('128 of {TOKENS}')").wait_for()
+    page.get_by_label("by the stage that took them").check()
+    page.wait_for_timeout(3000)
+    browsing.wait_for_panes(page)
+    assert all(f"128 of {TOKENS}" in text_of(page, place) for place in ("a", "b", "random"))
+    assert "k-center" in text_of(page, "b")
+
+
+def test_addresses_are_not_fetched() -> None:
+    """A request may name a file by its address; gradio would fetch it."""
+    import gradio as gr
+
+    from vtprune.demo.app_parts import uploads_only
+
+    with gr.Blocks():
+        file = uploads_only(gr.File())
+    with pytest.raises(gr.Error, match="only uploaded files"):
+        asyncio.run(file.async_move_resource_to_block_cache("https://example.invalid/x.png"))
 
 
 def test_two_visitors_do_not_see_each_other(browsing: Any, page: Any, address: str) -> None:

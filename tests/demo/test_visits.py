@@ -7,10 +7,15 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from tests.demo.common import clip, host, kept, picture
+from tests.video import processors
 from vtprune.demo.drawing import board_scale
-from vtprune.demo.session import Visit
+from vtprune.demo.media import Media
+from vtprune.demo.photo_host import PhotoHost
+from vtprune.demo.session import Host
+from vtprune.demo.visiting import Visit
 from vtprune.errors import InvalidOption
 from vtprune.tiny import QUESTION
 from vtprune.types import Budget
@@ -83,9 +88,39 @@ def test_patches_of_frames_that_are_pictures_cannot_be_forced(visit: Visit) -> N
     whole = visit.outcome.unpruned
     assert whole.report is not None
     several = replace(whole.report, segments=whole.report.segments * 2)
-    other = replace(visit, outcome=replace(visit.outcome, unpruned=replace(whole, report=several)))
+    other = replace(visit, known=replace(visit.outcome, unpruned=replace(whole, report=several)))
     with pytest.raises(InvalidOption, match="pictures of their own"):
         other.clicked(5, 5, to="in")
+
+
+def test_patches_can_be_let_go_where_no_pane_could_answer() -> None:
+    """All panes failed, and nothing new is known of patches: what was known before still is."""
+    tower = PhotoHost(source="tiny:llava")
+    seen = Visit().showing(picture(), tower).asked(tower, "")
+    x, y = centre(seen, 7)
+    out = seen.clicked(x, y, to="out").asked(tower, "", keep=1.0)
+    assert out.outcome is not None and all(pane.error for pane in out.outcome.panes) and not out.outcome.segments
+    free = out.clicked(x, y, to="out")
+    assert free.forced_out == frozenset() and free.tokens(0.25) == (64, 256)
+
+
+@pytest.mark.parametrize("name", ["internvl", "llava_next_video"])
+@pytest.mark.parametrize("frames", [1, 3])
+def test_the_count_is_that_of_every_family(name: str, frames: int) -> None:
+    """Also where frames are pictures of their own, and of a clip of one frame."""
+    own = processors.host(name)
+    tower = Host(model=own.model, processor=own.processor, name=name, max_new_tokens=2)
+    shown = Media(
+        name="clip",
+        pictures=tuple(Image.new("RGB", (32, 32), (60 * number, 90, 30)) for number in range(frames)),
+        kind="video",
+        times=tuple(map(float, range(frames))),
+        duration=float(frames),
+    )
+    seen = Visit().showing(shown, tower).asked(tower, "what color", keep=0.3)
+    assert seen.outcome is not None and not [pane.error for pane in seen.outcome.panes if pane.error]
+    numbers = seen.outcome.panes[2].numbers
+    assert numbers is not None and seen.tokens(0.3) == (numbers.kept, numbers.tokens)
 
 
 def test_a_question_needs_a_picture() -> None:

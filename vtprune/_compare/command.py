@@ -177,8 +177,8 @@ def _calls(options: argparse.Namespace) -> list[_Call]:
         build(name)
     names = [name for name in dict.fromkeys(options.methods) if name != "identity"]
     others = [name for name in names if name != "random"]
-    if apart and others:
-        return [_Call(methods=others, options=own), by_itself]
+    if apart:
+        return [*([_Call(methods=others, options=own)] if others else []), by_itself]
     added = names if "random" in names else [*names, "random"]
     return [_Call(methods=[chance if name == "random" else name for name in added], options=own)]
 

@@ -13,10 +13,8 @@ from vtprune import _console as helpers
 if TYPE_CHECKING:
     from PIL import Image
     from rich.console import Console
-    from torch import Tensor
 
     from vtprune.comparing import Comparison
-    from vtprune.report import PruneReport
 
 NUMBERS = (
     "method",
@@ -72,39 +70,21 @@ class Line:
 
 def line_of(row: Comparison, answer: str, before: Sequence[Line]) -> Line:
     """The line of a row, behind those `before`: the first method is that of the second."""
+    from vtprune.comparing import overlap
+
     if not before:
         return Line(row=row, answer=answer, iou=None, iou_with="")
     first = before[1].row.method if len(before) > 1 else row.method
     rows = [*(line.row for line in before), row]
     rival = next((one for one in rows if one.method == first and _same_keep(one, row)), None)
-    return Line(row=row, answer=answer, iou=None if rival is None else _iou(rival.report, row.report), iou_with=first)
+    return Line(
+        row=row, answer=answer, iou=None if rival is None else overlap(rival.report, row.report), iou_with=first
+    )
 
 
 def _same_keep(row: Comparison, other: Comparison) -> bool:
     """1 is one token and 1.0 all of them."""
     return repr(row.keep) == repr(other.keep)
-
-
-def _iou(report: PruneReport, other: PruneReport) -> float | None:
-    """Of two choices among the same tokens, None where neither holds one."""
-    import torch
-
-    own, theirs = _presence(report), _presence(other)
-    either = float(torch.maximum(own, theirs).sum())
-    return float(torch.minimum(own, theirs).sum()) / either if either else None
-
-
-def _presence(report: PruneReport) -> Tensor:
-    """The share of decoder layers that each token goes through, or is stored in: 1 or 0 for a cut before them."""
-    import torch
-
-    found = []
-    for segment in report.segments:
-        kept = torch.zeros(segment.n, dtype=torch.float64)
-        kept[segment.keep] = 1.0
-        layers = segment.cached if segment.depths is None else segment.depths
-        found.append(kept if layers is None else layers.cpu().double() / report.layers)
-    return torch.cat(found)
 
 
 def show_last(lines: Sequence[Line], wide: int, console: Console) -> None:

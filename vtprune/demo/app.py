@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from html import escape
 
 import gradio as gr
 
@@ -57,7 +58,7 @@ def build(hosts: Sequence[tuple[str, Answering]]) -> gr.Blocks:
                     try:
                         tab = Tab(host)
                     except VtpruneError as error:
-                        gr.Markdown(f"**This cannot be shown here.** {error}")
+                        gr.HTML(page.wrapped(f"<h3>This cannot be shown here.</h3><p>{escape(str(error))}</p>"))
                     else:
                         tab.lay_out()
     return blocks

@@ -2,75 +2,24 @@
 
 from __future__ import annotations
 
-import functools
-import logging
-import shutil
-import tempfile
-import threading
-from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
+from html import escape
 from typing import Any
 
 import gradio as gr
 
 from vtprune.demo import asking, page
+from vtprune.demo.app_parts import Saved, Side, told, told_on_the_way, uploads_only
 from vtprune.demo.asking import PLACES, Wish
 from vtprune.demo.drawing import board
-from vtprune.demo.export import to_html, to_png
 from vtprune.demo.hosting import Answering
-from vtprune.demo.panes import VIEWS, Outcome, Pane
-from vtprune.demo.session import Visit
-from vtprune.errors import VtpruneError
+from vtprune.demo.panes import VIEWS, Pane
+from vtprune.demo.visiting import Visit
 from vtprune.types import Modality
 
-logger = logging.getLogger("vtprune")
+_STALE = 3600
+"""Seconds that what a visitor did is remembered."""
 _FIRST, _SECOND, _KEEP = "vtprune", "divprune", 0.25
-
-
-@contextmanager
-def _telling() -> Iterator[None]:
-    """What goes wrong in a step, in a sentence on the page; the page goes on."""
-    try:
-        yield
-    except VtpruneError as error:
-        raise gr.Error(str(error), duration=None, print_exception=False) from error
-    except Exception as error:  # no trace of it belongs on the page
-        logger.exception("a step of the demo failed")
-        raise gr.Error("this went wrong; the terminal says how", duration=None, print_exception=False) from error
-
-
-def _told(step: Callable[..., Any]) -> Callable[..., Any]:
-    """The step, with its errors on the page."""
-
-    @functools.wraps(step)
-    def call(*given: Any) -> Any:
-        with _telling():
-            return step(*given)
-
-    return call
-
-
-def _told_on_the_way(steps: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
-    """The same of several steps."""
-
-    @functools.wraps(steps)
-    def call(*given: Any) -> Iterator[Any]:
-        with _telling():
-            yield from steps(*given)
-
-    return call
-
-
-@dataclass(kw_only=True)
-class _Side:
-    """The components of a pane."""
-
-    head: gr.HTML
-    picture: gr.Image
-    numbers: gr.HTML
 
 
 class Tab:
@@ -78,13 +27,14 @@ class Tab:
 
     def __init__(self, host: Answering) -> None:
         self._host = host
-        self._saved = _Saved()
+        self._saved = Saved()
         kind: Modality = "video" if host.takes_clips else "image"
         self._choices = host.methods(kind)
 
     def lay_out(self) -> None:
         """Make the components, and say what follows from what."""
-        self._visit = gr.State(Visit())
+        self._visit = gr.State(Visit(), time_to_live=_STALE)
+        self._turn = gr.State(0)
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
                 self._lay_out_sources()
@@ -98,7 +48,7 @@ class Tab:
             self._png = gr.DownloadButton("Save a picture (PNG)", interactive=False)
             self._html = gr.DownloadButton("Save a page (HTML)", interactive=False)
         with gr.Accordion("What the methods do", open=False):
-            gr.HTML(page.methods_html(self._choices))
+            self._list = gr.HTML(page.methods_html(self._choices))
         self._connect()
 
     def _lay_out_sources(self) -> None:
@@ -107,9 +57,9 @@ class Tab:
         with gr.Tabs():
             with gr.Tab("a file"):
                 kinds = "a picture or a clip" if self._host.takes_clips else "a picture"
-                self._file = gr.File(label=kinds, file_count="single", type="filepath", height=110)
+                self._file = uploads_only(gr.File(label=kinds, file_count="single", type="filepath", height=110))
             with gr.Tab("the camera"):
-                self._camera = gr.Image(sources=["webcam"], type="pil", label="the camera")
+                self._camera = uploads_only(gr.Image(sources=["webcam"], type="pil", label="the camera"))
         self._board = gr.Image(
             show_label=False,
             type="pil",
@@ -137,7 +87,7 @@ class Tab:
         self._ask = gr.Button("Compare", variant="primary", elem_classes=["vtp-ask"])
         self._unpruned = gr.HTML()
 
-    def _lay_out_side(self, place: str) -> _Side:
+    def _lay_out_side(self, place: str) -> Side:
         with gr.Column(min_width=280, elem_classes=[f"vtp-{place}"]):
             head = gr.HTML(page.head_html(None, place), elem_classes=["vtp-head"])
             classes = ["vtp-picture"]
@@ -149,42 +99,60 @@ class Tab:
                 elem_classes=classes,
                 buttons=["fullscreen"],
             )
-            return _Side(head=head, picture=picture, numbers=gr.HTML())
+            return Side(head=head, picture=picture, numbers=gr.HTML())
 
     def _connect(self) -> None:
-        shown = [self._visit, self._question, self._board, self._frame, self._count, self._first, self._second]
-        shown += [*self._of_panes(), self._overlaps, self._png, self._html]
+        """An answer begins when the turn changes. Whatever else is done to the visit ends one that is under way, which
+        would bring back the visit it began with."""
         quiet: dict[str, Any] = {"show_progress": "hidden"}
-        chosen = [self._first, self._second, self._keep]
-        self._example.input(self._take_example, [self._example, *chosen], shown)
-        self._file.upload(self._take, [self._file, self._question, *chosen], shown)
-        self._camera.change(self._take_shot, [self._camera, self._question, *chosen], shown)
-        self._keep.change(self._recount, [self._visit, self._keep], [self._count], **quiet)
         wish = [self._question, self._first, self._second, self._keep, self._seed, self._debias, self._view]
-        answered = [self._visit, self._board, self._count, *self._of_panes(), self._overlaps, self._png, self._html]
-        asked: Any = {"inputs": [self._visit, *wish, self._frame], "outputs": answered}
-        self._ask.click(self._answer, **asked)
-        self._question.submit(self._answer, **asked)
-        marked = [self._visit, self._board]
-        self._board.select(self._click, [self._visit, self._to, self._frame], marked).success(self._answer, **asked)
-        self._free.click(self._let_go, [self._visit, self._frame], marked).success(self._answer, **asked)
-        self._frame.change(self._turn, [self._visit, self._frame], [self._board], **quiet)
-        self._view.change(self._look, [self._visit, self._view], self._of_panes(), **quiet)
+        panes, files = self._of_panes(), [self._png, self._html]
+        answering = self._turn.change(
+            self._answer, [self._visit, *wish], [self._visit, self._count, *panes], trigger_mode="multiple"
+        )
+        looked = answering.then(
+            self._look, [self._visit, self._view, self._frame], [self._board, self._overlaps, *panes], **quiet
+        )
+        saving = looked.then(self._save, [self._visit], files, **quiet)
+        ends: dict[str, Any] = {"cancels": [answering, looked, saving]}
+        chosen = [self._first, self._second, self._keep]
+        shown = [
+            self._visit,
+            self._question,
+            self._board,
+            self._frame,
+            self._count,
+            self._first,
+            self._second,
+            self._list,
+        ]
+        shown += [*panes, self._overlaps, *files]
+        self._example.input(self._take_example, [self._example, *chosen], shown, **ends)
+        self._file.upload(self._take, [self._file, self._question, *chosen], shown, **ends)
+        self._camera.change(self._take_shot, [self._camera, self._question, *chosen], shown, **ends)
+        for asked in (self._ask.click, self._question.submit):
+            asked(self._begin, [self._turn], [self._turn], **ends, **quiet)
+        marked = [self._visit, self._board, self._turn]
+        self._board.select(self._click, [self._visit, self._to, self._frame, self._turn], marked, **ends)
+        self._free.click(self._let_go, [self._visit, self._frame, self._turn], marked, **ends)
+        self._keep.change(self._recount, [self._visit, self._keep], [self._count], **quiet)
+        self._frame.change(self._leaf, [self._visit, self._frame], [self._board], **quiet)
+        self._view.change(self._show, [self._visit, self._view], panes, **quiet)
 
     def _of_panes(self) -> list[Any]:
         sides = [part for side in self._sides.values() for part in (side.head, side.picture, side.numbers)]
         return [self._unpruned, *sides]
 
-    @_told
+    @told
     def _take_example(self, name: str, first: str, second: str, keep: float) -> list[Any]:
         visit, question = asking.example(self._host, name)
         return self._beginning(visit, question, first, second, keep)
 
-    @_told
+    @told
     def _take(self, source: Any, question: str, first: str, second: str, keep: float) -> list[Any]:
         return self._beginning(asking.brought(self._host, source), question, first, second, keep)
 
-    @_told
+    @told
     def _take_shot(self, shot: Any, *rest: Any) -> Any:
         """A picture of the camera; nothing where one was thrown away."""
         return gr.skip() if shot is None else self._take(shot, *rest)
@@ -193,19 +161,24 @@ class Tab:
         """A new picture, and nothing known of it."""
         media = visit.media
         assert media is not None
-        names = asking.served(self._host.methods(media.kind))
+        choices = self._host.methods(media.kind)
+        names = asking.served(choices)
         frame = gr.Slider(0, max(1, len(media.pictures) - 1), value=0, visible=len(media.pictures) > 1)
-        methods = [gr.Dropdown(names, value=_among(names, chosen)) for chosen in (first, second)]
-        count = page.count_html(*visit.tokens(float(keep)), notes=media.notes)
-        files = [gr.DownloadButton(interactive=False)] * 2
-        begun = [visit, question, board(media), frame, count, *methods]
-        return [*begun, *self._drawn({}, "kept"), "", *files]
+        for gone in {first, second} - {*names}:
+            gr.Warning(escape(f"{gone} cannot be asked about this: {names[0]} takes its place"))
+        methods = [gr.Dropdown(names, value=_among(names, own)) for own in (first, second)]
+        begun = [visit, question, board(media), frame, _count_of(visit, keep), *methods, page.methods_html(choices)]
+        return [*begun, *self._drawn({}, "kept"), "", *[gr.DownloadButton(interactive=False)] * 2]
 
-    @_told
+    @told
     def _recount(self, visit: Visit, keep: float) -> Any:
-        return gr.skip() if visit.media is None else page.count_html(*visit.tokens(float(keep)))
+        return gr.skip() if visit.media is None else _count_of(visit, keep)
 
-    @_told_on_the_way
+    @told
+    def _begin(self, turn: int) -> int:
+        return turn + 1
+
+    @told_on_the_way
     def _answer(
         self,
         visit: Visit,
@@ -216,21 +189,34 @@ class Tab:
         seed: int | None,
         debias: bool,
         view: str,
-        frame: int,
     ) -> Iterator[list[Any]]:
         wish = Wish(question=question or "", first=first, second=second, keep=keep, seed=seed or 0, debias=debias)
         for step in asking.answered(self._host, visit, wish):
-            yield self._after(step, view, int(frame), float(keep))
+            panes = self._drawn(step.panes, view, others=gr.skip())
+            if step.visit is None:
+                yield [gr.skip(), gr.skip(), *panes]
+            else:
+                yield [step.visit, _count_of(step.visit, keep), *panes]
 
-    def _after(self, step: asking.Step, view: str, frame: int, keep: float) -> list[Any]:
-        panes = self._drawn(step.panes, view, others=gr.skip())
-        if step.visit is None:
-            return [gr.skip(), gr.skip(), gr.skip(), *panes, gr.skip(), gr.skip(), gr.skip()]
-        visit, outcome = step.visit, step.visit.outcome
-        assert outcome is not None
-        files = [gr.DownloadButton(value=str(path), interactive=True) for path in self._saved.save(outcome)]
-        count = page.count_html(*visit.tokens(keep))
-        return [visit, _board_of(visit, frame), count, *panes, page.overlaps_html(outcome), *files]
+    @told
+    def _look(self, visit: Visit, view: str, frame: int) -> list[Any]:
+        """All of an outcome at once: what was looked at may have changed while it came."""
+        if visit.outcome is None:
+            return [gr.skip()] * (2 + len(self._of_panes()))
+        panes = self._drawn(asking.panes_of(visit), view)
+        return [_board_of(visit, int(frame)), page.overlaps_html(visit.outcome), *panes]
+
+    @told
+    def _save(self, visit: Visit) -> list[Any]:
+        if visit.outcome is None:
+            return [gr.skip(), gr.skip()]
+        return [gr.DownloadButton(value=str(path), interactive=True) for path in self._saved.save(visit.outcome)]
+
+    @told
+    def _show(self, visit: Visit, view: str) -> list[Any]:
+        if visit.outcome is None:
+            return [gr.skip()] * len(self._of_panes())
+        return self._drawn(asking.panes_of(visit), view)
 
     def _drawn(self, panes: dict[str, Pane], view: str, *, others: Any = None) -> list[Any]:
         """What panes show; `others` instead of those that are not there, by default nothing."""
@@ -245,54 +231,34 @@ class Tab:
             found += [page.head_html(pane, place), picture, page.numbers_html(pane, view)]
         return found
 
-    @_told
-    def _click(self, visit: Visit, to: Any, frame: int, where: gr.SelectData) -> list[Any]:
+    @told
+    def _click(self, visit: Visit, to: Any, frame: int, turn: int, where: gr.SelectData) -> list[Any]:
         x, y = where.index
         clicked = visit.clicked(x + 0.5, y + 0.5, to=to, frame=int(frame))
-        return [clicked, _board_of(clicked, int(frame))]
+        return [clicked, _board_of(clicked, int(frame)), turn + 1]
 
-    @_told
-    def _let_go(self, visit: Visit, frame: int) -> list[Any]:
+    @told
+    def _let_go(self, visit: Visit, frame: int, turn: int) -> list[Any]:
         freed = visit.freed()
-        return [freed, _board_of(freed, int(frame))]
+        again = turn if visit.outcome is None else turn + 1
+        return [freed, _board_of(freed, int(frame)), again]
 
-    @_told
-    def _turn(self, visit: Visit, frame: int) -> Any:
+    @told
+    def _leaf(self, visit: Visit, frame: int) -> Any:
         return _board_of(visit, int(frame))
-
-    @_told
-    def _look(self, visit: Visit, view: str) -> list[Any]:
-        return self._drawn(asking.panes_of(visit), view)
 
 
 def _among(names: list[str], wanted: str) -> str:
     return wanted if wanted in names else names[0]
 
 
+def _count_of(visit: Visit, keep: float) -> str:
+    notes = () if visit.media is None else visit.media.notes
+    return page.count_html(*visit.tokens(float(keep)), about=visit.known is None, notes=notes)
+
+
 def _board_of(visit: Visit, frame: int) -> Any:
     """The picture to click on, with what is forced."""
     if visit.media is None:
         return None
-    return board(visit.media, visit.outcome, forced_in=visit.forced_in, forced_out=visit.forced_out, frame=frame)
-
-
-class _Saved:
-    """The last outcomes as files, in a folder that goes with the page; gradio copies what it serves."""
-
-    def __init__(self, most: int = 16) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="vtprune-demo-")
-        self._most = most
-        self._last: deque[Path] = deque()
-        self._lock = threading.Lock()
-
-    def save(self, outcome: Outcome) -> tuple[Path, Path]:
-        """A picture and a page."""
-        folder = Path(tempfile.mkdtemp(dir=self._folder.name))
-        with self._lock:
-            self._last.append(folder)
-            if len(self._last) > self._most:
-                shutil.rmtree(self._last.popleft())
-        picture, whole = folder / "kept.png", folder / "kept.html"
-        picture.write_bytes(to_png(outcome))
-        whole.write_text(to_html(outcome), encoding="utf-8")
-        return picture, whole
+    return board(visit.media, visit.known, forced_in=visit.forced_in, forced_out=visit.forced_out, frame=frame)

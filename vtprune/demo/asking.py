@@ -12,7 +12,7 @@ from vtprune.demo.choices import Choice
 from vtprune.demo.hosting import Answering, OnPane
 from vtprune.demo.media import read_upload
 from vtprune.demo.panes import Pane
-from vtprune.demo.session import Visit
+from vtprune.demo.visiting import Visit
 from vtprune.errors import InvalidOption
 
 PLACES = ("a", "b", "random")
@@ -85,24 +85,40 @@ def answered(host: Answering, visit: Visit, wish: Wish) -> Iterator[Step]:
             yield Step(panes={place: pane})
 
 
+class _Gone(Exception):
+    """Nobody waits for the answer any more."""
+
+
 def _as_they_come(ask: Callable[[OnPane], Visit]) -> Iterator[tuple[str, Pane] | Visit]:
-    """What a call reports on its way, and what it returns, from a thread of its own; raises what it raises."""
+    """What a call reports on its way, and what it returns, from a thread of its own; raises what it raises.
+
+    Where nobody waits any more the call ends with the pane that is under way.
+    """
     came: queue.SimpleQueue[tuple[str, Pane] | Visit | BaseException] = queue.SimpleQueue()
+    gone = threading.Event()
+
+    def note(place: str, pane: Pane) -> None:
+        if gone.is_set():
+            raise _Gone
+        came.put((place, pane))
 
     def work() -> None:
         try:
-            came.put(ask(lambda place, pane: came.put((place, pane))))
+            came.put(ask(note))
         except BaseException as error:  # raised where it is waited for
             came.put(error)
 
     threading.Thread(target=work, daemon=True, name="vtprune-demo").start()
-    while True:
-        found = came.get()
-        if isinstance(found, BaseException):
-            raise found
-        yield found
-        if isinstance(found, Visit):
-            return
+    try:
+        while True:
+            found = came.get()
+            if isinstance(found, BaseException):
+                raise found
+            yield found
+            if isinstance(found, Visit):
+                return
+    finally:
+        gone.set()
 
 
 def panes_of(visit: Visit) -> dict[str, Pane]:

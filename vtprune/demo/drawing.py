@@ -93,9 +93,10 @@ def _shown(report: PruneReport, media: Media, number: int) -> Image.Image | list
     """The picture of a segment, or its frames, as many times as many as it has parts."""
     if media.kind == "image":
         return media.pictures[0]
-    if len(report.segments) == len(media.pictures) > 1:
+    parts = report.segments[number].parts
+    if parts[0].kind != "frame":
         return media.pictures[number]
-    return _whole_multiple(media.pictures, len(report.segments[number].parts))
+    return _whole_multiple(media.pictures, len(parts))
 
 
 def _whole_multiple(pictures: Sequence[Image.Image], parts: int) -> list[Image.Image]:

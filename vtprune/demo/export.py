@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import textwrap
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
@@ -86,7 +87,7 @@ def to_dict(outcome: Outcome) -> dict[str, Any]:
         "forced_out": list(ask.forced_out),
         "framing": None if outcome.framing is None else list(outcome.framing),
         "notes": list(outcome.notes),
-        "overlaps": dict(overlaps_of(outcome)),
+        "overlaps": [{"of": names, "iou": share} for names, share in overlaps_of(outcome)],
         "panes": [_pane_dict(pane) for pane in every_pane(outcome)],
     }
 
@@ -153,7 +154,7 @@ def to_html(outcome: Outcome) -> str:
 <div class="panes">
 {panes}
 </div>
-<p class="faint">{TIMES}</p>
+<p class="faint">{TIMES[outcome.unpruned is not None]}</p>
 <script type="application/json" id="data">{data}</script>
 </body>
 </html>
@@ -167,8 +168,7 @@ def _section(pane: Pane) -> str:
     if pane.answer is not None:
         lines.append(f'<p class="answer">{escape(pane.answer) or "(no words)"}</p>')
     lines += [f'<p class="faint">{escape(note)}</p>' for note in pane.notes]
-    cells = "".join(f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in rows_of(pane))
-    lines += [f"<table>{cells}</table>"] if cells else []
+    lines.append(table_html(rows_of(pane)))
     lines += [_figure(caption, pane, view) for view, caption in VIEWS.items() if view in pane.pictures]
     lines += [
         f'<p class="faint">{escape(VIEWS[view])}: {escape(why)}</p>'
@@ -179,14 +179,23 @@ def _section(pane: Pane) -> str:
 
 
 def _figure(caption: str, pane: Pane, view: str) -> str:
-    keys = ""
-    if view == "stages":
-        keys = "".join(
-            f'<span class="key" style="background: rgb{colour}"></span>{escape(name)}' for name, colour in pane.colours
-        )
+    keys = keys_html(pane) if view == "stages" else ""
     alt = escape(f"{pane.title}: {caption}")
     image = f'<img alt="{alt}" src="{_data_uri(pane.pictures[view])}">'
     return f"<figure>{image}<figcaption>{escape(caption)}{keys}</figcaption></figure>"
+
+
+def table_html(rows: Sequence[tuple[str, str]]) -> str:
+    """What, and how much; nothing without a row."""
+    cells = "".join(f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in rows)
+    return f"<table>{cells}</table>" if cells else ""
+
+
+def keys_html(pane: Pane) -> str:
+    """Picks with the colours that they have in "stages"."""
+    return "".join(
+        f'<span class="key" style="background: rgb{colour}"></span>{escape(name)}' for name, colour in pane.colours
+    )
 
 
 def _data_uri(picture: Image.Image) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 
 from vtprune.demo.choices import Choice
-from vtprune.demo.export import overlaps_of, rows_of
+from vtprune.demo.export import keys_html, overlaps_of, rows_of, table_html
 from vtprune.demo.panes import Outcome, Pane
 
 STYLE = """
@@ -33,13 +33,13 @@ def wrapped(inner: str) -> str:
     return f'<div class="vtp">{inner}</div>'
 
 
-def count_html(kept: int, tokens: int, *, notes: Sequence[str] = ()) -> str:
+def count_html(kept: int, tokens: int, *, about: bool = False, notes: Sequence[str] = ()) -> str:
     """How many tokens a budget leaves, and what became of the picture on its way."""
     if not tokens:
         return wrapped('<p class="faint">show a picture to see how many tokens stay</p>')
     told = "".join(f'<p class="faint">{escape(note)}</p>' for note in notes)
     bar = _BAR.format(share=100 * kept / tokens)
-    return wrapped(f'<p class="count">{kept} of {tokens} visual tokens</p>{bar}{told}')
+    return wrapped(f'<p class="count">{"about " if about else ""}{kept} of {tokens} visual tokens</p>{bar}{told}')
 
 
 def unpruned_html(pane: Pane | None) -> str:
@@ -48,7 +48,7 @@ def unpruned_html(pane: Pane | None) -> str:
         return ""
     if pane.error:
         return wrapped(f'<p class="faint">without pruning</p><p class="error">{escape(pane.error)}</p>')
-    cells = _table(pane)
+    cells = table_html(rows_of(pane))
     answer = escape(pane.answer or "") or "(no words)"
     return wrapped(f'<p class="faint">without pruning</p><p class="answer" id="unpruned">{answer}</p>{cells}')
 
@@ -61,7 +61,8 @@ def head_html(pane: Pane | None, place: str) -> str:
     if pane.error:
         lines.append(f'<p class="error">{escape(pane.error)}</p>')
     elif pane.answer is not None:
-        tone, told = ("same", "as unpruned") if pane.same else ("other", "not as unpruned")
+        tones = {True: ("same", "as unpruned"), False: ("other", "not as unpruned"), None: ("", "")}
+        tone, told = tones[pane.same]
         answer = escape(pane.answer) or "(no words)"
         lines.append(f'<p class="answer {tone}" id="answer-{place}">{answer}</p><p class="faint {tone}">{told}</p>')
     return wrapped("".join(lines))
@@ -73,13 +74,10 @@ def numbers_html(pane: Pane | None, view: str) -> str:
         return ""
     lines = []
     if view == "stages" and pane.colours:
-        keys = (
-            f'<span class="key" style="background: rgb{colour}"></span>{escape(name)}' for name, colour in pane.colours
-        )
-        lines.append(f"<p>{''.join(keys)}</p>")
+        lines.append(f"<p>{keys_html(pane)}</p>")
     if view not in pane.pictures and view in pane.missing:
         lines.append(f'<p class="faint">{escape(pane.missing[view])}</p>')
-    lines.append(_table(pane))
+    lines.append(table_html(rows_of(pane)))
     lines += [f'<p class="faint">{escape(note)}</p>' for note in pane.notes]
     return wrapped("".join(lines))
 
@@ -88,10 +86,10 @@ def overlaps_html(outcome: Outcome | None) -> str:
     """How much the choices overlap, and what is to be known of the outcome."""
     if outcome is None:
         return ""
-    shares = (f"<tr><td>{escape(names)}</td><td>{100 * share:.0f} %</td></tr>" for names, share in overlaps_of(outcome))
+    shares = [(names, f"{100 * share:.0f} %") for names, share in overlaps_of(outcome)]
     notes = "".join(f'<p class="faint">{escape(note)}</p>' for note in outcome.notes)
     told = "overlap of the choices: patches that both keep, of those that either keeps (IoU)"
-    return wrapped(f'{notes}<p class="faint">{told}</p><table id="overlaps">{"".join(shares)}</table>')
+    return wrapped(f'{notes}<p class="faint">{told}</p><div id="overlaps">{table_html(shares)}</div>')
 
 
 def methods_html(choices: Sequence[Choice]) -> str:
@@ -102,8 +100,3 @@ def methods_html(choices: Sequence[Choice]) -> str:
         for one in choices
     )
     return wrapped(f'<table class="methods">{rows}</table>')
-
-
-def _table(pane: Pane) -> str:
-    cells = "".join(f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in rows_of(pane))
-    return f"<table>{cells}</table>"

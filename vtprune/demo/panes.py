@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import max_pool2d
 
+from vtprune.comparing import overlap
 from vtprune.debiasing import DEBIASERS
 from vtprune.demo.media import Media
 from vtprune.errors import InvalidOption
@@ -30,7 +31,7 @@ VIEWS: Mapping[str, str] = {
 }
 """The pictures of a pane, with captions."""
 PARTS: Mapping[str, str] = {
-    "score": "score frames",
+    "score": "score beforehand",
     "encode": "encode",
     "layout": "layout",
     "select": "select",
@@ -41,7 +42,11 @@ PARTS: Mapping[str, str] = {
 }
 """What seconds are told of: the first is done before the model is asked, "total" is the clock around `generate`."""
 
-TIMES = "Seconds are of one run each and no benchmark; every pane encodes by itself, so that they are its own."
+TIMES = {
+    True: "Seconds are of one run each and no benchmark; every pane encodes by itself, so that they are its own.",
+    False: "Seconds are of one run and no benchmark; the tower looks once, for all panes.",
+}
+"""Whether there is a language model."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -90,7 +95,7 @@ class Numbers:
     `average` is tokens in a decoder layer, on average over layers; of methods that cut caches, tokens that one stores.
     `kv_bytes` are keys and values of the prompt, `kv_bytes_whole` those without pruning. `seconds` are measured, once,
     by the names of `PARTS`. `coverage` is the share of the tokens that are kept or lie beside a kept one of the same
-    grid, also across a corner; None where there is no picture.
+    grid, also across a corner; None where there is no picture, and where all tokens pass and caches store fewer.
     """
 
     tokens: int
@@ -102,7 +107,6 @@ class Numbers:
     kv_bytes: int
     kv_bytes_whole: int
     coverage: float | None
-    new_tokens: int = 0
     seconds: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -179,18 +183,6 @@ class Outcome:
         return None if one is None or other is None else overlap(one, other)
 
 
-def overlap(first: PruneReport, second: PruneReport) -> float | None:
-    """Tokens that both kept over tokens that either kept; None where neither kept any, or pictures differ."""
-    if [segment.n for segment in first.segments] != [segment.n for segment in second.segments]:
-        return None
-    both = either = 0
-    for one, other in zip(first.segments, second.segments, strict=True):
-        own, others = set(one.keep.tolist()), set(other.keep.tolist())
-        both += len(own & others)
-        either += len(own | others)
-    return both / either if either else None
-
-
 def coverage(segments: Sequence[SegmentReport]) -> float | None:
     """The share of the tokens that are kept, or lie in one of the eight cells around a kept one of their grid."""
     near = [_near_kept(segment) for segment in segments]
@@ -221,7 +213,6 @@ def numbers_of(
     report: PruneReport,
     *,
     kv_bytes_whole: int = 0,
-    new_tokens: int = 0,
     seconds: Mapping[str, float] | None = None,
 ) -> Numbers:
     """The numbers of a pane, from its report and what only its caller knows."""
@@ -234,7 +225,6 @@ def numbers_of(
         prompt=sum(report.length_after),
         kv_bytes=kv_bytes_whole - report.kv_bytes_saved,
         kv_bytes_whole=kv_bytes_whole,
-        coverage=coverage(report.segments),
-        new_tokens=new_tokens,
+        coverage=None if any(one.cached is not None for one in report.segments) else coverage(report.segments),
         seconds=dict(seconds or {}),
     )

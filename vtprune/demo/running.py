@@ -99,7 +99,7 @@ def run(
     seconds = {part: spent for part, spent in report.seconds.items() if part not in idle}
     seconds |= {"decode": clock.decoding, "total": whole, **({"score": scoring} if evidence else {})}
     tokenizer = getattr(processor, "tokenizer", processor)
-    numbers = numbers_of(report, kv_bytes_whole=_kv_bytes(model, report), new_tokens=len(ids), seconds=seconds)
+    numbers = numbers_of(report, kv_bytes_whole=_kv_bytes(model, report), seconds=seconds)
     return Run(
         answer=tokenizer.decode(ids, skip_special_tokens=True).strip(),
         ids=ids,

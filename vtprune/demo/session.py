@@ -1,10 +1,10 @@
-"""A loaded model that several users ask in turn, and what one of them has done so far."""
+"""A loaded model that several users ask in turn."""
 
 from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
@@ -12,15 +12,15 @@ from vtprune._loading import choose_device, load_model, quiet_transformers
 from vtprune._prompts import prompt_text
 from vtprune.adapters.base import placeholder_id
 from vtprune.demo.choices import Choice, choices_of
-from vtprune.demo.drawing import board_scale, framing_for, token_under, views_of
-from vtprune.demo.hosting import Answering, OnPane
+from vtprune.demo.drawing import framing_for, views_of
+from vtprune.demo.hosting import OnPane
 from vtprune.demo.media import A_CLIP, Example, Media, check_question, examples
 from vtprune.demo.panes import RANDOM, UNPRUNED, Ask, Outcome, Pane, agreement
 from vtprune.demo.running import Relevance, Run, run
 from vtprune.demo.wording import about, failed, unknown_words
-from vtprune.errors import InvalidOption, UnsupportedCall, VtpruneError
+from vtprune.errors import UnsupportedCall, VtpruneError
 from vtprune.seam import find_base
-from vtprune.types import Budget, Modality
+from vtprune.types import Modality
 from vtprune.video.asking import moved
 from vtprune.video.prompting import check_words, clip_inputs, takes_clips
 
@@ -42,6 +42,8 @@ class Host:
     max_new_tokens: int = LONGEST
     relevance: Relevance | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
+    _preparing: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
+    _choices: dict[Modality, tuple[Choice, ...]] = field(default_factory=dict, init=False, repr=False)
     _warm: threading.Event = field(default_factory=threading.Event, init=False, repr=False)
 
     @classmethod
@@ -75,8 +77,10 @@ class Host:
 
     def methods(self, kind: Modality = "image") -> tuple[Choice, ...]:
         """Every method, those that this model cannot serve with the reason."""
-        with self._lock:
-            return choices_of(self.model, kind, relevance=self.relevance is not None)
+        if kind not in self._choices:
+            with self._lock:
+                self._choices[kind] = choices_of(self.model, kind, relevance=self.relevance is not None)
+        return self._choices[kind]
 
     def count(self, media: Media) -> int:
         """Visual tokens in a prompt about a picture or clip, without asking the model.
@@ -86,7 +90,7 @@ class Host:
         Raises:
             UnsupportedCall: where the processor does not take it.
         """
-        with self._lock:
+        with self._preparing:
             ids = self._inputs(media, "what is it ?")["input_ids"]
         kinds: tuple[Modality, ...] = ("image", "video")
         places = [placeholder_id(find_base(self.model).config, kind) for kind in kinds]
@@ -104,7 +108,7 @@ class Host:
         """
         question = check_question(ask.question)
         check_words(self.processor, question)
-        with self._lock:
+        with self._preparing:
             inputs = self._inputs(ask.media, question)
         ask = replace(ask, question=question)
         arms = {"unpruned": UNPRUNED, "a": ask.methods[0], "b": ask.methods[1], "random": RANDOM}
@@ -113,10 +117,11 @@ class Host:
         unknown = unknown_words(self.processor, question)
         if unknown:
             notes.append(f"the model does not know these words: {', '.join(unknown)}")
-        framing = None
+        framing, asked = None, False
         for place, method in arms.items():
             ran = self._run(ask, inputs, method)
-            if isinstance(ran, Run) and not panes and ran.report.segments:
+            if isinstance(ran, Run) and not asked and ran.report.segments:
+                asked = True
                 framing, trouble = framing_for(self.processor, ask.media, ran.report.segments[0])
                 notes += [trouble] if trouble else []
             panes[place] = _pane(ran, method, ask.media, framing, panes.get("unpruned"))
@@ -211,88 +216,3 @@ def _relevance(name: str, device: Any) -> Relevance | None:
         return -text_relevance(clip, tokenizer, pixels, questions)
 
     return told
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Visit:
-    """What one user has done so far, as a value: every step gives a new one, so that no two users share any of it.
-
-    `forced_in` and `forced_out` are tokens that were clicked on. `count` is `Host.count` of what is shown.
-    """
-
-    media: Media | None = None
-    outcome: Outcome | None = None
-    forced_in: frozenset[int] = frozenset()
-    forced_out: frozenset[int] = frozenset()
-    count: int = 0
-
-    def showing(self, media: Media, host: Answering) -> Visit:
-        """Another picture or clip: what came of the one before goes, and what was forced."""
-        return Visit(media=media, count=host.count(media))
-
-    def tokens(self, keep: float | int) -> tuple[int, int]:
-        """How many tokens a budget leaves, and of how many: from shapes, without a call of the model.
-
-        Raises:
-            InvalidOption: for a budget out of range.
-        """
-        known = None if self.outcome is None else self.outcome.tokens
-        n = self.count if known is None else known
-        return Budget(keep=keep).resolve(n) if n else 0, n
-
-    def asked(
-        self,
-        host: Answering,
-        question: str,
-        *,
-        methods: tuple[str, str] = ("vtprune", "divprune"),
-        keep: float | int = 0.25,
-        seed: int = 0,
-        debias: bool = False,
-        debiaser: str = "recency",
-        max_new_tokens: int | None = None,
-        on_pane: OnPane | None = None,
-    ) -> Visit:
-        """With the outcome of a question, forced tokens heeded. Arguments are those of `Ask`, errors of `answer`."""
-        if self.media is None:
-            raise InvalidOption("there is no picture: upload one, take one with the camera, or choose an example")
-        ask = Ask(
-            media=self.media,
-            question=question,
-            methods=methods,
-            keep=keep,
-            seed=seed,
-            debias=debias,
-            debiaser=debiaser,
-            forced_in=tuple(sorted(self.forced_in)),
-            forced_out=tuple(sorted(self.forced_out)),
-            max_new_tokens=max_new_tokens,
-        )
-        return replace(self, outcome=host.answer(ask, on_pane))
-
-    def clicked(self, x: float, y: float, *, to: Literal["in", "out"], frame: int = 0) -> Visit:
-        """With the patch at a pixel of the `board` forced in or out; let go again where it was already.
-
-        Raises:
-            InvalidOption: before the first answer, and beside what the model sees.
-        """
-        if self.media is None or self.outcome is None or not self.outcome.segments:
-            raise InvalidOption("nothing is known about patches yet: ask a question first, then click")
-        if len(self.outcome.segments) > 1:
-            raise InvalidOption(
-                "this model takes frames for pictures of their own: their patches cannot be forced here"
-            )
-        scale = board_scale(self.media)
-        token = token_under(self.outcome, x / scale, y / scale, frame=frame)
-        if token is None:
-            raise InvalidOption("the model does not see this part of the picture: click on a patch that it sees")
-        into, out_of = self.forced_in - {token}, self.forced_out - {token}
-        if to == "in" and token not in self.forced_in:
-            into |= {token}
-        if to == "out" and token not in self.forced_out:
-            out_of |= {token}
-        return replace(self, forced_in=into, forced_out=out_of)
-
-    def freed(self) -> Visit:
-        """With no token forced."""
-        return replace(self, forced_in=frozenset(), forced_out=frozenset())
