@@ -36,6 +36,12 @@ def test_photographs_are_those_of_the_run() -> None:
     assert shown == expected and len(shown) == 4
 
 
+def test_seconds_are_those_of_the_run() -> None:
+    with (ROOT / "benchmarks" / "results" / "demo.csv").open(newline="") as file:
+        later = {row["until"]: float(row["seconds"]) for row in csv.DictReader(file) if row["click"] == "later"}
+    assert f"it takes {later['first method']:.1f} seconds" in PAGE and f"and {later['all']:.1f} until all" in PAGE
+
+
 def test_files_the_page_names_exist() -> None:
     names = re.findall(r"\]\(([\w./-]+)\)", PAGE)
     assert names and all((ROOT / "docs" / name).is_file() for name in names)

@@ -33,7 +33,7 @@ picture, question and model, with every method that the model serves by itself.
 
   tokens   kept of all, on average over layers where a method cuts between layers or caches
   same     the answer of the unpruned model?
-  IoU      of the choice with that of the first named method (else of the first in the table) at the same --keep:
+  IoU      of the choice with that of the first method in the table at the same --keep:
            tokens that both keep over tokens that either keeps, weighed by the share of the layers they stay in
   KV MiB   of keys and values that the cache does not store
   select, prefill    as measured, one run each: no benchmark (see `vtprune bench`)
