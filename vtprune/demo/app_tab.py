@@ -133,8 +133,14 @@ class Tab:
         for asked in (self._ask.click, self._question.submit):
             asked(self._begin, [self._turn], [self._turn], **ends, **quiet)
         marked = [self._visit, self._board, self._turn]
-        self._board.select(self._click, [self._visit, self._to, self._frame, self._turn], marked, **ends)
-        self._free.click(self._let_go, [self._visit, self._frame, self._turn], marked, **ends)
+        # Each click begins with what the one before left.
+        one_by_one: dict[str, Any] = {
+            "trigger_mode": "multiple",
+            "concurrency_limit": 1,
+            "concurrency_id": str(id(self)),
+        }
+        self._board.select(self._click, [self._visit, self._to, self._frame, self._turn], marked, **one_by_one, **ends)
+        self._free.click(self._let_go, [self._visit, self._frame, self._turn], marked, **one_by_one, **ends)
         self._keep.change(self._recount, [self._visit, self._keep], [self._count], **quiet)
         self._frame.change(self._leaf, [self._visit, self._frame], [self._board], **quiet)
         self._view.change(self._show, [self._visit, self._view], panes, **quiet)
