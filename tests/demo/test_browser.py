@@ -225,6 +225,21 @@ def test_what_is_looked_at_may_change_while_an_answer_comes(browsing: Any, page:
     assert "k-center" in text_of(page, "b")
 
 
+def test_shots_of_the_camera() -> None:
+    """One that was thrown away changes nothing, one that is none is told as any other picture."""
+    import gradio as gr
+
+    from vtprune.demo.app_tab import Tab
+
+    tab = Tab(Host.load("tiny:llava", "cpu"))
+    chosen = ("what color is the cross ?", "vtprune", "divprune", 0.25)
+    assert tab._take_shot(None, *chosen) == gr.skip()
+    begun = tab._take_shot(Image.new("RGB", (64, 48), "red"), *chosen)
+    assert begun[0].media.size == (64, 48) and begun[1] == chosen[0]
+    with pytest.raises(gr.Error, match="million pixels"):
+        tab._take_shot(Image.new("1", (30_000, 30_000)), *chosen)
+
+
 def test_addresses_are_not_fetched() -> None:
     """A request may name a file by its address; gradio would fetch it."""
     import gradio as gr

@@ -29,6 +29,8 @@ def telling() -> Iterator[None]:
     """What goes wrong in a step, in a sentence on the page; the page goes on."""
     try:
         yield
+    except gr.Error:  # told already
+        raise
     except VtpruneError as error:
         raise gr.Error(escape(str(error)), duration=None, print_exception=False) from error
     except Exception as error:  # no trace of it belongs on the page
