@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -65,6 +66,25 @@ def check_debias(name: str | None) -> None:
 
     if name is not None and name not in DEBIASERS:
         raise InvalidOption(f"--debias {name}: expected one of {', '.join(DEBIASERS)}")
+
+
+def check_files(options: argparse.Namespace, reads: Sequence[str], writes: Sequence[str]) -> None:
+    """File names become paths; refuses one that is empty, one that stands under two options, and outputs that cannot be
+    written."""
+    found: dict[str, str] = {}
+    for name in (*reads, *writes):
+        text, flag = getattr(options, name), name.replace("_", "-")
+        if text is None:
+            continue
+        if not text.strip():
+            raise InvalidOption(f"--{flag} is empty: expected the name of a file")
+        same = found.setdefault(os.path.realpath(text), flag)
+        if same != flag:
+            raise InvalidOption(f"--{flag} {text}: this is the file of --{same}, expected another one")
+        setattr(options, name, Path(text))
+    for name in writes:
+        if getattr(options, name) is not None:
+            check_writable(getattr(options, name))
 
 
 def check_writable(path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from vtprune._arguments import (
     add_attention,
     check_debias,
-    check_writable,
+    check_files,
     share_or_number,
     versions,
     write_outputs,
@@ -102,7 +102,9 @@ def _check(options: argparse.Namespace) -> None:
         if value is not None and value < least:
             raise InvalidOption(f"--{name.replace('_', '-')} {value}: expected {least} or more")
     options.keep = [share_or_number(text) for text in options.keep]
-    _check_files(options)
+    if options.csv and options.resume_file is None:
+        options.resume_file = str(Path(options.csv).with_suffix(".jsonl"))
+    check_files(options, ("from_csv", "calibration"), ("csv", "markdown", "plot", "resume_file"))
     if options.from_csv is not None:
         if options.csv is not None or options.resume_file is not None:
             raise InvalidOption("--from-csv runs nothing: leave --csv and --resume-file out")
@@ -123,24 +125,6 @@ def _check(options: argparse.Namespace) -> None:
         check_debias(options.debias)
         options.variants = Variants(debias=options.debias, calibration=options.calibration)
         options.steps = plan(options.methods, options.keep, options.variants)
-
-
-def _check_files(options: argparse.Namespace) -> None:
-    files: dict[str, str] = {}
-    for name in ("from_csv", "calibration", "csv", "markdown", "plot", "resume_file"):
-        text, flag = getattr(options, name), name.replace("_", "-")
-        if text is None:
-            continue
-        if not text.strip():
-            raise InvalidOption(f"--{flag} is empty: expected the name of a file")
-        setattr(options, name, Path(text))
-        if name == "csv" and options.resume_file is None:
-            options.resume_file = str(Path(text).with_suffix(".jsonl"))
-        same = files.setdefault(os.path.realpath(text), flag)
-        if same != flag:
-            raise InvalidOption(f"--{flag} {text}: this is the file of --{same}, expected another one")
-        if name not in ("from_csv", "calibration"):
-            check_writable(Path(text))
 
 
 def _relevance(model: str) -> Callable[..., Tensor] | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from vtprune import _video_answers as shown
 from vtprune._arguments import (
     add_attention,
     check_debias,
-    check_writable,
+    check_files,
     parameters_of,
     share_or_number,
     write_outputs,
@@ -169,20 +168,7 @@ def _check(options: argparse.Namespace) -> None:
     if options.fps is not None and (options.sampling != "uniform" or not 0 < options.fps < float("inf")):
         raise InvalidOption(f"--fps {options.fps}: expected a number above 0, with --sampling uniform")
     options.keep = None if options.keep is None else share_or_number(options.keep)
-    named: dict[str, str] = {}
-    for name in ("questions", "videos", "out", "csv", "calibration"):
-        text = getattr(options, name)
-        if text is None:
-            continue
-        if not text.strip():
-            raise InvalidOption(f"--{name} is empty: expected a name")
-        same = named.setdefault(os.path.realpath(text), name)
-        if same != name:
-            raise InvalidOption(f"--{name} {text}: this is the file of {same}, expected another one")
-        setattr(options, name, Path(text))
-    for path in (options.out, options.csv):
-        if path is not None:
-            check_writable(path)
+    check_files(options, ("questions", "videos", "calibration"), ("out", "csv"))
     if options.questions is None and options.videos is not None:
         raise InvalidOption("--videos without a file of questions: expected both, or none for the bundled clip")
     if options.questions is not None and not options.questions.is_file():

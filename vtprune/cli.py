@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from vtprune import _bench, _calibrate, _compare, _demo, _evaluate, _train, _vid
 from vtprune._arguments import (
     add_attention,
     check_debias,
-    check_writable,
+    check_files,
     parameters_of,
     share_or_number,
     write_outputs,
@@ -209,24 +208,11 @@ def _check(options: argparse.Namespace) -> None:
         raise InvalidOption("--prompt is empty: expected a question")
     if options.model.startswith("tiny:"):
         tiny_folder(options.model.removeprefix("tiny:"))
-    files: dict[Path, str] = {}
-    for name in ("image", "calibration", "report", "overlay"):
-        text = getattr(options, name)
-        if text is None:
-            continue
-        if not text.strip():
-            raise InvalidOption(f"--{name} is empty: expected the name of a file")
-        setattr(options, name, Path(text))
-        same = files.setdefault(Path(os.path.realpath(text)), name)
-        if same != name:
-            raise InvalidOption(f"--{name} {text}: this is the file of --{same}, expected another one")
+    check_files(options, ("image", "calibration"), ("report", "overlay"))
     if options.overlay is not None:
         from vtprune._pictures import check_format
 
         check_format(options.overlay)
-    for path in (options.report, options.overlay):
-        if path is not None:
-            check_writable(path)
 
 
 def _keep(options: argparse.Namespace) -> float | int | None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vtprune._arguments import add_attention, check_debias, check_writable, share_or_number, versions, write_outputs
+from vtprune._arguments import add_attention, check_debias, check_files, share_or_number, versions, write_outputs
 from vtprune._compare import lines as shown
 from vtprune.errors import InvalidOption, VtpruneError
 
@@ -135,19 +134,7 @@ def _check(options: argparse.Namespace) -> None:
     options.keep = list({repr(keep): keep for keep in budgets}.values())
     if options.model.startswith("tiny:"):
         tiny_folder(options.model.removeprefix("tiny:"))
-    files: dict[str, str] = {}
-    for name in ("image", "calibration", "csv", "markdown", "sheet"):
-        text = getattr(options, name)
-        if text is None:
-            continue
-        if not text.strip():
-            raise InvalidOption(f"--{name} is empty: expected the name of a file")
-        setattr(options, name, Path(text))
-        same = files.setdefault(os.path.realpath(text), name)
-        if same != name:
-            raise InvalidOption(f"--{name} {text}: this is the file of --{same}, expected another one")
-        if name not in ("image", "calibration"):
-            check_writable(Path(text))
+    check_files(options, ("image", "calibration"), ("csv", "markdown", "sheet"))
     if options.sheet is not None:
         from vtprune._pictures import check_format
 

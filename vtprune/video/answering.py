@@ -199,7 +199,7 @@ class Answerer:
             torch.ones(1, device=device).cpu()
         except torch.OutOfMemoryError:
             return
-        except Exception as last:
+        except Exception as last:  # backends raise what they like where there is no device
             raise DeviceLost(
                 f"the device {device} failed ({plainly(error)}): what was answered is noted, run it again to go on; "
                 "where it fails again, one question at a time (--batch 1) gets past that which does it"
