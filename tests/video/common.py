@@ -165,7 +165,7 @@ def slow_clip() -> Path:
         stream.height, stream.width, stream.pix_fmt = 2000, 3000, "yuvj420p"
         frame = av.VideoFrame.from_ndarray(picture(3, (2000, 3000)), format="rgb24")
         (data,) = [bytes(packet) for packet in [*stream.encode(frame), *stream.encode()]]
-        for number in range(100):
+        for number in range(300):
             packet = av.Packet(data)
             packet.stream, packet.pts, packet.dts, packet.time_base = stream, number, number, Fraction(1, RATE)
             container.mux(packet)
