@@ -66,14 +66,21 @@ def take_example(page: Page, name: str) -> None:
 
 
 def compare(page: Page) -> None:
-    """Press the button, and wait for the last pane."""
+    """Press the button, and wait for all panes of the answer."""
+    before = turn_of(page)
     page.locator(".vtp-ask:visible").click()
-    wait_for_panes(page)
+    wait_for_turn(page, before + 1)
 
 
-def wait_for_panes(page: Page) -> None:
-    """Wait until all panes are there, and the files to save, which come last."""
-    page.locator(".vtp-random img:visible").wait_for()
-    page.wait_for_function("() => !document.querySelector('.generating, .pending')")
-    page.locator("#overlaps:visible").wait_for()
-    page.wait_for_timeout(500)
+def turn_of(page: Page) -> int:
+    """The number of the answer that is shown whole; 0 before the first."""
+    shown = page.locator("#overlaps:visible")
+    return int(shown.get_attribute("data-turn")) if shown.count() else 0
+
+
+def wait_for_turn(page: Page, turn: int) -> None:
+    """Wait until all panes of an answer are there, or of a later one."""
+    page.wait_for_function(
+        "turn => [...document.querySelectorAll('#overlaps')].some(one => one.offsetParent && one.dataset.turn >= turn)",
+        arg=turn,
+    )

@@ -7,10 +7,12 @@ import pytest
 from PIL import Image
 
 from tests.demo.common import ask, clip, host, picture
+from vtprune.demo import drawing
 from vtprune.demo.drawing import IN, OUT, board, board_scale, token_under, views_of
 from vtprune.demo.media import read_upload
 from vtprune.demo.panes import VIEWS
 from vtprune.demo.running import run
+from vtprune.errors import InvalidOption
 from vtprune.tiny import QUESTION
 from vtprune.viz import Box, cells_of, heatmap, overlay, strip
 
@@ -31,6 +33,24 @@ def test_every_view_is_there_or_missing_with_a_reason() -> None:
     for pane in outcome.panes:
         assert set(pane.pictures) | set(pane.missing) == set(VIEWS) - {"strip"}
         assert not set(pane.pictures) & set(pane.missing)
+
+
+def test_pictures_are_drawn_when_they_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A visitor is remembered for an hour, with reports and without pictures of them."""
+    count = []
+    monkeypatch.setattr(drawing, "overlay", lambda *given, **named: count.append(1) or overlay(*given, **named))
+    pane = host().answer(ask()).panes[0]
+    assert "kept" in pane.pictures and len(pane.pictures) == len(list(pane.pictures)) and not count
+    first, again = pane.pictures["kept"], pane.pictures.get("kept")
+    assert len(count) == 2 and again is not first and np.array_equal(np.asarray(first), np.asarray(again))
+    assert pane.pictures.get("strip") is None and len(count) == 2
+
+
+def test_what_cannot_be_drawn_is_told_before_it_is_looked_at() -> None:
+    report = host().answer(ask()).panes[2].report
+    assert report is not None
+    with pytest.raises(InvalidOption):
+        views_of(report, picture(), Box(10, 0, 10, 48))
 
 
 @pytest.mark.parametrize(("frames", "name"), [(4, "qwen2_5_vl"), (3, "qwen2_5_vl"), (3, "llava_next_video")])

@@ -91,14 +91,19 @@ class Saved:
         self._last: deque[Path] = deque()
         self._lock = threading.Lock()
 
-    def save(self, outcome: Outcome) -> tuple[Path, Path]:
-        """A picture and a page."""
+    def picture(self, outcome: Outcome) -> Path:
+        """A contact sheet."""
+        return self._written("kept.png", to_png(outcome))
+
+    def page(self, outcome: Outcome) -> Path:
+        """A page of its own."""
+        return self._written("kept.html", to_html(outcome).encode())
+
+    def _written(self, name: str, content: bytes) -> Path:
         folder = Path(tempfile.mkdtemp(dir=self._folder.name))
         with self._lock:
             self._last.append(folder)
             if len(self._last) > self._most:
                 shutil.rmtree(self._last.popleft())
-        picture, whole = folder / "kept.png", folder / "kept.html"
-        picture.write_bytes(to_png(outcome))
-        whole.write_text(to_html(outcome), encoding="utf-8")
-        return picture, whole
+        (folder / name).write_bytes(content)
+        return folder / name

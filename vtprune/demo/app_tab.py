@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -13,12 +14,20 @@ from vtprune.demo.app_parts import Saved, Side, told, told_on_the_way, uploads_o
 from vtprune.demo.asking import PLACES, Wish
 from vtprune.demo.drawing import board
 from vtprune.demo.hosting import Answering
-from vtprune.demo.panes import VIEWS, Pane
+from vtprune.demo.panes import VIEWS, Outcome, Pane
 from vtprune.demo.visiting import Visit
+from vtprune.errors import InvalidOption
 from vtprune.types import Modality
 
 _STALE = 3600
 """Seconds that what a visitor did is remembered."""
+_TAKE = """(file) => {
+    const link = document.createElement("a")
+    link.href = file.url
+    link.download = file.orig_name
+    link.click()
+}"""
+"""Has the browser save a file that gradio serves."""
 _FIRST, _SECOND, _KEEP = "vtprune", "divprune", 0.25
 
 
@@ -45,8 +54,11 @@ class Tab:
             self._sides = {place: self._lay_out_side(place) for place in PLACES}
         self._overlaps = gr.HTML()
         with gr.Row():
-            self._png = gr.DownloadButton("Save a picture (PNG)", interactive=False)
-            self._html = gr.DownloadButton("Save a page (HTML)", interactive=False)
+            for text, write in (
+                ("Save a picture (PNG)", self._saved.picture),
+                ("Save a page (HTML)", self._saved.page),
+            ):
+                self._lay_out_save(text, write)
         with gr.Accordion("What the methods do", open=False):
             self._list = gr.HTML(page.methods_html(self._choices))
         self._connect()
@@ -101,20 +113,35 @@ class Tab:
             )
             return Side(head=head, picture=picture, numbers=gr.HTML())
 
+    def _lay_out_save(self, text: str, write: Callable[[Outcome], Path]) -> None:
+        """A button that has a file written and then takes it, so that nothing is written that nobody wants."""
+        button = gr.Button(text)
+        file = gr.File(visible=False)
+
+        @told
+        def save(visit: Visit) -> str:
+            if visit.outcome is None:
+                raise InvalidOption("there is nothing to save yet: compare first")
+            return str(write(visit.outcome))
+
+        button.click(save, [self._visit], [file]).success(None, [file], None, js=_TAKE)
+
     def _connect(self) -> None:
         """An answer begins when the turn changes. Whatever else is done to the visit ends one that is under way, which
         would bring back the visit it began with."""
         quiet: dict[str, Any] = {"show_progress": "hidden"}
         wish = [self._question, self._first, self._second, self._keep, self._seed, self._debias, self._view]
-        panes, files = self._of_panes(), [self._png, self._html]
+        panes = self._of_panes()
         answering = self._turn.change(
             self._answer, [self._visit, *wish], [self._visit, self._count, *panes], trigger_mode="multiple"
         )
         looked = answering.then(
-            self._look, [self._visit, self._view, self._frame], [self._board, self._overlaps, *panes], **quiet
+            self._look,
+            [self._visit, self._view, self._frame, self._turn],
+            [self._board, self._overlaps, *panes],
+            **quiet,
         )
-        saving = looked.then(self._save, [self._visit], files, **quiet)
-        ends: dict[str, Any] = {"cancels": [answering, looked, saving]}
+        ends: dict[str, Any] = {"cancels": [answering, looked]}
         chosen = [self._first, self._second, self._keep]
         shown = [
             self._visit,
@@ -126,7 +153,7 @@ class Tab:
             self._second,
             self._list,
         ]
-        shown += [*panes, self._overlaps, *files]
+        shown += [*panes, self._overlaps]
         self._example.input(self._take_example, [self._example, *chosen], shown, **ends)
         self._file.upload(self._take, [self._file, self._question, *chosen], shown, **ends)
         self._camera.change(self._take_shot, [self._camera, self._question, *chosen], shown, **ends)
@@ -174,7 +201,7 @@ class Tab:
             gr.Warning(escape(f"{gone} cannot be asked about this: {names[0]} takes its place"))
         methods = [gr.Dropdown(names, value=_among(names, own)) for own in (first, second)]
         begun = [visit, question, board(media), frame, _count_of(visit, keep), *methods, page.methods_html(choices)]
-        return [*begun, *self._drawn({}, "kept"), "", *[gr.DownloadButton(interactive=False)] * 2]
+        return [*begun, *self._drawn({}, "kept"), ""]
 
     @told
     def _recount(self, visit: Visit, keep: float) -> Any:
@@ -205,18 +232,12 @@ class Tab:
                 yield [step.visit, _count_of(step.visit, keep), *panes]
 
     @told
-    def _look(self, visit: Visit, view: str, frame: int) -> list[Any]:
+    def _look(self, visit: Visit, view: str, frame: int, turn: int) -> list[Any]:
         """All of an outcome at once: what was looked at may have changed while it came."""
         if visit.outcome is None:
             return [gr.skip()] * (2 + len(self._of_panes()))
         panes = self._drawn(asking.panes_of(visit), view)
-        return [_board_of(visit, int(frame)), page.overlaps_html(visit.outcome), *panes]
-
-    @told
-    def _save(self, visit: Visit) -> list[Any]:
-        if visit.outcome is None:
-            return [gr.skip(), gr.skip()]
-        return [gr.DownloadButton(value=str(path), interactive=True) for path in self._saved.save(visit.outcome)]
+        return [_board_of(visit, int(frame)), page.overlaps_html(visit.outcome, turn), *panes]
 
     @told
     def _show(self, visit: Visit, view: str) -> list[Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import functools
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,13 +25,34 @@ _DRAWN = 896
 _FRAMES_A_ROW = 4
 _BOARD = 640
 """Pixels that the longest side of a board has at least."""
+_Drawer = Callable[..., Image.Image]
+"""Draws a picture, or the frames of a clip, given with its number and `framing`."""
+
+
+class Pictures(Mapping[str, Image.Image]):
+    """Pictures by the names of `VIEWS`, drawn whenever one is looked at: held, they would take megabytes each."""
+
+    def __init__(self, drawers: Mapping[str, Callable[[], Image.Image]]) -> None:
+        self._drawers = dict(drawers)
+
+    def __getitem__(self, view: str) -> Image.Image:
+        return self._drawers[view]()
+
+    def __contains__(self, view: object) -> bool:
+        return view in self._drawers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._drawers)
+
+    def __len__(self) -> int:
+        return len(self._drawers)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Views:
     """Pictures by the names of `VIEWS`, and why others are missing."""
 
-    pictures: dict[str, Image.Image]
+    pictures: Mapping[str, Image.Image]
     missing: dict[str, str]
 
 
@@ -43,33 +65,48 @@ def framing_for(processor: Any, media: Media, segment: SegmentReport) -> tuple[B
 
 
 def views_of(report: PruneReport, media: Media, framing: Box | None, scored: Scored | None = None) -> Views:
-    """The pictures of a pane."""
+    """The pictures of a pane; raises `InvalidOption` where its tokens do not fit what was shown."""
     missing = {} if scored is None else dict(scored.missing)
     if not report.segments:
         return Views(pictures={}, missing={"kept": "the model was shown no picture"})
-    media, framing = _for_drawing(media, framing)
-    shown = [_shown(report, media, number) for number in range(len(report.segments))]
-
-    def drawn(draw: Callable[[Any, int], Image.Image]) -> Image.Image:
-        found = [draw(own, number) for number, own in enumerate(shown)]
-        return found[0] if len(found) == 1 else sheet([(str(number), own) for number, own in enumerate(found, 1)])
-
-    pictures = {"kept": drawn(lambda own, number: overlay(report, own, number, framing=framing))}
-    if report.average == report.tokens:
+    for segment in report.segments:
+        cells_of(segment, media.size, framing)
+    whole = report.average == report.tokens
+    if whole:
         missing |= dict.fromkeys(("stages", "groups"), "nothing was dropped")
-    else:
-        pictures["stages"] = drawn(lambda own, number: overlay(report, own, number, stages=True, framing=framing))
-    if report.merged:
-        pictures["groups"] = drawn(lambda own, number: overlay(report, own, number, groups=True, framing=framing))
-    elif "groups" not in missing:
+    elif not report.merged:
         missing["groups"] = f"{report.method} merged nothing"
+    drawers: dict[str, _Drawer] = {"kept": functools.partial(overlay, report)}
+    if not whole:
+        drawers["stages"] = functools.partial(overlay, report, stages=True)
+    if report.merged:
+        drawers["groups"] = functools.partial(overlay, report, groups=True)
     for name, scores in () if scored is None else (("scores", scored.scores), ("debiased", scored.debiased)):
         if scores is not None:
-            pictures[name] = drawn(_heat(report, framing, scores))
+            drawers[name] = _heat(report, scores)
+    pictures = {name: functools.partial(_drawn, draw, report, media, framing) for name, draw in drawers.items()}
     if media.kind == "video":
-        frames = shown[0] if isinstance(shown[0], list) else list(media.pictures)
-        pictures["strip"] = strip(report, frames, framing=framing, columns=_FRAMES_A_ROW)
-    return Views(pictures=pictures, missing=missing)
+        pictures["strip"] = functools.partial(_strip, report, media, framing)
+    return Views(pictures=Pictures(pictures), missing=missing)
+
+
+def _drawn(draw: _Drawer, report: PruneReport, media: Media, framing: Box | None) -> Image.Image:
+    """Every picture of a prompt; several as a sheet."""
+    media, framing = _for_drawing(media, framing)
+    count = len(report.segments)
+    found = [draw(_shown(report, media, number), number, framing=framing) for number in range(count)]
+    return found[0] if count == 1 else sheet([(str(number), own) for number, own in enumerate(found, 1)])
+
+
+def _heat(report: PruneReport, scores: Sequence[Tensor]) -> _Drawer:
+    return lambda own, number, framing: heatmap(scores[number], report, own, number, framing=framing)
+
+
+def _strip(report: PruneReport, media: Media, framing: Box | None) -> Image.Image:
+    media, framing = _for_drawing(media, framing)
+    shown = _shown(report, media, 0)
+    frames = shown if isinstance(shown, list) else list(media.pictures)
+    return strip(report, frames, framing=framing, columns=_FRAMES_A_ROW)
 
 
 def _for_drawing(media: Media, framing: Box | None) -> tuple[Media, Box | None]:
@@ -83,10 +120,6 @@ def _for_drawing(media: Media, framing: Box | None) -> tuple[Media, Box | None]:
         across, down = width / media.size[0], height / media.size[1]
         framing = Box(framing.left * across, framing.top * down, framing.right * across, framing.bottom * down)
     return replace(media, pictures=small), framing
-
-
-def _heat(report: PruneReport, framing: Box | None, scores: Sequence[Tensor]) -> Callable[[Any, int], Image.Image]:
-    return lambda own, number: heatmap(scores[number], report, own, number, framing=framing)
 
 
 def _shown(report: PruneReport, media: Media, number: int) -> Image.Image | list[Image.Image]:

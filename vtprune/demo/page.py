@@ -82,14 +82,14 @@ def numbers_html(pane: Pane | None, view: str) -> str:
     return wrapped("".join(lines))
 
 
-def overlaps_html(outcome: Outcome | None) -> str:
-    """How much the choices overlap, and what is to be known of the outcome."""
-    if outcome is None:
-        return ""
+def overlaps_html(outcome: Outcome, turn: int = 0) -> str:
+    """How much the choices overlap, and what is to be known of the outcome; scripts may read which answer it is of."""
     shares = [(names, f"{100 * share:.0f} %") for names, share in overlaps_of(outcome)]
     notes = "".join(f'<p class="faint">{escape(note)}</p>' for note in outcome.notes)
     told = "overlap of the choices: patches that both keep, of those that either keeps (IoU)"
-    return wrapped(f'{notes}<p class="faint">{told}</p><div id="overlaps">{table_html(shares)}</div>')
+    return wrapped(
+        f'{notes}<p class="faint">{told}</p><div id="overlaps" data-turn="{turn}">{table_html(shares)}</div>'
+    )
 
 
 def methods_html(choices: Sequence[Choice]) -> str:
