@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tests.demo.common import clip, host, kept, picture
 from tests.video import processors
-from vtprune.demo.drawing import board_scale
+from vtprune.demo.drawing import IN, board, board_scale
 from vtprune.demo.media import Media
 from vtprune.demo.photo_host import PhotoHost
 from vtprune.demo.session import Host
 from vtprune.demo.visiting import Visit
 from vtprune.errors import InvalidOption
+from vtprune.report import DROPPED, PROTECTED
 from vtprune.tiny import QUESTION
 from vtprune.types import Budget
 from vtprune.viz import cells_of
@@ -83,16 +85,6 @@ def test_clicks_need_an_answer_and_a_patch(visit: Visit) -> None:
         visit.clicked(-5, 5, to="in")
 
 
-def test_patches_of_frames_that_are_pictures_cannot_be_forced(visit: Visit) -> None:
-    assert visit.outcome is not None and visit.outcome.unpruned is not None
-    whole = visit.outcome.unpruned
-    assert whole.report is not None
-    several = replace(whole.report, segments=whole.report.segments * 2)
-    other = replace(visit, known=replace(visit.outcome, unpruned=replace(whole, report=several)))
-    with pytest.raises(InvalidOption, match="pictures of their own"):
-        other.clicked(5, 5, to="in")
-
-
 def test_patches_can_be_let_go_where_no_pane_could_answer() -> None:
     """All panes failed, and nothing new is known of patches: what was known before still is."""
     tower = PhotoHost(source="tiny:llava")
@@ -104,10 +96,8 @@ def test_patches_can_be_let_go_where_no_pane_could_answer() -> None:
     assert free.forced_out == frozenset() and free.tokens(0.25) == (64, 256)
 
 
-@pytest.mark.parametrize("name", ["internvl", "llava_next_video"])
-@pytest.mark.parametrize("frames", [1, 3])
-def test_the_count_is_that_of_every_family(name: str, frames: int) -> None:
-    """Also where frames are pictures of their own, and of a clip of one frame."""
+def frames_for(name: str, frames: int) -> tuple[Host, Visit]:
+    """A host of a family, without training, and a visit that begins with a clip."""
     own = processors.host(name)
     tower = Host(model=own.model, processor=own.processor, name=name, max_new_tokens=2)
     shown = Media(
@@ -117,10 +107,38 @@ def test_the_count_is_that_of_every_family(name: str, frames: int) -> None:
         times=tuple(map(float, range(frames))),
         duration=float(frames),
     )
-    seen = Visit().showing(shown, tower).asked(tower, "what color", keep=0.3)
+    return tower, Visit().showing(shown, tower)
+
+
+@pytest.mark.parametrize("name", ["internvl", "llava_next_video"])
+@pytest.mark.parametrize("frames", [1, 3])
+def test_the_count_is_that_of_every_family(name: str, frames: int) -> None:
+    """Also where frames are pictures of their own, and of a clip of one frame."""
+    tower, begun = frames_for(name, frames)
+    seen = begun.asked(tower, "what color", keep=0.3)
     assert seen.outcome is not None and not [pane.error for pane in seen.outcome.panes if pane.error]
     numbers = seen.outcome.panes[2].numbers
     assert numbers is not None and seen.tokens(0.3) == (numbers.kept, numbers.tokens)
+
+
+@pytest.mark.parametrize("name", ["internvl", "llava_next_video"])
+def test_patches_of_any_frame_can_be_forced(name: str) -> None:
+    """Tokens are counted through all frames, whether they are pictures of their own or parts of one clip."""
+    tower, begun = frames_for(name, 3)
+    seen = begun.asked(tower, "what color", keep=0.5)
+    assert seen.known is not None
+    whole = sum(segment.n for segment in seen.known.segments)
+    of_each, scale = whole // 3, board_scale(seen.known.ask.media)
+    forced = seen.clicked(1, 1, to="in", frame=1).clicked(32 * scale - 1, 32 * scale - 1, to="out", frame=2)
+    assert (forced.forced_in, forced.forced_out) == ({of_each}, {whole - 1})
+    outcome = forced.asked(tower, "what color", keep=0.5).outcome
+    assert outcome is not None and not [pane.error for pane in outcome.panes if pane.error]
+    for pane in outcome.panes:
+        assert pane.report is not None
+        flags = torch.cat([segment.stages for segment in pane.report.segments])
+        assert flags[of_each] == PROTECTED and flags[whole - 1] == DROPPED
+    framed = [np.asarray(board(seen.known.ask.media, outcome, forced_in=forced.forced_in, frame=f)) for f in range(3)]
+    assert [bool((pixels == IN).all(axis=2).any()) for pixels in framed] == [False, True, False]
 
 
 def test_a_question_needs_a_picture() -> None:

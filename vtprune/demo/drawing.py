@@ -141,19 +141,31 @@ def _whole_multiple(pictures: Sequence[Image.Image], parts: int) -> list[Image.I
 def panel_of(segment: SegmentReport, media: Media, frame: int = 0) -> int:
     """The panel that a click on a frame, or on the picture, means: of several on one picture that with most tokens."""
     parts = segment.parts
-    if media.kind == "video":
+    if parts[0].kind == "frame":
         return min(frame, len(media.pictures) - 1) // -(-len(media.pictures) // len(parts))
     if any(part.kind == "tile" for part in parts):
         return 0
     return int(np.argmax([part.tokens for part in parts]))
 
 
+def _shown_by(outcome: Outcome, frame: int) -> tuple[SegmentReport, int]:
+    """The segment of a frame, where frames are pictures of their own, and the tokens of those before it."""
+    segments = outcome.segments
+    number = min(frame, len(segments) - 1)
+    return segments[number], sum(segment.n for segment in segments[:number])
+
+
 def token_under(outcome: Outcome, x: float, y: float, *, frame: int = 0) -> int | None:
-    """The token under a pixel of the picture, or of a frame of the clip; None where the encoder sees nothing of it."""
-    segment, media = outcome.segment, outcome.ask.media
-    if segment is None:
+    """The token under a pixel of the picture, or of a frame of the clip; None where the encoder sees nothing of it.
+
+    Tokens are counted through all pictures of the prompt.
+    """
+    if not outcome.segments:
         return None
-    return token_at(segment, media.size, x, y, part=panel_of(segment, media, frame), framing=outcome.framing)
+    media = outcome.ask.media
+    segment, before = _shown_by(outcome, frame)
+    token = token_at(segment, media.size, x, y, part=panel_of(segment, media, frame), framing=outcome.framing)
+    return None if token is None else before + token
 
 
 def board_scale(media: Media) -> int:
@@ -173,9 +185,9 @@ def board(
     scale = board_scale(media)
     picture = media.pictures[min(frame, len(media.pictures) - 1)]
     drawn = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
-    segment = None if outcome is None else outcome.segment
-    if outcome is None or segment is None:
+    if outcome is None or not outcome.segments:
         return drawn
+    segment, before = _shown_by(outcome, frame)
     cells = cells_of(segment, media.size, outcome.framing)
     sizes = [part.tokens for part in segment.parts]
     panel = panel_of(segment, media, frame)
@@ -184,7 +196,7 @@ def board(
     own = range(start, start + (sum(sizes) if tiles else sizes[panel]))
     pen = ImageDraw.Draw(drawn)
     for tokens, colour in ((forced_in, IN), (forced_out, OUT)):
-        for token in sorted(set(tokens) & set(own)):
+        for token in sorted({token - before for token in tokens} & set(own)):
             left, top, right, bottom = (side * scale for side in cells[token])
             pen.rectangle((left, top, right - 1, bottom - 1), outline=colour, width=3)
     return drawn

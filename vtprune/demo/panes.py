@@ -54,8 +54,9 @@ class Ask:
     """A question about a picture or clip, to the unpruned model, to two methods and to `random`.
 
     `keep` is that of `wrap`; methods that drop nothing take 1.0 instead. `debias` takes a bias off attention where a
-    method goes by any; `debiaser` says which, also for the heat-map beside. `forced_in` and `forced_out` are tokens of
-    the picture, separators left out. `max_new_tokens` is that of the host by default.
+    method goes by any; `debiaser` says which, also for the heat-map beside. `forced_in` and `forced_out` are tokens,
+    separators left out; where frames are pictures of their own, they are counted through all of them.
+    `max_new_tokens` is that of the host by default.
 
     Raises:
         InvalidOption: for options out of range, and tokens forced both in and out.

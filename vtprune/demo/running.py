@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -71,8 +72,11 @@ def run(
     *,
     longest: int,
     relevance: Relevance | None = None,
+    sizes: Sequence[int] = (),
 ) -> Run:
     """Answer greedily under a method; nobody else may use the model meanwhile.
+
+    `sizes` are tokens of each picture of the prompt, where it has several.
 
     Raises:
         The errors of `wrap`, `using` and the model.
@@ -86,7 +90,9 @@ def run(
     scoring = time.perf_counter() - begin
     clock = Clock()
     with pruning(model, running, keep=keep) as pruner:
-        forced = nullcontext() if method == UNPRUNED else pruner.using(**_fitting(evidence, pruner), **_forced(ask))
+        forced = (
+            nullcontext() if method == UNPRUNED else pruner.using(**_fitting(evidence, pruner), **_forced(ask, sizes))
+        )
         begin = time.perf_counter()
         with forced:
             mode = {"max_new_tokens": longest, "do_sample": False, "num_beams": 1, "streamer": clock}
@@ -142,9 +148,20 @@ def _fitting(evidence: Mapping[str, Tensor], pruner: Pruner) -> dict[str, Sequen
     return given
 
 
-def _forced(ask: Ask) -> dict[str, Sequence[Any]]:
+def _forced(ask: Ask, sizes: Sequence[int]) -> dict[str, Sequence[Any]]:
+    """The forced tokens of one prompt, picture by picture where it has several."""
     named = {"protect": ask.forced_in, "forbid": ask.forced_out}
-    return {name: [list(tokens)] for name, tokens in named.items() if tokens}
+    return {
+        name: [list(tokens) if len(sizes) < 2 else _by_picture(tokens, sizes)]
+        for name, tokens in named.items()
+        if tokens
+    }
+
+
+def _by_picture(tokens: Sequence[int], sizes: Sequence[int]) -> list[list[int] | None]:
+    """Tokens of each picture, counted anew in each; None where there are none."""
+    starts = [0, *accumulate(sizes)]
+    return [[token - low for token in tokens if low <= token < high] or None for low, high in pairwise(starts)]
 
 
 def _kv_bytes(model: nn.Module, report: PruneReport) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,6 +24,7 @@ from vtprune.seam import find_base
 from vtprune.types import Modality
 from vtprune.video.asking import moved
 from vtprune.video.prompting import check_words, clip_inputs, takes_clips
+from vtprune.viz import Box
 
 LONGEST, LONGEST_TINY = 64, 4
 """New tokens of an answer; the bundled models say one word."""
@@ -117,11 +119,12 @@ class Host:
         unknown = unknown_words(self.processor, question)
         if unknown:
             notes.append(f"the model does not know these words: {', '.join(unknown)}")
-        framing, asked = None, False
+        framing: Box | None = None
+        sizes: tuple[int, ...] = ()
         for place, method in arms.items():
-            ran = self._run(ask, inputs, method)
-            if isinstance(ran, Run) and not asked and ran.report.segments:
-                asked = True
+            ran = self._run(ask, inputs, method, sizes)
+            if isinstance(ran, Run) and ran.report.segments and not sizes:
+                sizes = tuple(segment.n for segment in ran.report.segments)
                 framing, trouble = framing_for(self.processor, ask.media, ran.report.segments[0])
                 notes += [trouble] if trouble else []
             panes[place] = _pane(ran, method, ask.media, framing, panes.get("unpruned"))
@@ -152,7 +155,7 @@ class Host:
             raise UnsupportedCall(f"the processor does not take this picture and question: {error}") from error
         return moved(made, self.model)
 
-    def _run(self, ask: Ask, inputs: dict[str, Any], method: str) -> Run | str:
+    def _run(self, ask: Ask, inputs: dict[str, Any], method: str, sizes: Sequence[int]) -> Run | str:
         """What a method does, or why it fails, in a sentence."""
         try:
             with self._lock:
@@ -167,6 +170,7 @@ class Host:
                     method,
                     longest=ask.max_new_tokens or self.max_new_tokens,
                     relevance=self.relevance,
+                    sizes=sizes,
                 )
         except Exception as error:  # whatever it was, it costs this pane and not the others
             return failed(error)

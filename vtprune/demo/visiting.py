@@ -18,7 +18,7 @@ class Visit:
     """What one user has done so far, as a value: every step gives a new one, so that no two users share any of it.
 
     `known` is the last outcome that tells of patches, mostly `outcome`. `forced_in` and `forced_out` are tokens that
-    were clicked on. `count` is `Host.count` of what is shown.
+    were clicked on, counted through all pictures of the prompt. `count` is `Host.count` of what is shown.
     """
 
     media: Media | None = None
@@ -83,10 +83,6 @@ class Visit:
         """
         if self.media is None or self.known is None:
             raise InvalidOption("nothing is known about patches yet: ask a question first, then click")
-        if len(self.known.segments) > 1:
-            raise InvalidOption(
-                "this model takes frames for pictures of their own: their patches cannot be forced here"
-            )
         scale = board_scale(self.media)
         token = token_under(self.known, x / scale, y / scale, frame=frame)
         if token is None:
