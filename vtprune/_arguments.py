@@ -6,6 +6,7 @@ import argparse
 import ast
 import os
 import re
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,13 +95,12 @@ def check_writable(path: Path) -> None:
             raise InvalidOption(f"cannot write {path}: it is a directory")
         if not path.absolute().parent.is_dir():
             raise InvalidOption(f"cannot write {path}: there is no directory {path.parent}")
-        there = path.exists()
-        if there and not path.is_file():
-            return  # a pipe or a terminal: to open it may block
-        with path.open("ab"):
-            pass
-        if not there:
-            path.unlink()
+        if path.is_file():
+            with path.open("ab"):
+                pass
+        elif not path.exists():  # not made and removed again: another run may have begun to write it by then
+            with tempfile.TemporaryFile(dir=path.absolute().parent):
+                pass
     except OSError as error:
         raise InvalidOption(f"cannot write {path}: {error.strerror or error}") from error
 

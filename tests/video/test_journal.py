@@ -127,13 +127,54 @@ def test_errors_are_tried_again_where_asked(tmp_path: Path) -> None:
         journal.add([record("1"), record("2", error="x"), record("3")])
     with Journal(path, SETTINGS) as journal:
         assert list(journal.records) == ["1", "2", "3"]
-    with Journal(path, SETTINGS, retry=True) as journal:
+    with Journal(path, SETTINGS, retry={"2"}) as journal:
         assert list(journal.records) == ["1", "3"]
         with pytest.raises(InvalidOption, match="another run"):
             Journal(path, SETTINGS)
         journal.add([record("2")])
     assert answers(path) == ["1", "3", "2"]
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_errors_of_other_questions_stay(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    with Journal(path, SETTINGS) as journal:
+        journal.add([record("1", error="x"), record("2", error="x"), record("3")])
+    with Journal(path, SETTINGS, retry={"1", "3", "4"}) as journal:
+        assert list(journal.records) == ["2", "3"]
+    assert answers(path) == ["2", "3"]
+
+
+def test_records_are_changed_on_the_disk_all_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    with Journal(path, SETTINGS) as journal:
+        journal.add([record("1"), record("2"), record("3")])
+        with patch("os.replace", side_effect=OSError(28, "No space left")), pytest.raises(InvalidOption, match="stays"):
+            journal.change({"2": record("2", expected="blue")})
+        assert [own.expected for own in journal.records.values()] == [None] * 3
+        journal.change({"2": record("2", expected="blue")})
+        journal.add([record("4")])
+    with Journal(path, SETTINGS) as journal:
+        assert [own.expected for own in journal.records.values()] == [None, "blue", None, None]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_what_a_killed_run_left_behind_goes_and_a_link_is_not_followed(tmp_path: Path) -> None:
+    path, other = tmp_path / "a.jsonl", tmp_path / "other"
+    other.write_text("mine")
+    (tmp_path / ".a.jsonl.new").symlink_to(other)
+    with Journal(path, SETTINGS) as journal:
+        journal.add([record("1", error="x")])
+    Journal(path, SETTINGS, retry={"1"}).close()
+    assert answers(path) == [] and other.read_text() == "mine"
+    assert {entry.name for entry in tmp_path.iterdir()} == {"a.jsonl", "other"}
+
+
+def test_answers_are_not_written_to_a_pipe(tmp_path: Path) -> None:
+    """They would be read from it first, for ever."""
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(InvalidOption, match="is no file"):
+        Journal(tmp_path / "fifo", SETTINGS)
 
 
 def test_a_file_written_anew_stays_where_and_what_it_was(tmp_path: Path) -> None:
@@ -145,7 +186,7 @@ def test_a_file_written_anew_stays_where_and_what_it_was(tmp_path: Path) -> None
     with Journal(link, SETTINGS) as journal:
         journal.add([record("1"), record("2", error="x")])
     path.chmod(0o640)
-    with Journal(link, SETTINGS, retry=True) as journal:
+    with Journal(link, SETTINGS, retry={"2"}) as journal:
         journal.add([record("2")])
     assert link.is_symlink() and answers(path) == ["1", "2"]
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
@@ -161,7 +202,7 @@ def test_a_file_that_was_replaced_before_it_was_locked_is_opened_again(tmp_path:
     def late(file: int, how: int) -> None:
         if not done:
             done.append(file)
-            Journal(path, SETTINGS, retry=True).close()
+            Journal(path, SETTINGS, retry={"2"}).close()
         lock(file, how)
 
     with patch("fcntl.flock", late), Journal(path, SETTINGS) as journal:

@@ -58,6 +58,12 @@ def test_a_bad_line_is_told_and_the_others_go_on(tmp_path: Path, line: object, r
     assert isinstance(malformed[0], Malformed) and malformed[0].reason.startswith(reason)
 
 
+@pytest.mark.parametrize("nothing", ["", None])
+def test_an_answer_may_be_empty(tmp_path: Path, nothing: str | None) -> None:
+    found, malformed = read_questions(written(tmp_path, {**GOOD, "answer": nothing}))
+    assert malformed == () and found[0].answer is None
+
+
 def test_tables(tmp_path: Path) -> None:
     path = tmp_path / "q.csv"
     path.write_text(
@@ -67,9 +73,16 @@ def test_tables(tmp_path: Path) -> None:
     assert found[0] == Question(id="1", video="a.mp4", question="what, then ?", line=2)
     assert (found[1].question, found[1].answer) == ("two\nlines", "yes")
     assert [(bad.line, bad.reason) for bad in malformed] == [(5, "'question' is missing or empty")]
-    path.write_text('id,video,question\n1,a,x\n2,b,"y\n3,c,z\n')
+    many = "".join(f"{number},a,x\n" for number in range(4, 5000))
+    path.write_text(f'id,video,question\n1,a,x\n2,b,"y\n{many}')
     found, malformed = read_questions(path)
-    assert [question.id for question in found] == ["1"] and malformed[0].reason.startswith("unexpected end of data")
+    assert [question.id for question in found] == ["1", *map(str, range(4, 5000))]
+    assert [question.line for question in found[:3]] == [2, 4, 5]
+    assert [(bad.line, bad.reason) for bad in malformed] == [(3, "unexpected end of data")]
+    path.write_text('id,video,question\n1,"a,x\n2,b,"two\nlines"\n3,"c,z\n' * 1 + '4,"d,z\n' * 3000)
+    found, malformed = read_questions(path)
+    assert [(question.id, question.question) for question in found] == [("2", "two\nlines")]
+    assert [bad.line for bad in malformed] == [2, *range(5, 3006)]
     path.write_bytes(b"id,video,question\n1,\xff,x\n2,b,y\n3,c," + b"z" * 200_000 + b"\n4,d,w\n")
     found, malformed = read_questions(path)
     assert [question.id for question in found] == ["2", "4"]

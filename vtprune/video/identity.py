@@ -7,23 +7,30 @@ import json
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-_SAMPLED = 64
-"""Numbers of each weight."""
+_PIECE = 1 << 22
+"""Numbers that are summed at once."""
+_FACTOR = 0x9E3779B97F4A7C15 - (1 << 64)
+"""The golden ratio of 64 bits: its multiples are spread evenly."""
 _WORDING = ("chat_template", "patch_size", "num_additional_image_tokens", "vision_feature_select_strategy")
 
 
 @torch.no_grad()
 def weights_of(model: nn.Module) -> str:
-    """A hash of names, shapes and some numbers of all weights, as bfloat16 has them: the same in any precision."""
+    """A hash of names, shapes and all numbers of all weights, as bfloat16 has them: the same in that and in float32."""
     digest = hashlib.sha256()
     for name, weight in model.named_parameters():
-        flat = weight.detach().reshape(-1)
-        # An odd step: an even one may go down a single column.
-        some = flat[:: flat.numel() // _SAMPLED | 1].to(torch.bfloat16).view(torch.int16)
-        digest.update(f"{name} {tuple(weight.shape)}".encode() + some.cpu().numpy().tobytes())
+        sums = [_checksum(piece) for piece in weight.detach().reshape(-1).split(_PIECE)]
+        digest.update(f"{name} {tuple(weight.shape)} {sums}".encode())
     return digest.hexdigest()[:16]
+
+
+def _checksum(piece: Tensor) -> int:
+    """A sum of the bits of numbers, each with a factor of its own: odd, so that no change of a number goes unseen."""
+    bits = piece.to(torch.bfloat16).view(torch.int16).long()
+    factors = torch.arange(len(bits), device=bits.device).mul_(_FACTOR).bitwise_or_(1)
+    return int(bits.mul_(factors).sum())
 
 
 def configuration_of(model: Any) -> str:

@@ -6,8 +6,7 @@ import json
 import logging
 import os
 import stat
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -69,11 +68,14 @@ class Journal:
     What `add` returned from is on the disk. A line that was being written when a run was killed is cut off when the
     file is opened again. Only one process writes at a time (where the system has such locks).
 
+    Args:
+        retry: ids of questions whose errors are forgotten.
+
     Raises:
         InvalidOption: for a file of another job, of other settings, or of something else, or one that is being written.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any], *, retry: bool = False) -> None:
+    def __init__(self, path: Path, settings: Mapping[str, Any], *, retry: Collection[str] = ()) -> None:
         self._path = path
         self._head = json.dumps({"kind": _KIND, "format": FORMAT, "settings": dict(settings)}, sort_keys=True)
         self.records: dict[str, Record] = {}
@@ -81,8 +83,9 @@ class Journal:
             self._file = self._opened()
             try:
                 self._read()
-                if retry and any(record.error is not None for record in self.records.values()):
-                    self._drop_errors()
+                failed = {id for id, record in self.records.items() if record.error is not None}
+                if again := failed.intersection(retry):
+                    self._write_anew({id: own for id, own in self.records.items() if id not in again})
             except BaseException:
                 self.close()
                 raise
@@ -101,6 +104,15 @@ class Journal:
             raise InvalidOption(f"cannot write {self._path}: {error.strerror or error}; what is there stays") from error
         self.records.update((record.id, record) for record in records)
 
+    def change(self, records: Mapping[str, Record]) -> None:
+        """Put other records in the place of some that are there; all of them, or none, are on the disk."""
+        if not records:
+            return
+        try:
+            self._write_anew({**self.records, **records})
+        except OSError as error:
+            raise InvalidOption(f"cannot write {self._path}: {error.strerror or error}; what is there stays") from error
+
     def close(self) -> None:
         """Let other processes write."""
         os.close(self._file)
@@ -117,6 +129,8 @@ class Journal:
         while True:
             file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
             try:
+                if not stat.S_ISREG(os.fstat(file).st_mode):
+                    raise InvalidOption(f"{self._path} is no file: answers are read again, name a file on a disk")
                 _lock(file, self._path)
                 if _is_at(file, self._path):
                     return file
@@ -170,12 +184,14 @@ class Journal:
                 "delete it, or name another file"
             )
 
-    def _drop_errors(self) -> None:
-        """Write the file anew without what failed, in one step."""
-        self.records = {id: record for id, record in self.records.items() if record.error is None}
-        lines = [self._head, *(record.to_json() for record in self.records.values())]
+    def _write_anew(self, records: Mapping[str, Record]) -> None:
+        """Write the file with these records alone, in one step."""
+        lines = [self._head, *(record.to_json() for record in records.values())]
         path = Path(os.path.realpath(self._path))
-        file, fresh = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        fresh = path.with_name(f".{path.name}.new")
+        # Ours alone, as the file is locked: one that a killed run left behind goes, and a link is not followed.
+        fresh.unlink(missing_ok=True)
+        file = os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
         try:
             os.chmod(fresh, stat.S_IMODE(os.fstat(self._file).st_mode))
             _lock(file, path)
@@ -183,10 +199,11 @@ class Journal:
             os.replace(fresh, path)
         except BaseException:
             os.close(file)
-            os.unlink(fresh)
+            fresh.unlink()
             raise
         os.close(self._file)
         self._file = file
+        self.records = dict(records)
         _sync_folder(path)
 
 

@@ -23,12 +23,12 @@ def takes_clips(processor: Any) -> bool:
     return getattr(processor, "video_processor", None) is not None
 
 
-def check_words(processor: Any, question: str) -> None:
-    """Raise `InvalidOption` for a question that holds a word which stands for pictures in prompts."""
+def check_words(processor: Any, text: str, *, name: str = "question") -> None:
+    """Raise `InvalidOption` for a text that holds a word which stands for pictures in prompts."""
     words = [getattr(processor, f"{kind}_token", None) or f"<{kind}>" for kind in ("image", "video")]
-    held = [word for word in words if word in question]
+    held = [word for word in words if word in text]
     if held:
-        raise InvalidOption(f"the question holds {held[0]!r}, which stands for pictures in prompts: write it otherwise")
+        raise InvalidOption(f"the {name} holds {held[0]!r}, which stands for pictures in prompts: write it otherwise")
 
 
 def clip_inputs(

@@ -83,13 +83,18 @@ def answer_questions(
     """
     check_readable(task, questions, directory)
     answerer = answerer or task.load()
-    with Journal(out, settings_of(task.settings(answerer), directory), retry=retry) as journal:
+    with Journal(out, settings_of(task.settings(answerer), directory), retry=ids_of(questions, retry)) as journal:
         clips, counts, note = noting(questions, journal, directory, on_records)
         with Decoders(workers=decoders, timeout=task.timeout) as pool:
             for records, waited in answered(task, answerer, decoded(task, clips, pool, ahead=decoders * AHEAD)):
                 counts.waited += waited
                 note(records)
         return counts, dict(journal.records)
+
+
+def ids_of(questions: Sequence[Question], retry: bool) -> frozenset[str]:
+    """The questions whose errors a job forgets: its own, and only where they are to be asked again."""
+    return frozenset(question.id for question in questions) if retry else frozenset()
 
 
 def settings_of(settings: Mapping[str, Any], directory: Path) -> dict[str, Any]:
@@ -126,13 +131,14 @@ def noting(
 
 
 def pending_of(questions: Sequence[Question], journal: Journal) -> tuple[list[Question], list[Question]]:
-    """Questions without an answer in the journal, and those with one.
+    """Questions without an answer in the journal, and those with one, judged by the answers expected now.
 
     Raises:
         InvalidOption: where the journal answers another question under the same id.
     """
     open_ones: list[Question] = []
     done: list[Question] = []
+    judged_anew: dict[str, Record] = {}
     again = [id for id, count in Counter(question.id for question in questions).items() if count > 1]
     if again:
         raise InvalidOption(f"several questions have the id {again[0]!r}: expected one of each")
@@ -144,8 +150,9 @@ def pending_of(questions: Sequence[Question], journal: Journal) -> tuple[list[Qu
                 "another id, or name another file for the answers"
             )
         if record is not None and record.expected != question.answer:
-            journal.records[question.id] = judged(record, question.answer)
+            judged_anew[question.id] = judged(record, question.answer)
         (open_ones if record is None else done).append(question)
+    journal.change(judged_anew)
     return open_ones, done
 
 

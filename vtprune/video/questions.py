@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,20 +111,51 @@ def _json_line(text: bytes) -> Mapping[str, Any] | str:
 def _csv_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
     # Bytes that are no UTF-8 come through as halves of characters, and cost their own line.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
-        missing = [name for name in ("id", "video", "question") if name not in (reader.fieldnames or ())]
+        records = _csv_records(file)
+        _, head = next(records, (1, []))
+        if isinstance(head, str):
+            raise InvalidOption(f"{path}: the head line is damaged ({head}): expected id, video, question, answer")
+        missing = [name for name in ("id", "video", "question") if name not in head]
         if missing:
             raise InvalidOption(f"{path} has no column {', '.join(missing)}: expected id, video, question, answer")
-        while True:
-            try:
-                fields = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                yield reader.reader.line_num, str(error)
-                continue
-            known = {name: value for name, value in fields.items() if name is not None and value not in (None, "")}
-            yield reader.line_num, "more cells than columns" if None in fields else known
+        for number, cells in records:
+            if isinstance(cells, str):
+                yield number, cells
+            elif len(cells) > len(head):
+                yield number, "more cells than columns"
+            else:
+                yield number, dict(zip(head, cells, strict=False))
+
+
+def _csv_records(file: Iterable[str]) -> Iterator[tuple[int, list[str] | str]]:
+    """The cells of each record that has some with the line where it begins, or what is wrong with that line.
+
+    The line behind a damaged one is the next that is read: a quote that is not closed does not swallow what follows.
+    """
+    again: deque[str] = deque()
+    number = 1
+    while True:
+        taken: list[str] = []
+        try:
+            cells = next(csv.reader(_noted(file, again, taken), strict=True))
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield number, str(error)
+            again.extendleft(reversed(taken[1:]))
+            number += 1
+            continue
+        if cells:
+            yield number, cells
+        number += len(taken)
+
+
+def _noted(file: Iterable[str], again: deque[str], taken: list[str]) -> Iterator[str]:
+    """The lines, those that are read again first, with a note of those that were taken."""
+    lines = iter(file)
+    while (line := again.popleft() if again else next(lines, None)) is not None:
+        taken.append(line)
+        yield line
 
 
 def _question(line: int, fields: Mapping[str, Any]) -> Question | str:
@@ -131,7 +163,7 @@ def _question(line: int, fields: Mapping[str, Any]) -> Question | str:
     texts: dict[str, str] = {}
     for name in ("id", "video", "question", "answer"):
         value = fields.get(name)
-        if value is None and name == "answer":
+        if value in (None, "") and name == "answer":
             continue
         if isinstance(value, (int, float)) and not isinstance(value, bool) and name in ("id", "answer"):
             value = str(value)

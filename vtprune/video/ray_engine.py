@@ -19,7 +19,18 @@ from vtprune import errors
 from vtprune.errors import BackendUnavailable, InvalidOption, VtpruneError
 from vtprune.video.guard import Decoders
 from vtprune.video.journal import Journal, Record
-from vtprune.video.qa import ClipTask, Counts, Decoded, Report, answered, check_readable, decoded, noting, settings_of
+from vtprune.video.qa import (
+    ClipTask,
+    Counts,
+    Decoded,
+    Report,
+    answered,
+    check_readable,
+    decoded,
+    ids_of,
+    noting,
+    settings_of,
+)
 from vtprune.video.questions import Question
 from vtprune.video.records import failed, plainly
 from vtprune.video.task import Task
@@ -59,7 +70,7 @@ def answer_with_ray(
     asked = ray.remote(max_calls=1, max_retries=TRIES - 1, **needs)(_settings)
     try:
         settings = ray.get(asked.remote(task.to_dict()))
-        with Journal(out, settings_of(settings, directory), retry=retry) as journal:
+        with Journal(out, settings_of(settings, directory), retry=ids_of(questions, retry)) as journal:
             clips, counts, note = noting(questions, journal, directory, on_records)
             for found in _records(ray, task, _grouped(clips, task.batch), needs, replicas):
                 # What a replica answered is answered again where it ended before that was here.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -22,7 +23,7 @@ from vtprune.video.answering import Answerer, Score
 from vtprune.video.decoupling import decouple_by_model
 from vtprune.video.frames import Frames
 from vtprune.video.identity import configuration_of, processing_of, weights_of
-from vtprune.video.prompting import takes_clips
+from vtprune.video.prompting import check_words, takes_clips
 from vtprune.video.reader import check_backend, check_request
 from vtprune.video.relevance import Scoring, score_questions
 from vtprune.video.sampling import Sampling, Uniform
@@ -72,10 +73,12 @@ class Task:
             check_whole(name, getattr(self, name), least=least)
         if self.best is not None:
             check_whole("best", self.best, least=1)
+        if "seed" in self.parameters:
+            raise InvalidOption("seed is an option of its own: expected it there, and not among the parameters")
         Budget(keep=self.keep, per=self.per)
         check_backend(self.reader)
         check_request(self.sampling, self.on_truncated)
-        if not 0 < self.timeout < float("inf"):
+        if isinstance(self.timeout, bool) or not isinstance(self.timeout, Real) or not 0 < self.timeout < float("inf"):
             raise InvalidOption(f"timeout={self.timeout!r}: expected seconds above 0")
         if self.asked and self.scoring != "yes":
             raise InvalidOption(f"asked=True with scoring={self.scoring!r}: only scoring='yes' looks for things")
@@ -117,6 +120,7 @@ class Task:
         model, processor = load_model(self.model, choose_device(self.device))
         if not takes_clips(processor):
             raise InvalidOption(f"{self.model}: its processor takes no clips; expected a model for video")
+        check_words(processor, self.instruction, name="instruction")
         options = self.options
         if "video" not in family_of(find_base(model).config).kinds and self.per == "image":
             options["per"] = "prompt"  # its clips are pictures in a row
