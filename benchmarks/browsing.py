@@ -24,6 +24,11 @@ FLAGS = (
     "--disable-component-update",
     "--disable-sync",
 )
+_ABOUT = """() => {
+    const open = [...document.querySelectorAll(".vtp-shown")].find(one => one.offsetParent)
+    return open ? {...open.dataset} : {}
+}"""
+"""What the open tab is about: the name of the picture, and the number of the answer."""
 WAIT = 60_000
 """Milliseconds after which something on the page is missed."""
 
@@ -53,16 +58,39 @@ def visited(address: str, *, width: int = 1400, height: int = 1300) -> Iterator[
         page.asked = []
         page.on("request", lambda request: page.asked.append(request.url))
         page.goto(address)
-        page.locator(".vtp-ask").first.wait_for()
+        opened(page)
         yield page
         chromium.close()
 
 
+def opened(page: Page) -> None:
+    """Wait until the first example is there, with the answers of a bundled model, which come by themselves."""
+    page.locator(".vtp-board img:visible").wait_for()
+    if page.get_by_label("question").is_visible():
+        page.locator("#overlaps:visible").wait_for()
+
+
 def take_example(page: Page, name: str) -> None:
-    """Choose an example, and wait until it is there."""
+    """Choose an example, and wait until it is there; the first is chosen when the page is opened."""
+    page.wait_for_function(f"() => ({_ABOUT})().media")
+    if page.evaluate(_ABOUT)["media"] == name:
+        return
+    page.get_by_role("tab", name="examples").locator("visible=true").click()
     page.get_by_label("an example").locator("visible=true").click()
     page.get_by_role("option", name=name, exact=True).locator("visible=true").click()
+    wait_for_media(page, name)
+
+
+def wait_for_media(page: Page, name: str) -> None:
+    """Wait until a picture or clip is shown."""
+    page.wait_for_function(f"name => ({_ABOUT})().media == name", arg=name)
     page.locator(".vtp-board img:visible").wait_for()
+
+
+def upload(page: Page, path: str) -> None:
+    """Bring a file."""
+    page.get_by_role("tab", name="a file").locator("visible=true").click()
+    page.locator("input[type=file]").first.set_input_files(path)
 
 
 def compare(page: Page) -> None:
@@ -73,9 +101,8 @@ def compare(page: Page) -> None:
 
 
 def turn_of(page: Page) -> int:
-    """The number of the answer that is shown whole; 0 before the first."""
-    shown = page.locator("#overlaps:visible")
-    return int(shown.get_attribute("data-turn")) if shown.count() else 0
+    """The number of the last thing that was shown or answered."""
+    return int(page.evaluate(_ABOUT)["turn"])
 
 
 def wait_for_turn(page: Page, turn: int) -> None:

@@ -19,6 +19,7 @@ from PIL import Image
 import vtprune
 from vtprune.demo import session
 from vtprune.demo.media import examples
+from vtprune.demo.seat import Seat
 from vtprune.demo.session import Host
 from vtprune.types import Budget
 
@@ -80,7 +81,7 @@ def saved(page: Any, button: str, folder: Path) -> Path:
 
 
 def set_keep(page: Any, share: float) -> None:
-    number = page.get_by_label("number input for keep").locator("visible=true")
+    number = page.get_by_label("a share, or a number of tokens").locator("visible=true")
     number.fill(str(share))
     number.press("Tab")
     k = Budget(keep=share).resolve(TOKENS)
@@ -91,15 +92,17 @@ def test_a_visit(browsing: Any, page: Any, tmp_path: Path) -> None:
     """Upload, ask, move the slider, click a patch, read the numbers, look closer, save."""
     picture = next(one for one in examples() if one.name == "scene 1")
     picture.source.save(tmp_path / "scene.png")
-    page.locator("input[type=file]").first.set_input_files(str(tmp_path / "scene.png"))
-    page.locator(".vtp-board img:visible").wait_for()
+    browsing.upload(page, str(tmp_path / "scene.png"))
+    browsing.wait_for_media(page, "scene.png")
     page.get_by_label("question").fill(picture.question)
     set_keep(page, 0.11)
     browsing.compare(page)
     assert page.locator("#unpruned").inner_text() == picture.answer
     for place in ("a", "b", "random"):
         assert f"28 of {TOKENS}" in text_of(page, place)
-    assert "random" in text_of(page, "random") and "MB" in text_of(page, "a") and "prefill" in text_of(page, "b")
+    numbers = page.locator("table.numbers:visible").inner_text()
+    assert "random" in text_of(page, "random") and all(word in numbers for word in ("MB", "prefill", "agreement"))
+    assert page.locator("#answer-a").inner_text() == picture.answer
     assert re.search(r"vtprune and divprune\s+\d+ %", page.locator("#overlaps").inner_text())
     few = bright(shot(page, ".vtp-random img:visible"))
 
@@ -123,11 +126,11 @@ def test_a_visit(browsing: Any, page: Any, tmp_path: Path) -> None:
 
 def test_what_cannot_be_shown_is_told_and_the_page_goes_on(browsing: Any, page: Any, tmp_path: Path) -> None:
     (tmp_path / "notes.png").write_text("not a picture")
-    page.locator("input[type=file]").first.set_input_files(str(tmp_path / "notes.png"))
+    browsing.upload(page, str(tmp_path / "notes.png"))
     page.get_by_text("notes.png is no picture").first.wait_for()
     assert "Traceback" not in page.content()
     page.reload()
-    page.locator(".vtp-ask").first.wait_for()
+    browsing.opened(page)
     browsing.take_example(page, "a picture")
     page.get_by_label("question").fill("  ")
     page.locator(".vtp-ask:visible").click()
@@ -143,8 +146,8 @@ def test_methods_that_cannot_serve_are_grey_with_the_reason(page: Any) -> None:
     row.wait_for()
     assert "clip" in row.inner_text()
     page.get_by_label("method", exact=True).locator("visible=true").click()
-    offered = page.get_by_role("option").all_inner_texts()
-    assert "divprune" in offered and "quota" not in offered
+    offered = "\n".join(page.get_by_role("option").all_inner_texts())
+    assert "divprune (before the language model)" in offered and "quota" not in offered
 
 
 @pytest.fixture
@@ -164,9 +167,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     seen: list[Any] = []
     answer = Host.answer
 
-    def noting(self: Host, ask: Any, on_pane: Any = None) -> Any:
+    def noting(self: Host, ask: Any, *rest: Any) -> Any:
         seen.append(ask)
-        return answer(self, ask, on_pane)
+        return answer(self, ask, *rest)
 
     monkeypatch.setattr(Host, "answer", noting)
     return seen
@@ -228,13 +231,16 @@ def test_shots_of_the_camera() -> None:
 
     from vtprune.demo.app_tab import Tab
 
-    tab = Tab(Host.load("tiny:llava", "cpu"))
-    chosen = ("what color is the cross ?", "vtprune", "divprune", 0.25)
-    assert tab._take_shot(None, *chosen) == gr.skip()
+    tab, seat = Tab(Host.load("tiny:llava", "cpu")), Seat()
+    with gr.Blocks() as blocks:
+        tab.lay_out(blocks)
+    chosen = (seat, "what color is the cross ?", "vtprune", "divprune", 0.25)
+    assert tab._take_shot(None, *chosen) == gr.skip() and seat.turn == 0
     begun = tab._take_shot(Image.new("RGB", (64, 48), "red"), *chosen)
-    assert begun[0].media.size == (64, 48) and begun[1] == chosen[0]
-    with pytest.raises(gr.Error, match="million pixels"):
-        tab._take_shot(Image.new("1", (30_000, 30_000)), *chosen)
+    assert seat.visit.media is not None and seat.visit.media.size == (64, 48)
+    assert "what color is the cross ?" in begun.values()
+    told = tab._take_shot(Image.new("1", (30_000, 30_000)), *chosen)
+    assert "million pixels" in told[tab.message] and seat.visit.media.size == (64, 48)
 
 
 def test_addresses_are_not_fetched() -> None:
@@ -252,13 +258,13 @@ def test_addresses_are_not_fetched() -> None:
 def test_two_visitors_do_not_see_each_other(browsing: Any, page: Any, address: str) -> None:
     other = page.context.browser.new_page()
     other.goto(address)
-    other.locator(".vtp-ask").first.wait_for()
+    browsing.opened(other)
     browsing.take_example(page, "a picture")
     browsing.take_example(other, "scene 1")
     page.locator(".vtp-ask:visible").click()
     other.locator(".vtp-ask:visible").click()
     for visitor in (page, other):
-        browsing.wait_for_turn(visitor, 1)
+        browsing.wait_for_turn(visitor, 3)
     answers = {one.name: one.answer for one in examples()}
     assert page.locator("#unpruned").inner_text() == answers["a picture"]
     assert other.locator("#unpruned").inner_text() == answers["scene 1"]

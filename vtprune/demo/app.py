@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 
 import gradio as gr
 
 from vtprune.demo import page
+from vtprune.demo.app_parts import sentence_of
 from vtprune.demo.app_tab import Tab
 from vtprune.demo.hosting import Answering
 from vtprune.demo.media import MAX_FILE
-from vtprune.errors import VtpruneError
 
 ADDRESS = "127.0.0.1"
 AT_ONCE = 8
@@ -57,8 +56,8 @@ def build(hosts: Sequence[tuple[str, Answering]]) -> gr.Blocks:
                 with gr.Tab(title):
                     try:
                         tab = Tab(host)
-                    except VtpruneError as error:
-                        gr.HTML(page.wrapped(f"<h3>This cannot be shown here.</h3><p>{escape(str(error))}</p>"))
+                    except Exception as error:  # a tower may hold anything; the other tabs go on
+                        gr.HTML(page.cannot_html(sentence_of(error)))
                     else:
-                        tab.lay_out()
+                        tab.lay_out(blocks)
     return blocks

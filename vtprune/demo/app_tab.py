@@ -1,34 +1,37 @@
-"""A tab of the page: its components, and what follows from what."""
+"""A tab of the page: what follows from what a visitor does in it."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from vtprune.demo import asking, page
-from vtprune.demo.app_parts import Saved, Side, told, told_on_the_way, uploads_only
-from vtprune.demo.asking import PLACES, Wish
+from vtprune.demo.app_parts import Fields, Saved, Showing, told, told_on_the_way
+from vtprune.demo.asking import Wish
 from vtprune.demo.drawing import board
 from vtprune.demo.hosting import Answering
-from vtprune.demo.panes import VIEWS, Outcome, Pane
+from vtprune.demo.panes import Outcome, Pane
+from vtprune.demo.seat import Seat
 from vtprune.demo.visiting import Visit
-from vtprune.errors import InvalidOption
+from vtprune.errors import InvalidOption, VtpruneError
 from vtprune.types import Modality
 
-_STALE = 3600
+_STALE = 12 * 3600
 """Seconds that what a visitor did is remembered."""
 _TAKE = """(file) => {
+    if (!file) return
     const link = document.createElement("a")
     link.href = file.url
     link.download = file.orig_name
     link.click()
 }"""
 """Has the browser save a file that gradio serves."""
-_FIRST, _SECOND, _KEEP = "vtprune", "divprune", 0.25
+Shown = dict[Any, Any]
+"""New values of components."""
 
 
 class Tab:
@@ -40,239 +43,226 @@ class Tab:
         kind: Modality = "video" if host.takes_clips else "image"
         self._choices = host.methods(kind)
 
-    def lay_out(self) -> None:
+    def lay_out(self, blocks: gr.Blocks) -> None:
         """Make the components, and say what follows from what."""
-        self._visit = gr.State(Visit(), time_to_live=_STALE)
+        self._seat = gr.State(Seat(), time_to_live=_STALE)
         self._turn = gr.State(0)
+        gr.HTML(page.model_html(self._host.name, asks=self._host.takes_questions))
+        self._at = Fields.laid_out(self._host, self._choices)
+        self._out = Showing.laid_out()
         with gr.Row():
-            with gr.Column(scale=2, min_width=320):
-                self._lay_out_sources()
-            with gr.Column(scale=3, min_width=320):
-                self._lay_out_wish()
-        self._view = gr.Radio([(text, name) for name, text in VIEWS.items()], value="kept", label="show")
-        with gr.Row():
-            self._sides = {place: self._lay_out_side(place) for place in PLACES}
-        self._overlaps = gr.HTML()
-        with gr.Row():
-            for text, write in (
-                ("Save a picture (PNG)", self._saved.picture),
-                ("Save a page (HTML)", self._saved.page),
-            ):
-                self._lay_out_save(text, write)
+            self._lay_out_save("Save a picture (PNG)", self._saved.picture)
+            self._lay_out_save("Save a page (HTML)", self._saved.page)
         with gr.Accordion("What the methods do", open=False):
             self._list = gr.HTML(page.methods_html(self._choices))
-        self._connect()
+        self._connect(blocks)
 
-    def _lay_out_sources(self) -> None:
-        names = [one.name for one in self._host.examples()]
-        self._example = gr.Dropdown(names, value=None, label="an example")
-        with gr.Tabs():
-            with gr.Tab("a file"):
-                kinds = "a picture or a clip" if self._host.takes_clips else "a picture"
-                self._file = uploads_only(gr.File(label=kinds, file_count="single", type="filepath", height=110))
-            with gr.Tab("the camera"):
-                self._camera = uploads_only(gr.Image(sources=["webcam"], type="pil", label="the camera"))
-        self._board = gr.Image(
-            show_label=False,
-            type="pil",
-            format="png",
-            interactive=False,
-            elem_classes=["vtp-picture", "vtp-board"],
-            buttons=[],
-        )
-        with gr.Row(equal_height=True):
-            self._to = gr.Radio(["in", "out"], value="in", label="after an answer, a click on a patch forces it")
-            self._free = gr.Button("let all go", size="sm", min_width=90)
-        self._frame = gr.Slider(0, 1, value=0, step=1, label="frame", visible=False)
-
-    def _lay_out_wish(self) -> None:
-        names = asking.served(self._choices)
-        self._question = gr.Textbox(label="question", lines=2, visible=self._host.takes_questions, max_length=4000)
-        with gr.Row():
-            self._first = gr.Dropdown(names, value=_among(names, _FIRST), label="method")
-            self._second = gr.Dropdown(names, value=_among(names, _SECOND), label="beside it")
-        self._keep = gr.Slider(0.01, 1.0, value=_KEEP, step=0.01, label="keep", info="share of the visual tokens")
-        self._count = gr.HTML(page.count_html(0, 0))
-        with gr.Row():
-            self._seed = gr.Number(0, label="seed of random", precision=0, minimum=0)
-            self._debias = gr.Checkbox(False, label="debias attention")
-        self._ask = gr.Button("Compare", variant="primary", elem_classes=["vtp-ask"])
-        self._unpruned = gr.HTML()
-
-    def _lay_out_side(self, place: str) -> Side:
-        with gr.Column(min_width=280, elem_classes=[f"vtp-{place}"]):
-            head = gr.HTML(page.head_html(None, place), elem_classes=["vtp-head"])
-            classes = ["vtp-picture"]
-            picture = gr.Image(
-                show_label=False,
-                type="pil",
-                format="png",
-                interactive=False,
-                elem_classes=classes,
-                buttons=["fullscreen"],
-            )
-            return Side(head=head, picture=picture, numbers=gr.HTML())
+    @property
+    def message(self) -> gr.HTML:
+        """Where it is told what went wrong."""
+        return self._at.message
 
     def _lay_out_save(self, text: str, write: Callable[[Outcome], Path]) -> None:
-        """A button that has a file written and then takes it, so that nothing is written that nobody wants."""
-        button = gr.Button(text)
-        file = gr.File(visible=False)
+        """A button that has a file written and then takes it: nothing is written that nobody wants."""
+        button, file = gr.Button(text), gr.File(visible=False)
+        button.click(functools.partial(self._save, write, file), [self._seat], [file, self.message])
+        file.change(None, [file], None, js=_TAKE)
 
-        @told
-        def save(visit: Visit) -> str:
-            if visit.outcome is None:
-                raise InvalidOption("there is nothing to save yet: compare first")
-            return str(write(visit.outcome))
-
-        button.click(save, [self._visit], [file]).success(None, [file], None, js=_TAKE)
-
-    def _connect(self) -> None:
-        """An answer begins when the turn changes. Whatever else is done to the visit ends one that is under way, which
-        would bring back the visit it began with."""
+    def _connect(self, blocks: gr.Blocks) -> None:
+        """A step changes the seat, and with it the turn; a new turn has the question answered."""
+        at, seat = self._at, self._seat
         quiet: dict[str, Any] = {"show_progress": "hidden"}
-        wish = [self._question, self._first, self._second, self._keep, self._seed, self._debias, self._view]
-        panes = self._of_panes()
-        answering = self._turn.change(
-            self._answer, [self._visit, *wish], [self._visit, self._count, *panes], trigger_mode="multiple"
-        )
-        looked = answering.then(
-            self._look,
-            [self._visit, self._view, self._frame, self._turn],
-            [self._board, self._overlaps, *panes],
-            **quiet,
-        )
-        ends: dict[str, Any] = {"cancels": [answering, looked]}
-        chosen = [self._first, self._second, self._keep]
-        shown = [
-            self._visit,
-            self._question,
-            self._board,
-            self._frame,
-            self._count,
-            self._first,
-            self._second,
-            self._list,
+        wish: list[Any] = [at.question, at.first, at.second, at.keep, at.seed, at.debias]
+        view = self._out.view
+        panes = [*self._out.components, at.answers]
+        begun = [
+            at.question,
+            at.board,
+            at.frame,
+            at.free,
+            at.count,
+            at.first,
+            at.second,
+            at.example,
+            at.file,
+            at.message,
         ]
-        shown += [*panes, self._overlaps]
-        self._example.input(self._take_example, [self._example, *chosen], shown, **ends)
-        self._file.upload(self._take, [self._file, self._question, *chosen], shown, **ends)
-        self._camera.change(self._take_shot, [self._camera, self._question, *chosen], shown, **ends)
-        for asked in (self._ask.click, self._question.submit):
-            asked(self._begin, [self._turn], [self._turn], **ends, **quiet)
-        marked = [self._visit, self._board, self._turn]
-        # Each click begins with what the one before left.
-        one_by_one: dict[str, Any] = {
-            "trigger_mode": "multiple",
-            "concurrency_limit": 1,
-            "concurrency_id": str(id(self)),
-        }
-        self._board.select(self._click, [self._visit, self._to, self._frame, self._turn], marked, **one_by_one, **ends)
-        self._free.click(self._let_go, [self._visit, self._frame, self._turn], marked, **one_by_one, **ends)
-        self._keep.change(self._recount, [self._visit, self._keep], [self._count], **quiet)
-        self._frame.change(self._leaf, [self._visit, self._frame], [self._board], **quiet)
-        self._view.change(self._show, [self._visit, self._view], panes, **quiet)
-
-    def _of_panes(self) -> list[Any]:
-        sides = [part for side in self._sides.values() for part in (side.head, side.picture, side.numbers)]
-        return [self._unpruned, *sides]
-
-    @told
-    def _take_example(self, name: str, first: str, second: str, keep: float) -> list[Any]:
-        visit, question = asking.example(self._host, name)
-        return self._beginning(visit, question, first, second, keep)
-
-    @told
-    def _take(self, source: Any, question: str, first: str, second: str, keep: float) -> list[Any]:
-        return self._beginning(asking.brought(self._host, source), question, first, second, keep)
+        begun += [view, self._list, *panes]
+        chosen = [seat, at.question, at.first, at.second, at.keep]
+        # What is read may be large: few at once.
+        reading: dict[str, Any] = {"concurrency_limit": 2, "concurrency_id": "reading"}
+        blocks.load(self._open, chosen, [*begun, self._turn], **quiet, **reading)
+        at.example.input(self._take_example, [at.example, *chosen], begun, **reading)
+        at.file.upload(self._take, [at.file, *chosen], begun, **reading)
+        at.camera.change(self._take_shot, [at.camera, *chosen], begun, **reading)
+        steps: dict[str, Any] = {"trigger_mode": "multiple", **quiet}
+        for asked in (at.ask.click, at.question.submit):
+            asked(self._begin, [seat, *wish], [self._turn, at.message], **steps)
+        marked = [at.board, at.free, self._turn, at.message]
+        at.board.select(self._click, [seat, at.to, at.frame], marked, **steps)
+        at.free.click(self._let_go, [seat, at.frame], marked, **steps)
+        answering = self._turn.change(
+            self._answer,
+            [seat, *wish, view],
+            [*panes, at.message],
+            trigger_mode="multiple",
+            show_progress_on=at.answers,
+        )
+        told = [at.board, at.count, at.message]
+        answering.then(self._look, [seat, view, at.frame, at.keep], [*told, *panes], **quiet)
+        at.slider.input(lambda share: share, [at.slider], [at.keep], **quiet)
+        at.keep.change(self._recount, [seat, at.keep], [at.count, at.message], **quiet)
+        for field in wish:
+            field.change(self._compare_wish, [seat, *wish], [self._out.asked, at.message], **quiet)
+        at.frame.change(self._leaf, [seat, at.frame], [at.board, at.message], **quiet)
+        view.change(self._show, [seat, view], [*panes, at.message], **quiet)
 
     @told
-    def _take_shot(self, shot: Any, *rest: Any) -> Any:
+    def _open(self, seat: Seat, question: str, first: str, second: str, keep: float) -> Shown:
+        """The first example; models that come with vtprune answer at once."""
+        name = self._host.examples()[0].name
+        shown = self._begun(seat, *asking.example(self._host, name), first, second, keep)
+        bundled = self._host.name.startswith("tiny:") and self._host.takes_questions
+        return {**shown, self._at.example: name, **({self._turn: seat.ask()} if bundled else {})}
+
+    @told
+    def _take_example(self, name: str, seat: Seat, question: str, *chosen: Any) -> Shown:
+        return self._begun(seat, *asking.example(self._host, name), *chosen)
+
+    @told
+    def _take(self, *given: Any) -> Shown:
+        return self._bring(*given)
+
+    def _bring(self, source: Any, seat: Seat, question: str, *chosen: Any) -> Shown:
+        """What the visitor brought; what was shown before still is where that is nothing."""
+        try:
+            visit = asking.brought(self._host, source)
+        except VtpruneError as error:
+            kept = "" if seat.visit.media is None else f" {seat.visit.media.name} is still shown."
+            return {self._at.file: None, self._at.message: page.message_html(f"{error}.{kept}")}
+        return {**self._begun(seat, visit, question, *chosen), self._at.example: None}
+
+    @told
+    def _take_shot(self, shot: Any, *rest: Any) -> Shown:
         """A picture of the camera; nothing where one was thrown away."""
-        return gr.skip() if shot is None else self._take(shot, *rest)
+        return {} if shot is None else self._bring(shot, *rest)
 
-    def _beginning(self, visit: Visit, question: str, first: str, second: str, keep: float) -> list[Any]:
+    def _begun(self, seat: Seat, visit: Visit, question: str, first: str, second: str, keep: float) -> Shown:
         """A new picture, and nothing known of it."""
-        media = visit.media
+        media, at = visit.media, self._at
         assert media is not None
         choices = self._host.methods(media.kind)
         names = asking.served(choices)
-        frame = gr.Slider(0, max(1, len(media.pictures) - 1), value=0, visible=len(media.pictures) > 1)
-        for gone in {first, second} - {*names}:
-            gr.Warning(escape(f"{gone} cannot be asked about this: {names[0]} takes its place"))
-        methods = [gr.Dropdown(names, value=_among(names, own)) for own in (first, second)]
-        begun = [visit, question, board(media), frame, _count_of(visit, keep), *methods, page.methods_html(choices)]
-        return [*begun, *self._drawn({}, "kept"), ""]
+        gone = sorted({first, second} - {*names})
+        told = [f"{own} cannot be asked about this: {names[0]} takes its place" for own in gone]
+        seat.show(visit)
+        several = len(media.pictures) > 1
+        methods = {
+            field: gr.Dropdown(page.labels(choices), value=_among(names, own))
+            for field, own in ((at.first, first), (at.second, second))
+        }
+        return {
+            **methods,
+            **self._out.shown({}, "kept", None),
+            at.question: question,
+            at.board: board(media),
+            at.free: gr.Button("let all go", interactive=False),
+            at.frame: gr.Slider(0, max(1, len(media.pictures) - 1), value=0, visible=several),
+            at.count: _count_of(visit, keep),
+            self._out.view: gr.Radio(page.views(media.kind), value="kept"),
+            at.answers: page.answers_html({}, media.name, seat.turn),
+            at.message: page.message_html(" ".join(told)),
+            self._list: page.methods_html(choices),
+        }
 
     @told
-    def _recount(self, visit: Visit, keep: float) -> Any:
-        return gr.skip() if visit.media is None else _count_of(visit, keep)
+    def _recount(self, seat: Seat, keep: float) -> Shown:
+        if seat.visit.media is None:
+            return {}
+        return {self._at.count: _count_of(seat.visit, keep)}
 
     @told
-    def _begin(self, turn: int) -> int:
-        return turn + 1
+    def _compare_wish(self, seat: Seat, *wish: Any) -> Shown:
+        """Whether what is shown is still what is asked for."""
+        return (
+            {} if seat.visit.outcome is None else {self._out.asked: page.asked_html(seat.visit.outcome, _wish(*wish))}
+        )
+
+    @told
+    def _begin(self, seat: Seat, *wish: Any) -> Shown:
+        if seat.visit.media is None:
+            raise InvalidOption("there is no picture: upload one, take one with the camera, or choose an example")
+        Wish.of(*wish)
+        return {self._turn: seat.ask(), self.message: ""}
 
     @told_on_the_way
-    def _answer(
-        self,
-        visit: Visit,
-        question: str,
-        first: str,
-        second: str,
-        keep: float,
-        seed: int | None,
-        debias: bool,
-        view: str,
-    ) -> Iterator[list[Any]]:
-        wish = Wish(question=question or "", first=first, second=second, keep=keep, seed=seed or 0, debias=debias)
-        for step in asking.answered(self._host, visit, wish):
-            panes = self._drawn(step.panes, view, others=gr.skip())
-            if step.visit is None:
-                yield [gr.skip(), gr.skip(), *panes]
-            else:
-                yield [step.visit, _count_of(step.visit, keep), *panes]
+    def _answer(self, seat: Seat, *given: Any) -> Iterator[Shown]:
+        *wish, view = given
+        for panes in asking.answered(self._host, seat, Wish.of(*wish)):
+            yield self._panes(seat, panes, view, None)
 
     @told
-    def _look(self, visit: Visit, view: str, frame: int, turn: int) -> list[Any]:
-        """All of an outcome at once: what was looked at may have changed while it came."""
-        if visit.outcome is None:
-            return [gr.skip()] * (2 + len(self._of_panes()))
-        panes = self._drawn(asking.panes_of(visit), view)
-        return [_board_of(visit, int(frame)), page.overlaps_html(visit.outcome, turn), *panes]
+    def _look(self, seat: Seat, view: str, frame: int, keep: float) -> Shown:
+        """All of an outcome at once: what is looked at may have changed while it came."""
+        outcome = seat.visit.outcome
+        if outcome is None or seat.waiting:
+            return {}
+        shown = self._panes(seat, asking.panes_of(seat.visit), view, outcome)
+        return {**shown, self._at.board: _board_of(seat.visit, int(frame)), self._at.count: _count_of(seat.visit, keep)}
 
     @told
-    def _show(self, visit: Visit, view: str) -> list[Any]:
-        if visit.outcome is None:
-            return [gr.skip()] * len(self._of_panes())
-        return self._drawn(asking.panes_of(visit), view)
+    def _show(self, seat: Seat, view: str) -> Shown:
+        outcome = seat.visit.outcome
+        if outcome is None or seat.waiting:
+            return {}
+        return self._panes(seat, asking.panes_of(seat.visit), view, outcome)
 
-    def _drawn(self, panes: dict[str, Pane], view: str, *, others: Any = None) -> list[Any]:
-        """What panes show; `others` instead of those that are not there, by default nothing."""
-        unpruned = panes.get("unpruned")
-        found = [others if unpruned is None and others is not None else page.unpruned_html(unpruned)]
-        for place in PLACES:
-            pane = panes.get(place)
-            if pane is None and others is not None:
-                found += [others] * 3
-                continue
-            picture = None if pane is None else pane.pictures.get(view)
-            found += [page.head_html(pane, place), picture, page.numbers_html(pane, view)]
-        return found
+    def _panes(self, seat: Seat, panes: dict[str, Pane], view: str, outcome: Outcome | None) -> Shown:
+        """What is there of an answer, the whole `outcome` at the end."""
+        media = seat.visit.media
+        name = "" if media is None else media.name
+        answers = page.answers_html(panes, name, seat.turn, seat.visit.right, whole=outcome)
+        return {**self._out.shown(panes, view, outcome, seat.turn), self._at.answers: answers}
 
     @told
-    def _click(self, visit: Visit, to: Any, frame: int, turn: int, where: gr.SelectData) -> list[Any]:
+    def _click(self, seat: Seat, to: Any, frame: int, where: gr.SelectData) -> Shown:
         x, y = where.index
-        clicked = visit.clicked(x + 0.5, y + 0.5, to=to, frame=int(frame))
-        return [clicked, _board_of(clicked, int(frame)), turn + 1]
+        turn = seat.ask(lambda visit: visit.clicked(x + 0.5, y + 0.5, to=to, frame=int(frame)))
+        return self._marked(seat, frame, turn)
 
     @told
-    def _let_go(self, visit: Visit, frame: int, turn: int) -> list[Any]:
-        freed = visit.freed()
-        again = turn if visit.outcome is None else turn + 1
-        return [freed, _board_of(freed, int(frame)), again]
+    def _let_go(self, seat: Seat, frame: int) -> Shown:
+        if not seat.visit.forced:
+            return {}
+        return self._marked(seat, frame, seat.ask(Visit.freed))
+
+    def _marked(self, seat: Seat, frame: int, turn: int) -> Shown:
+        count = seat.visit.forced
+        free = gr.Button(f"let all {count} go" if count else "let all go", interactive=count > 0)
+        return {
+            self._at.board: _board_of(seat.visit, int(frame)),
+            self._at.free: free,
+            self._turn: turn,
+            self.message: "",
+        }
 
     @told
-    def _leaf(self, visit: Visit, frame: int) -> Any:
-        return _board_of(visit, int(frame))
+    def _leaf(self, seat: Seat, frame: int) -> Shown:
+        return {self._at.board: _board_of(seat.visit, int(frame))}
+
+    @told
+    def _save(self, write: Callable[[Outcome], Path], file: Any, seat: Seat) -> Shown:
+        if seat.visit.outcome is None:
+            raise InvalidOption("there is nothing to save yet: compare first")
+        return {file: str(write(seat.visit.outcome))}
+
+
+def _wish(*given: Any) -> Wish | None:
+    """What stands in the fields, None where that is nothing to ask by."""
+    try:
+        return Wish.of(*given)
+    except VtpruneError:
+        return None
 
 
 def _among(names: list[str], wanted: str) -> str:
@@ -281,7 +271,7 @@ def _among(names: list[str], wanted: str) -> str:
 
 def _count_of(visit: Visit, keep: float) -> str:
     notes = () if visit.media is None else visit.media.notes
-    return page.count_html(*visit.tokens(float(keep)), about=visit.known is None, notes=notes)
+    return page.count_html(*visit.tokens(keep), about=visit.known is None, notes=notes)
 
 
 def _board_of(visit: Visit, frame: int) -> Any:

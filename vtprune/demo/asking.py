@@ -5,16 +5,19 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vtprune.demo.choices import Choice
-from vtprune.demo.hosting import Answering, OnPane
+from vtprune.demo.hosting import Answering, OnPane, Unwanted, Wanted
 from vtprune.demo.media import read_upload
 from vtprune.demo.panes import Pane
+from vtprune.demo.seat import Seat
 from vtprune.demo.visiting import Visit
 from vtprune.errors import InvalidOption
 
+_LOOK = 0.1
+"""Seconds after which it is looked whether anybody still waits."""
 PLACES = ("a", "b", "random")
 """Panes of methods, from left to right."""
 
@@ -26,17 +29,25 @@ class Wish:
     question: str
     first: str
     second: str
-    keep: float
+    keep: float | int
     seed: int = 0
     debias: bool = False
 
+    @classmethod
+    def of(cls, question: Any, first: Any, second: Any, keep: Any, seed: Any, debias: Any) -> Wish:
+        """What stands in the fields of the page: `keep` up to 1 is a share, above it a number of tokens.
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Step:
-    """What came of an answer since the step before: panes by place, or at the end the visit with its outcome."""
-
-    panes: dict[str, Pane]
-    visit: Visit | None = None
+        Raises:
+            InvalidOption: for a field without a number.
+        """
+        if keep is None or keep <= 0:
+            raise InvalidOption("keep: expected a share of the tokens, up to 1, or a number of tokens")
+        if seed is None:
+            raise InvalidOption("the seed is empty: expected a whole number, 0 or more")
+        budget = float(keep) if keep <= 1 else round(keep)
+        return cls(
+            question=question or "", first=first, second=second, keep=budget, seed=int(seed), debias=bool(debias)
+        )
 
 
 def brought(host: Answering, source: Any) -> Visit:
@@ -55,70 +66,80 @@ def example(host: Answering, name: str) -> tuple[Visit, str]:
     """A visit that begins with an example, and its question."""
     for one in host.examples():
         if one.name == name:
-            return brought(host, one.source), one.question
+            visit = brought(host, one.source)
+            media = None if visit.media is None else replace(visit.media, name=name)
+            expected = (one.question, one.answer) if one.answer else None
+            return replace(visit, media=media, expected=expected), one.question
     raise InvalidOption(f"no example {name!r}: choose one of {', '.join(one.name for one in host.examples())}")
 
 
-def answered(host: Answering, visit: Visit, wish: Wish) -> Iterator[Step]:
-    """The panes as they come, and the visit with all of them at last.
+def answered(host: Answering, seat: Seat, wish: Wish) -> Iterator[dict[str, Pane]]:
+    """The panes that are there so far, each time one more is; what came of it all is in the seat then.
+
+    Ends early, with nothing noted, where the visitor does something else meanwhile.
 
     Raises:
         VtpruneError: as `Visit.asked` does.
     """
+    turn, visit = seat.begin(), seat.visit
+    if turn is None:
+        return
+    gone = threading.Event()
+
+    def wanted() -> bool:
+        return not gone.is_set() and seat.wants(turn)
 
     def ask(note: OnPane) -> Visit:
         return visit.asked(
             host,
             wish.question,
             methods=(wish.first, wish.second),
-            keep=float(wish.keep),
-            seed=int(wish.seed),
+            keep=wish.keep,
+            seed=wish.seed,
             debias=wish.debias,
             on_pane=note,
+            wanted=wanted,
         )
 
-    for found in _as_they_come(ask):
-        if isinstance(found, Visit):
-            yield Step(panes={}, visit=found)
-        else:
-            place, pane = found
-            yield Step(panes={place: pane})
+    panes: dict[str, Pane] = {}
+    try:
+        for found in _as_they_come(ask, wanted):
+            if isinstance(found, Visit):
+                seat.end(turn, found)
+            else:
+                panes = {**panes, found[0]: found[1]}
+                yield panes
+    except Unwanted:
+        return
+    finally:
+        gone.set()
+        seat.end(turn)
 
 
-class _Gone(Exception):
-    """Nobody waits for the answer any more."""
-
-
-def _as_they_come(ask: Callable[[OnPane], Visit]) -> Iterator[tuple[str, Pane] | Visit]:
+def _as_they_come(ask: Callable[[OnPane], Visit], wanted: Wanted) -> Iterator[tuple[str, Pane] | Visit]:
     """What a call reports on its way, and what it returns, from a thread of its own; raises what it raises.
 
-    Where nobody waits any more the call ends with the pane that is under way.
+    Ends where nobody waits any more; the call then ends with the pane that is under way.
     """
     came: queue.SimpleQueue[tuple[str, Pane] | Visit | BaseException] = queue.SimpleQueue()
-    gone = threading.Event()
-
-    def note(place: str, pane: Pane) -> None:
-        if gone.is_set():
-            raise _Gone
-        came.put((place, pane))
 
     def work() -> None:
         try:
-            came.put(ask(note))
+            came.put(ask(lambda place, pane: came.put((place, pane))))
         except BaseException as error:  # raised where it is waited for
             came.put(error)
 
     threading.Thread(target=work, daemon=True, name="vtprune-demo").start()
-    try:
-        while True:
-            found = came.get()
-            if isinstance(found, BaseException):
-                raise found
-            yield found
-            if isinstance(found, Visit):
-                return
-    finally:
-        gone.set()
+    while wanted():
+        try:
+            found = came.get(timeout=_LOOK)
+        except queue.Empty:
+            continue
+        if isinstance(found, BaseException):
+            raise found
+        yield found
+        if isinstance(found, Visit):
+            return
 
 
 def panes_of(visit: Visit) -> dict[str, Pane]:

@@ -11,6 +11,17 @@ from vtprune.demo.panes import Ask, Outcome, Pane
 from vtprune.types import Modality
 
 OnPane = Callable[[str, Pane], None]
+Wanted = Callable[[], bool]
+
+
+class Unwanted(Exception):
+    """Nobody waits for the answer any more."""
+
+
+def check_wanted(wanted: Wanted | None) -> None:
+    """Raise `Unwanted` where nobody waits any more."""
+    if wanted is not None and not wanted():
+        raise Unwanted
 
 
 class Answering(Protocol):
@@ -25,4 +36,4 @@ class Answering(Protocol):
     def examples(self) -> tuple[Example, ...]: ...
     def methods(self, kind: Modality = "image") -> tuple[Choice, ...]: ...
     def count(self, media: Media) -> int: ...
-    def answer(self, ask: Ask, on_pane: OnPane | None = None) -> Outcome: ...
+    def answer(self, ask: Ask, on_pane: OnPane | None = None, wanted: Wanted | None = None) -> Outcome: ...

@@ -2,35 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
+from vtprune.catalog import describe
+from vtprune.demo.asking import Wish
 from vtprune.demo.choices import Choice
 from vtprune.demo.export import keys_html, overlaps_of, rows_of, table_html
-from vtprune.demo.panes import Outcome, Pane
+from vtprune.demo.panes import TIMES, VIEWS, Outcome, Pane
+from vtprune.types import Modality
 
 STYLE = """
-.vtp { font-size: 15px; line-height: 1.45 }
+.vtp { font-size: 15px; line-height: 1.45; --good: #0a7d33; --bad: #b3261e }
+.dark .vtp { --good: #4ade80; --bad: #f87171 }
 .vtp h3 { margin: 0; font-size: 1.1em } .vtp p { margin: .25em 0 }
-.vtp .faint { opacity: .66; font-size: .9em }
-.vtp-head { min-height: 12.5em }
-.vtp .answer { font-size: 1.35em; font-weight: 600; overflow-wrap: anywhere; min-height: 1.5em }
-.vtp .same { color: #0a7d33 } .vtp .other { color: #b3261e } .vtp .error { color: #b3261e }
+.vtp .faint { color: color-mix(in srgb, currentColor 70%, transparent); font-size: .9em }
+.vtp .same { color: var(--good) } .vtp .other, .vtp .error { color: var(--bad) }
+.vtp .answer { font-size: 1.25em; font-weight: 600; overflow-wrap: anywhere; min-height: 1.5em }
+.vtp-answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(128px, 1fr)); gap: .5em }
+.vtp-answers > div { border: 1px solid #8885; border-radius: 8px; padding: .4em .6em }
+.vtp-told { border-left: 4px solid #d97706; background: #d9770618; padding: .4em .8em; border-radius: 4px }
+.vtp-told.trouble { border-color: var(--bad); background: #b3261e18 }
+.vtp-scroll { overflow-x: auto } .vtp-head { min-height: 4.6em }
 .vtp table { width: 100%; border-collapse: collapse; font-size: .92em }
-.vtp table, .vtp tr, .vtp td { border: 0 !important } .vtp td { padding: 1px 4px !important }
-.vtp td + td { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
+.vtp table, .vtp tr, .vtp td, .vtp th { border: 0 !important } .vtp td, .vtp th { padding: 2px 6px !important }
+.vtp .numbers tr + tr { border-top: 1px solid #8883 !important }
+.vtp .numbers td + td, .vtp th + th { text-align: right; font-variant-numeric: tabular-nums }
 .vtp .key { display: inline-block; width: .9em; height: .9em; margin: 0 .3em 0 .7em; border: 1px solid #8888 }
-.vtp .cannot td { opacity: .45 } .vtp .methods td + td { text-align: left; white-space: normal }
+.vtp .cannot td { color: #8889 } .vtp .methods td + td { text-align: left; white-space: normal }
 .vtp .count { font-size: 1.15em; font-weight: 600; font-variant-numeric: tabular-nums }
-.vtp-picture img { image-rendering: pixelated }
+.vtp-board img { image-rendering: pixelated; max-height: 380px; width: auto !important; margin: 0 auto }
+.vtp-board img { cursor: crosshair }
+.vtp-keep input[type=number] { display: none }
 footer { display: none !important }
 """
 _BAR = '<div style="background:#ff8c00;height:6px;border-radius:3px;width:{share:.1f}%"></div>'
+_TOY = (
+    "a small model trained on drawn scenes of coloured shapes, digits and textures: of anything else its answers mean "
+    "nothing. Name a model of your own with <code>vtprune demo --model</code>, or look at photographs in the other tab."
+)
 
 
 def wrapped(inner: str) -> str:
     """A piece under the style of the page."""
     return f'<div class="vtp">{inner}</div>'
+
+
+def model_html(name: str, *, asks: bool) -> str:
+    """Which model the tab is about."""
+    about = _TOY if asks and name.startswith("tiny:") else ""
+    return wrapped(f"<p><b>{escape(name)}</b>{', ' if about else ''}{about}</p>")
+
+
+def cannot_html(why: str) -> str:
+    """A tab that cannot be shown, and what to do about it."""
+    told = (
+        "What is installed is seen when the demo is started again. Without any more, patches of pictures are shown by "
+        "<code>vtprune demo --tower tiny:llava</code>."
+    )
+    return wrapped(f'<h3>This cannot be shown here.</h3><p class="vtp-told">{escape(why)}</p><p>{told}</p>')
+
+
+def message_html(text: str) -> str:
+    """What went wrong; nothing without a text."""
+    return wrapped(f'<p class="vtp-told trouble" role="alert">{escape(text)}</p>') if text else ""
 
 
 def count_html(kept: int, tokens: int, *, about: bool = False, notes: Sequence[str] = ()) -> str:
@@ -42,54 +77,106 @@ def count_html(kept: int, tokens: int, *, about: bool = False, notes: Sequence[s
     return wrapped(f'<p class="count">{"about " if about else ""}{kept} of {tokens} visual tokens</p>{bar}{told}')
 
 
-def unpruned_html(pane: Pane | None) -> str:
-    """The answer from all tokens."""
-    if pane is None:
-        return ""
+def answers_html(
+    panes: Mapping[str, Pane], media: str, turn: int, right: str | None = None, *, whole: Outcome | None = None
+) -> str:
+    """The answers beside each other, as far as there are any; scripts may read what they are about."""
+    asks = "unpruned" in panes
+    cells = "".join(_answer(place, pane, right) for place, pane in panes.items()) if asks else ""
+    told = ""
+    if asks and right is not None:
+        told += f'<p class="faint">the right answer: <b>{escape(right)}</b></p>'
+    if whole is not None and (notes := [note for note in whole.notes if note not in whole.ask.media.notes]):
+        told += f'<p class="vtp-told">{"<br>".join(map(escape, notes))}</p>'
+    about = f'class="vtp-shown" data-media="{escape(media)}" data-turn="{turn}"'
+    return wrapped(f'<div {about}>{told}<div class="vtp-answers">{cells}</div></div>')
+
+
+def _answer(place: str, pane: Pane, right: str | None) -> str:
+    title = f'<p class="faint">{escape(pane.title)}</p>'
     if pane.error:
-        return wrapped(f'<p class="faint">without pruning</p><p class="error">{escape(pane.error)}</p>')
-    cells = table_html(rows_of(pane))
+        return f'<div>{title}<p class="error">{escape(pane.error)}</p></div>'
+    tone, told = {True: ("same", "as unpruned"), False: ("other", "not as unpruned"), None: ("", "")}[pane.same]
+    if right is not None:
+        told = f"{'right' if pane.answer == right else 'wrong'}{', ' if told else ''}{told}"
+    id = place if place == "unpruned" else f"answer-{place}"
     answer = escape(pane.answer or "") or "(no words)"
-    return wrapped(f'<p class="faint">without pruning</p><p class="answer" id="unpruned">{answer}</p>{cells}')
+    return f'<div>{title}<p class="answer {tone}" id="{id}">{answer}</p><p class="faint">{told}</p></div>'
+
+
+def asked_html(outcome: Outcome, wish: Wish | None) -> str:
+    """What the panes are the answers to, and whether the fields now say something else."""
+    ask = outcome.ask
+    words = [f"“{ask.question}”"] if ask.question else []
+    words += [f"keep {ask.keep:g}", f"seed {ask.seed}", *(["debiased"] if ask.debias else [])]
+    for tokens, way in ((ask.forced_in, "in"), (ask.forced_out, "out")):
+        words += [f"{len(tokens)} forced {way} by hand"] if tokens else []
+    now = None if wish is None else (wish.question.strip(), wish.first, wish.second, wish.keep, wish.seed, wish.debias)
+    changed = now not in (None, (ask.question, *ask.methods, ask.keep, ask.seed, ask.debias))
+    told = '<p class="vtp-told">what is asked was changed: press Compare</p>' if changed else ""
+    return wrapped(f'<p class="faint">shown below: {escape(", ".join(words))}</p>{told}')
 
 
 def head_html(pane: Pane | None, place: str) -> str:
-    """What a pane is, and its answer."""
+    """What a pane is."""
     if pane is None:
-        return wrapped(f'<h3>{escape(place)}</h3><p class="answer">&nbsp;</p>')
-    lines = [f"<h3>{escape(pane.method)}</h3>", f'<p class="faint">{escape(pane.line)}<br>{escape(pane.paper)}</p>']
-    if pane.error:
-        lines.append(f'<p class="error">{escape(pane.error)}</p>')
-    elif pane.answer is not None:
-        tones = {True: ("same", "as unpruned"), False: ("other", "not as unpruned"), None: ("", "")}
-        tone, told = tones[pane.same]
-        answer = escape(pane.answer) or "(no words)"
-        lines.append(f'<p class="answer {tone}" id="answer-{place}">{answer}</p><p class="faint {tone}">{told}</p>')
-    return wrapped("".join(lines))
+        return wrapped("<h3>&nbsp;</h3>")
+    numbers = pane.numbers
+    kept = "" if numbers is None else f"<p>{numbers.kept} of {numbers.tokens} tokens</p>"
+    about = f'<p class="faint" title="{escape(pane.paper)}">{escape(pane.line)}</p>'
+    error = f'<p class="error">{escape(pane.error)}</p>' if pane.error else ""
+    return wrapped(f"<h3>{escape(pane.title)}</h3>{kept}{about}{error}")
 
 
-def numbers_html(pane: Pane | None, view: str) -> str:
-    """The numbers of a pane, what its colours mean, and why the picture asked for is not there."""
+def legend_html(pane: Pane | None, view: str) -> str:
+    """What the colours mean, why the picture asked for is not there, and what else is to be known."""
     if pane is None or pane.error:
         return ""
-    lines = []
-    if view == "stages" and pane.colours:
-        lines.append(f"<p>{keys_html(pane)}</p>")
-    if view not in pane.pictures and view in pane.missing:
-        lines.append(f'<p class="faint">{escape(pane.missing[view])}</p>')
-    lines.append(table_html(rows_of(pane)))
-    lines += [f'<p class="faint">{escape(note)}</p>' for note in pane.notes]
-    return wrapped("".join(lines))
+    lines = [f"<p>{keys_html(pane)}</p>"] if view == "stages" and pane.colours else []
+    lines += [f'<p class="vtp-told">{escape(pane.missing[view])}</p>'] if view in pane.missing else []
+    return wrapped("".join(lines + [f'<p class="faint">{escape(note)}</p>' for note in pane.notes]))
 
 
-def overlaps_html(outcome: Outcome, turn: int = 0) -> str:
-    """How much the choices overlap, and what is to be known of the outcome; scripts may read which answer it is of."""
-    shares = [(names, f"{100 * share:.0f} %") for names, share in overlaps_of(outcome)]
-    notes = "".join(f'<p class="faint">{escape(note)}</p>' for note in outcome.notes)
+def numbers_html(panes: Mapping[str, Pane], outcome: Outcome | None, turn: int) -> str:
+    """The numbers of all panes, a row each, and how much their choices overlap once all are there."""
+    if not panes:
+        return ""
+    columns = [(pane.title, dict(rows_of(pane))) for pane in panes.values()]
+    names = dict.fromkeys(name for _, rows in sorted(columns, key=lambda column: -len(column[1])) for name in rows)
+    head = "".join(f"<th>{escape(title)}</th>" for title, _ in columns)
+    body = "".join(_row(name, [rows.get(name, "") for _, rows in columns]) for name in names)
+    table = f'<div class="vtp-scroll"><table class="numbers"><tr><th></th>{head}</tr>{body}</table></div>'
+    if outcome is None:
+        return wrapped(table)
     told = "overlap of the choices: patches that both keep, of those that either keeps (IoU)"
-    return wrapped(
-        f'{notes}<p class="faint">{told}</p><div id="overlaps" data-turn="{turn}">{table_html(shares)}</div>'
-    )
+    shares = table_html([(names, f"{100 * share:.0f} %") for names, share in overlaps_of(outcome)])
+    overlaps = f'<p class="faint">{told}</p><div id="overlaps" data-turn="{turn}">{shares}</div>'
+    return wrapped(f'{table}<p class="faint">{TIMES[outcome.unpruned is not None]}</p>{overlaps}')
+
+
+def _row(name: str, values: Sequence[str]) -> str:
+    return f"<tr><td>{escape(name)}</td>{''.join(f'<td>{escape(value)}</td>' for value in values)}</tr>"
+
+
+def views(kind: Modality) -> list[tuple[str, str]]:
+    """What can be shown of a picture or clip, with the names of the views."""
+    return [(text, name) for name, text in VIEWS.items() if kind == "video" or name != "strip"]
+
+
+def labels(choices: Sequence[Choice]) -> list[tuple[str, str]]:
+    """The methods that can be asked, with where they cut, and their names."""
+    return [(f"{one.name} ({_where(one.name)})", one.name) for one in choices if not one.reason]
+
+
+def _where(name: str) -> str:
+    card = describe(name)
+    places = {
+        "inside the encoder": card.in_encoder,
+        "between layers": card.in_layers,
+        "in the cache": card.in_cache,
+        "attention": card.in_attention,
+    }
+    return next((place for place, there in places.items() if there), "before the language model")
 
 
 def methods_html(choices: Sequence[Choice]) -> str:

@@ -12,7 +12,7 @@ from vtprune.catalog import build, describe
 from vtprune.demo import focus
 from vtprune.demo.choices import Choice, paper_of
 from vtprune.demo.drawing import views_of
-from vtprune.demo.hosting import OnPane
+from vtprune.demo.hosting import OnPane, Wanted, check_wanted
 from vtprune.demo.media import Example, Media
 from vtprune.demo.panes import RANDOM, Ask, Outcome, Pane, numbers_of
 from vtprune.demo.photo import choose, methods, photograph, photographs
@@ -74,12 +74,13 @@ class PhotoHost:
         rows, columns = self.tower.grid
         return rows * columns
 
-    def answer(self, ask: Ask, on_pane: OnPane | None = None) -> Outcome:
+    def answer(self, ask: Ask, on_pane: OnPane | None = None, wanted: Wanted | None = None) -> Outcome:
         """What both methods and `random` keep; see `Host.answer`. The tower looks once, for all of them."""
         seen = self.tower.look(ask.media.pictures[0])
         panes: list[Pane] = []
         framing = seen.box.corners
         for place, method in zip(("a", "b", "random"), (*ask.methods, RANDOM), strict=True):
+            check_wanted(wanted)
             panes.append(_pane(_forced(seen, ask), ask, method, framing))
             if on_pane is not None:
                 on_pane(place, panes[-1])

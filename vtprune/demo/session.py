@@ -14,7 +14,7 @@ from vtprune._prompts import prompt_text
 from vtprune.adapters.base import placeholder_id
 from vtprune.demo.choices import Choice, choices_of
 from vtprune.demo.drawing import framing_for, views_of
-from vtprune.demo.hosting import OnPane
+from vtprune.demo.hosting import OnPane, Wanted, check_wanted
 from vtprune.demo.media import A_CLIP, Example, Media, check_question, examples
 from vtprune.demo.panes import RANDOM, UNPRUNED, Ask, Outcome, Pane, agreement
 from vtprune.demo.running import Relevance, Run, run
@@ -98,13 +98,14 @@ class Host:
         places = [placeholder_id(find_base(self.model).config, kind) for kind in kinds]
         return sum(int((ids == place).sum()) for place in set(places) if place is not None)
 
-    def answer(self, ask: Ask, on_pane: OnPane | None = None) -> Outcome:
+    def answer(self, ask: Ask, on_pane: OnPane | None = None, wanted: Wanted | None = None) -> Outcome:
         """Answer without pruning, by both methods and by `random`; a pane that fails does not take others with it.
 
         Every pane encodes by itself, so that its seconds are its own. `on_pane` is called with "unpruned", "a", "b" and
-        "random" and the pane as each is done, while others may use the model.
+        "random" and the pane as each is done, while others may use the model; `wanted` is asked before each.
 
         Raises:
+            Unwanted: where nobody waits any more.
             InvalidOption: for an empty question, or one that holds words which stand for pictures.
             UnsupportedCall: where the processor does not take the picture or clip.
         """
@@ -122,7 +123,7 @@ class Host:
         framing: Box | None = None
         sizes: tuple[int, ...] = ()
         for place, method in arms.items():
-            ran = self._run(ask, inputs, method, sizes)
+            ran = self._run(ask, inputs, method, sizes, wanted)
             if isinstance(ran, Run) and ran.report.segments and not sizes:
                 sizes = tuple(segment.n for segment in ran.report.segments)
                 framing, trouble = framing_for(self.processor, ask.media, ran.report.segments[0])
@@ -155,10 +156,13 @@ class Host:
             raise UnsupportedCall(f"the processor does not take this picture and question: {error}") from error
         return moved(made, self.model)
 
-    def _run(self, ask: Ask, inputs: dict[str, Any], method: str, sizes: Sequence[int]) -> Run | str:
+    def _run(
+        self, ask: Ask, inputs: dict[str, Any], method: str, sizes: Sequence[int], wanted: Wanted | None
+    ) -> Run | str:
         """What a method does, or why it fails, in a sentence."""
-        try:
-            with self._lock:
+        with self._lock:
+            check_wanted(wanted)
+            try:
                 if not self._warm.is_set():
                     self.model.generate(**inputs, max_new_tokens=1, do_sample=False)
                     self._warm.set()
@@ -172,8 +176,8 @@ class Host:
                     relevance=self.relevance,
                     sizes=sizes,
                 )
-        except Exception as error:  # whatever it was, it costs this pane and not the others
-            return failed(error)
+            except Exception as error:  # whatever it was, it costs this pane and not the others
+                return failed(error)
 
 
 def _pane(ran: Run | str, method: str, media: Media, framing: Any, unpruned: Pane | None) -> Pane:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from vtprune.demo.drawing import board_scale, token_under
-from vtprune.demo.hosting import Answering, OnPane
+from vtprune.demo.hosting import Answering, OnPane, Wanted
 from vtprune.demo.media import Media
 from vtprune.demo.panes import Ask, Outcome
 from vtprune.errors import InvalidOption
@@ -18,7 +18,8 @@ class Visit:
     """What one user has done so far, as a value: every step gives a new one, so that no two users share any of it.
 
     `known` is the last outcome that tells of patches, mostly `outcome`. `forced_in` and `forced_out` are tokens that
-    were clicked on, counted through all pictures of the prompt. `count` is `Host.count` of what is shown.
+    were clicked on, counted through all pictures of the prompt. `count` is `Host.count` of what is shown;
+    `expected` a question with the right answer to it, where these are known.
     """
 
     media: Media | None = None
@@ -27,6 +28,7 @@ class Visit:
     forced_in: frozenset[int] = frozenset()
     forced_out: frozenset[int] = frozenset()
     count: int = 0
+    expected: tuple[str, str] | None = None
 
     def showing(self, media: Media, host: Answering) -> Visit:
         """Another picture or clip: what came of the one before goes, and what was forced."""
@@ -56,6 +58,7 @@ class Visit:
         debiaser: str = "recency",
         max_new_tokens: int | None = None,
         on_pane: OnPane | None = None,
+        wanted: Wanted | None = None,
     ) -> Visit:
         """With the outcome of a question, forced tokens heeded. Arguments are those of `Ask`, errors of `answer`."""
         if self.media is None:
@@ -72,7 +75,7 @@ class Visit:
             forced_out=tuple(sorted(self.forced_out)),
             max_new_tokens=max_new_tokens,
         )
-        outcome = host.answer(ask, on_pane)
+        outcome = host.answer(ask, on_pane, wanted)
         return replace(self, outcome=outcome, known=outcome if outcome.segments else self.known)
 
     def clicked(self, x: float, y: float, *, to: Literal["in", "out"], frame: int = 0) -> Visit:
@@ -93,6 +96,18 @@ class Visit:
         if to == "out" and token not in self.forced_out:
             out_of |= {token}
         return replace(self, forced_in=into, forced_out=out_of)
+
+    @property
+    def forced(self) -> int:
+        """How many tokens are forced."""
+        return len(self.forced_in) + len(self.forced_out)
+
+    @property
+    def right(self) -> str | None:
+        """The right answer to what was asked, where it is known."""
+        if self.expected is None or self.outcome is None or self.outcome.ask.question != self.expected[0]:
+            return None
+        return self.expected[1]
 
     def freed(self) -> Visit:
         """With no token forced."""
