@@ -233,7 +233,7 @@ def test_shots_of_the_camera() -> None:
 
     tab, seat = Tab(Host.load("tiny:llava", "cpu")), Seat()
     with gr.Blocks() as blocks:
-        tab.lay_out(blocks)
+        tab.lay_out(blocks.load)
     chosen = (seat, "what color is the cross ?", "vtprune", "divprune", 0.25)
     assert tab._take_shot(None, *chosen) == gr.skip() and seat.turn == 0
     begun = tab._take_shot(Image.new("RGB", (64, 48), "red"), *chosen)

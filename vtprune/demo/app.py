@@ -52,12 +52,13 @@ def build(hosts: Sequence[tuple[str, Answering]]) -> gr.Blocks:
     with gr.Blocks(title="vtprune: which patches are kept", analytics_enabled=False, delete_cache=stale) as blocks:
         gr.Markdown("# Which patches are kept, and does the answer change?")
         with gr.Tabs():
-            for title, host in hosts:
-                with gr.Tab(title):
+            for number, (title, host) in enumerate(hosts):
+                with gr.Tab(title) as part:
                     try:
                         tab = Tab(host)
                     except Exception as error:  # a tower may hold anything; the other tabs go on
                         gr.HTML(page.cannot_html(sentence_of(error)))
                     else:
-                        tab.lay_out(blocks)
+                        # What is sent to a tab before it was looked at is lost in part.
+                        tab.lay_out(part.select if number else blocks.load)
     return blocks

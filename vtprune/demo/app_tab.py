@@ -43,8 +43,8 @@ class Tab:
         kind: Modality = "video" if host.takes_clips else "image"
         self._choices = host.methods(kind)
 
-    def lay_out(self, blocks: gr.Blocks) -> None:
-        """Make the components, and say what follows from what."""
+    def lay_out(self, on_open: Callable[..., Any]) -> None:
+        """Make the components, and say what follows from what; `on_open` is the event of the tab being looked at."""
         self._seat = gr.State(Seat(), time_to_live=_STALE)
         self._turn = gr.State(0)
         gr.HTML(page.model_html(self._host.name, asks=self._host.takes_questions))
@@ -55,7 +55,7 @@ class Tab:
             self._lay_out_save("Save a page (HTML)", self._saved.page)
         with gr.Accordion("What the methods do", open=False):
             self._list = gr.HTML(page.methods_html(self._choices))
-        self._connect(blocks)
+        self._connect(on_open)
 
     @property
     def message(self) -> gr.HTML:
@@ -68,7 +68,7 @@ class Tab:
         button.click(functools.partial(self._save, write, file), [self._seat], [file, self.message])
         file.change(None, [file], None, js=_TAKE)
 
-    def _connect(self, blocks: gr.Blocks) -> None:
+    def _connect(self, on_open: Callable[..., Any]) -> None:
         """A step changes the seat, and with it the turn; a new turn has the question answered."""
         at, seat = self._at, self._seat
         quiet: dict[str, Any] = {"show_progress": "hidden"}
@@ -91,7 +91,7 @@ class Tab:
         chosen = [seat, at.question, at.first, at.second, at.keep]
         # What is read may be large: few at once.
         reading: dict[str, Any] = {"concurrency_limit": 2, "concurrency_id": "reading"}
-        blocks.load(self._open, chosen, [*begun, self._turn], **quiet, **reading)
+        on_open(self._open, chosen, [*begun, self._turn], **quiet, **reading)
         at.example.input(self._take_example, [at.example, *chosen], begun, **reading)
         at.file.upload(self._take, [at.file, *chosen], begun, **reading)
         at.camera.change(self._take_shot, [at.camera, *chosen], begun, **reading)
@@ -119,7 +119,9 @@ class Tab:
 
     @told
     def _open(self, seat: Seat, question: str, first: str, second: str, keep: float) -> Shown:
-        """The first example; models that come with vtprune answer at once."""
+        """The first example, unless something is shown already; models that come with vtprune answer at once."""
+        if seat.visit.media is not None:
+            return {}
         name = self._host.examples()[0].name
         shown = self._begun(seat, *asking.example(self._host, name), first, second, keep)
         bundled = self._host.name.startswith("tiny:") and self._host.takes_questions
