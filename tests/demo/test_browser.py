@@ -7,8 +7,9 @@ import io
 import json
 import re
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def saved(page: Any, button: str, folder: Path) -> Path:
     return path
 
 
-def set_keep(page: Any, share: float) -> None:
+def set_keep(page: Any, share: float | int) -> None:
     number = page.get_by_label("a share, or a number of tokens").locator("visible=true")
     number.fill(str(share))
     number.press("Tab")
@@ -150,16 +151,45 @@ def test_methods_that_cannot_serve_are_grey_with_the_reason(page: Any) -> None:
     assert "divprune (before the language model)" in offered and "quota" not in offered
 
 
+class Gate:
+    """Holds panes of some methods until it is opened, so that something is certainly done meanwhile."""
+
+    def __init__(self) -> None:
+        self.ran: list[str] = []
+        self._held: tuple[str, ...] = ()
+        self._open = threading.Event()
+        self._run = session.run
+
+    def hold(self, *methods: str) -> None:
+        self._held = methods
+        self._open.clear()
+
+    def open(self) -> None:
+        self._open.set()
+
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        self.ran.append(given[4])
+        if given[4] in self._held:
+            assert self._open.wait(60)
+        return self._run(*given, **named)
+
+
 @pytest.fixture
-def slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Panes take their time, so that something can be done meanwhile."""
-    run = session.run
+def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
+    gate = Gate()
+    monkeypatch.setattr(session, "run", gate)
+    return gate
 
-    def later(*given: Any, **named: Any) -> Any:
-        time.sleep(0.7)
-        return run(*given, **named)
 
-    monkeypatch.setattr(session, "run", later)
+def until(page: Any, condition: Callable[[], object], seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        page.wait_for_timeout(50)
+
+
+def answering() -> bool:
+    return any(thread.name == "vtprune-demo" for thread in threading.enumerate())
 
 
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
@@ -175,16 +205,18 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return seen
 
 
-@pytest.mark.usefixtures("slow")
 def test_a_new_picture_ends_the_answer_about_the_old_one(
-    browsing: Any, page: Any, monkeypatch: pytest.MonkeyPatch
+    browsing: Any, page: Any, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = asked(monkeypatch)
-    browsing.take_example(page, "a picture")
+    gate.hold("vtprune")
     page.locator(".vtp-ask:visible").click()
-    page.locator("#unpruned").wait_for()
+    until(page, lambda: "vtprune" in gate.ran)
     browsing.take_example(page, "scene 1")
-    page.wait_for_timeout(3500)
+    gate.open()
+    until(page, lambda: not answering())
+    page.wait_for_timeout(500)
+    assert gate.ran == ["identity", "vtprune"], "the pane that was under way is the last of it"
     assert page.locator("#unpruned").count() == 0 and page.locator("#answer-random").count() == 0
     browsing.compare(page)
     own = next(one for one in examples() if one.name == "scene 1")
@@ -193,36 +225,70 @@ def test_a_new_picture_ends_the_answer_about_the_old_one(
     assert np.array_equal(np.asarray(seen[-1].media.pictures[0]), np.asarray(own.source))
 
 
-@pytest.mark.usefixtures("slow")
 def test_clicks_while_an_answer_is_under_way_are_not_lost(
-    browsing: Any, page: Any, monkeypatch: pytest.MonkeyPatch
+    browsing: Any, page: Any, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = asked(monkeypatch)
-    browsing.take_example(page, "a picture")
-    browsing.compare(page)
     board = page.locator(".vtp-board img:visible")
     box = board.bounding_box()
     before = browsing.turn_of(page)
-    for cell in (1, 3, 5):
+    gate.hold("identity", "vtprune", "divprune", "random")
+    cells = range(1, 14, 2)
+    for cell in cells:
         board.click(position={"x": box["width"] * (cell + 0.5) / 16, "y": box["height"] * (cell + 0.5) / 16})
-        page.wait_for_timeout(900)
-    browsing.wait_for_turn(page, before + 3)
-    assert seen[-1].forced_in == (17, 51, 85)
+        page.wait_for_timeout(100)
+    page.get_by_role("button", name=f"let all {len(cells)} go").wait_for()
+    gate.open()
+    browsing.wait_for_turn(page, before + len(cells))
+    assert seen[-1].forced_in == tuple(17 * cell for cell in cells)
+    until(page, lambda: not answering())
+    assert len(gate.ran) <= len(cells) + 4, "answers that nobody waits for end with their pane"
     page.locator(".vtp-random:has-text('64 of 256')").wait_for()
 
 
-@pytest.mark.usefixtures("slow")
-def test_what_is_looked_at_may_change_while_an_answer_comes(browsing: Any, page: Any) -> None:
-    browsing.take_example(page, "a picture")
-    browsing.compare(page)
+def test_what_cannot_be_done_ends_no_answer(browsing: Any, page: Any, gate: Gate, tmp_path: Path) -> None:
+    (tmp_path / "notes.png").write_text("not a picture")
+    browsing.take_example(page, "scene 1")
+    before = browsing.turn_of(page)
+    gate.hold("vtprune")
+    page.locator(".vtp-ask:visible").click()
+    until(page, lambda: "vtprune" in gate.ran)
+    page.locator(".vtp-board img:visible").click()
+    page.get_by_text("ask a question first").wait_for()
+    browsing.upload(page, str(tmp_path / "notes.png"))
+    page.get_by_text("notes.png is no picture").wait_for()
+    gate.open()
+    browsing.wait_for_turn(page, before + 1)
+    own = next(one for one in examples() if one.name == "scene 1")
+    assert page.locator("#answer-random").count() == 1 and page.locator("#unpruned").inner_text() == own.answer
+
+
+def test_what_is_looked_at_may_change_while_an_answer_comes(browsing: Any, page: Any, gate: Gate) -> None:
     set_keep(page, 0.5)
     before = browsing.turn_of(page)
+    gate.hold("divprune")
     page.locator(".vtp-ask:visible").click()
     page.locator(f".vtp-a:has-text('128 of {TOKENS}')").wait_for()
     page.get_by_label("by the stage that took them").check()
+    set_keep(page, 0.25)
+    gate.open()
     browsing.wait_for_turn(page, before + 1)
     assert all(f"128 of {TOKENS}" in text_of(page, place) for place in ("a", "b", "random"))
     page.locator(".vtp-b:has-text('k-center')").wait_for()
+    assert "64 of 256" in page.locator(".vtp .count:visible").inner_text(), "the slider says what is asked for next"
+
+
+def test_what_was_changed_since_the_answer_is_told(browsing: Any, page: Any) -> None:
+    told = page.get_by_text("what is asked was changed")
+    assert told.count() == 0
+    set_keep(page, 0.5)
+    told.wait_for()
+    browsing.compare(page)
+    assert told.count() == 0
+    set_keep(page, 40)
+    page.locator(".vtp .count:visible:has-text('40 of 256')").wait_for()
+    browsing.compare(page)
+    assert f"40 of {TOKENS}" in text_of(page, "a")
 
 
 def test_shots_of_the_camera() -> None:

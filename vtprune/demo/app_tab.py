@@ -271,9 +271,9 @@ def _among(names: list[str], wanted: str) -> str:
     return wanted if wanted in names else names[0]
 
 
-def _count_of(visit: Visit, keep: float) -> str:
+def _count_of(visit: Visit, keep: float | None) -> str:
     notes = () if visit.media is None else visit.media.notes
-    return page.count_html(*visit.tokens(keep), about=visit.known is None, notes=notes)
+    return page.count_html(*visit.tokens(asking.budget_of(keep)), about=visit.known is None, notes=notes)
 
 
 def _board_of(visit: Visit, frame: int) -> Any:

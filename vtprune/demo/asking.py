@@ -35,19 +35,24 @@ class Wish:
 
     @classmethod
     def of(cls, question: Any, first: Any, second: Any, keep: Any, seed: Any, debias: Any) -> Wish:
-        """What stands in the fields of the page: `keep` up to 1 is a share, above it a number of tokens.
-
-        Raises:
-            InvalidOption: for a field without a number.
-        """
-        if keep is None or keep <= 0:
-            raise InvalidOption("keep: expected a share of the tokens, up to 1, or a number of tokens")
+        """What stands in the fields of the page; raises `InvalidOption` for one without a number."""
+        budget = budget_of(keep)
         if seed is None:
             raise InvalidOption("the seed is empty: expected a whole number, 0 or more")
-        budget = float(keep) if keep <= 1 else round(keep)
         return cls(
             question=question or "", first=first, second=second, keep=budget, seed=int(seed), debias=bool(debias)
         )
+
+
+def budget_of(keep: float | None) -> float | int:
+    """A share of the tokens up to 1, a number of them above it.
+
+    Raises:
+        InvalidOption: for nothing, and what is not above 0.
+    """
+    if keep is None or keep <= 0:
+        raise InvalidOption("keep: expected a share of the tokens, up to 1, or a number of tokens")
+    return float(keep) if keep <= 1 else round(keep)
 
 
 def brought(host: Answering, source: Any) -> Visit:
