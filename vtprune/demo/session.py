@@ -74,8 +74,9 @@ class Host:
         return True
 
     def examples(self) -> tuple[Example, ...]:
-        """Bundled pictures, and a clip where the model takes clips."""
-        return tuple(one for one in examples() if self.takes_clips or one.name != A_CLIP)
+        """Bundled pictures; a clip before them where the model takes clips."""
+        found = [one for one in examples() if self.takes_clips or one.name != A_CLIP]
+        return tuple(sorted(found, key=lambda one: one.name != A_CLIP))
 
     def methods(self, kind: Modality = "image") -> tuple[Choice, ...]:
         """Every method, those that this model cannot serve with the reason."""
