@@ -38,6 +38,7 @@ _EXAMPLES = """examples:
   vtprune eval --csv out.csv --plot out.png            how often answers are right, method by method
   vtprune doctor ./my-llava                            can this model be pruned, and with which methods?
   vtprune demo                                         see which patches are kept, in the browser
+  vtprune demo --model tiny:llava_next_video           the same of clips
   vtprune bench                                        the benchmarks, and what they measure
   vtprune train llava                                  make the bundled model anew
 """
