@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -169,8 +170,9 @@ def test_outputs_must_not_overwrite_the_picture_or_each_other(
     data = PICTURE.read_bytes()
     Path("in.png").write_bytes(data)
     Path("link.png").symlink_to("in.png")
+    Path("hard.png").hardlink_to("in.png")
     for option in ("--overlay", "--report"):
-        for name in ("in.png", str(tmp_path / "in.png"), "link.png"):
+        for name in ("in.png", str(tmp_path / "in.png"), "link.png", "hard.png"):
             assert "the file of --image" in failure(capsys, "run", "--image", "in.png", option, name)
     assert "the file of --report" in failure(capsys, "run", "--report", "a.png", "--overlay", "./a.png")
     assert Path("in.png").read_bytes() == data and not Path("a.png").exists()
@@ -180,10 +182,10 @@ def test_outputs_must_not_overwrite_the_picture_or_each_other(
 def test_outputs_are_tried_before_the_model_is_loaded(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str
 ) -> None:
-    def refuse(self: Path, mode: str) -> None:
+    def refuse(**options: Path) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     monkeypatch.setattr(console, "load_model", None)
     assert "out.png: Permission denied" in failure(capsys, "run", option, str(tmp_path / "out.png"))
 

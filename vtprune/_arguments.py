@@ -79,13 +79,21 @@ def check_files(options: argparse.Namespace, reads: Sequence[str], writes: Seque
             continue
         if not text.strip():
             raise InvalidOption(f"--{flag} is empty: expected the name of a file")
-        same = found.setdefault(os.path.realpath(text), flag)
-        if same != flag:
+        same = next((other for known, other in found.items() if _same_file(known, text)), None)
+        if same is not None:
             raise InvalidOption(f"--{flag} {text}: this is the file of --{same}, expected another one")
+        found[text] = flag
         setattr(options, name, Path(text))
     for name in writes:
         if getattr(options, name) is not None:
             check_writable(getattr(options, name))
+
+
+def _same_file(one: str, other: str) -> bool:
+    """By its name, or where both are there as the system says: hard links are the same file too."""
+    if os.path.exists(one) and os.path.exists(other):
+        return os.path.samefile(one, other)
+    return os.path.realpath(one) == os.path.realpath(other)
 
 
 def check_writable(path: Path) -> None:
