@@ -259,6 +259,7 @@ def test_answers_do_not_break_the_page(tmp_path: Path, direct: list[Comparison])
         (["--calibration", "nowhere.json"], "nowhere.json"),
         (["--csv", "nowhere/out.csv"], "there is no directory"),
         (["--sheet", "sheet.docx"], "must end like a picture"),
+        (["--sheet", "sheet.ico"], "changes the size of a picture"),
         (["--csv", "same.csv", "--markdown", "same.csv"], "this is the file of --csv"),
         (["--markdown", ""], "--markdown is empty"),
     ],

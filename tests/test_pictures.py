@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import io
+import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps, PngImagePlugin
 
 from vtprune import _pictures as pictures
+from vtprune.errors import InvalidOption
 from vtprune.tiny import PICTURE
 
 
@@ -41,3 +46,81 @@ def test_a_rotated_photograph_is_read_upright(tmp_path: Path) -> None:
     flat.save(path, exif=exif)
     read = pictures.read_picture(path)
     assert read.size == (20, 40) and read.getpixel((10, 5)) == (0, 0, 255) and read.getpixel((10, 35)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("turn", range(2, 9))
+def test_every_orientation_is_that_of_pillow(tmp_path: Path, turn: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    path = tmp_path / "turned.png"
+    Image.open(PICTURE).convert("RGB").crop((0, 0, 100, 60)).save(path, exif=exif)
+    assert np.array_equal(
+        np.asarray(pictures.read_picture(path)), np.asarray(ImageOps.exif_transpose(Image.open(path)))
+    )
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_deep_pictures_are_the_same_in_strips(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(0).integers(0, 60000, (37, 50))
+    kind = {"I;16": "<u2", "I": "<i4", "F": "<f4"}[mode]
+    picture = Image.frombytes(mode, (50, 37), values.astype(kind).tobytes())
+    whole = np.asarray(pictures.in_8_bits(picture))
+    monkeypatch.setattr(pictures, "_STRIP", 101)
+    assert np.array_equal(np.asarray(pictures.in_8_bits(picture)), whole)
+
+
+def packed_icon(path: Path, side: int) -> Path:
+    """An icon of 16 pixels by its header, with a picture of another size inside."""
+    inside = io.BytesIO()
+    Image.new("RGBA", (side, side)).save(inside, "PNG")
+    head = struct.pack("<HHHBBBBHHII", 0, 1, 1, 16, 16, 0, 0, 1, 32, len(inside.getvalue()), 22)
+    path.write_bytes(head + inside.getvalue())
+    return path
+
+
+def test_what_may_unpack_to_any_size_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = packed_icon(tmp_path / "a.ico", 500)
+    assert Image.open(path).size == (500, 500)
+
+    def unpacks(*given: object) -> None:
+        raise AssertionError("the picture inside was decoded")
+
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load_prepare", unpacks)
+    for name in ("a.ico", "a.png"):
+        with pytest.raises(InvalidOption, match="save it as PNG first"):
+            pictures.read_picture(path.rename(tmp_path / name))
+        path = tmp_path / name
+
+
+_PEAK = """
+import resource, sys
+from pathlib import Path
+from PIL import Image
+from {module} import {function} as read
+read(Path({small!r}))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+read(Path({path!r}))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+def peak(path: Path, *, module: str = "vtprune._pictures", function: str = "read_picture") -> int:
+    """Bytes more than before that a process of its own needs at most to read a picture."""
+    script = _PEAK.format(module=module, function=function, small=str(PICTURE), path=str(path))
+    return int(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is told in other units, or not at all")
+@pytest.mark.parametrize(("mode", "name"), [("I;16", "a.png"), ("F", "a.tiff"), ("RGB", "a.png")])
+def test_memory_is_a_few_bytes_a_pixel(tmp_path: Path, mode: str, name: str) -> None:
+    """What is decoded takes up to 4, an RGB picture 4 more."""
+    Image.new(mode, (3000, 3000), 300 if mode != "RGB" else None).save(tmp_path / name)
+    assert peak(tmp_path / name) < 10 * 3000 * 3000
+
+
+def test_formats_that_change_the_size_are_not_written() -> None:
+    for name in ("a.ico", "a.icns"):
+        with pytest.raises(InvalidOption, match="changes the size of a picture"):
+            pictures.check_format(Path(name))
+    for name in ("a.png", "a.jpg", "a.webp", "a.tiff", "a.pdf"):
+        pictures.check_format(Path(name))
