@@ -16,7 +16,7 @@ from vtprune.errors import InvalidOption, VtpruneError
 
 MAX_PIXELS = 50_000_000
 _DEEP = ("I", "F")
-_STRIP = 1 << 20
+_STRIP = 1 << 18
 """Pixels of deep pictures that are brought to 8 bits at once."""
 _WRAPPED = ("ICO", "ICNS", "BLP", "IPTC", "FITS")
 """Formats that hold something packed of any size, which Pillow unpacks before or whatever their header says."""
