@@ -69,7 +69,7 @@ def test_deep_pictures_are_the_same_in_strips(mode: str, monkeypatch: pytest.Mon
     assert np.array_equal(np.asarray(pictures.in_8_bits(picture)), whole)
 
 
-def packed_icon(path: Path, side: int) -> Path:
+def packed_icon(path: Path, side: int = 500) -> Path:
     """An icon of 16 pixels by its header, with a picture of another size inside."""
     inside = io.BytesIO()
     Image.new("RGBA", (side, side)).save(inside, "PNG")

@@ -102,18 +102,18 @@ def in_8_bits(picture: Image.Image) -> Image.Image:
     if not picture.mode.startswith(_DEEP):
         return picture
     whites = {"I": (255.0, 65535.0), "F": (1.0, 255.0, 65535.0)}.get(picture.mode, (65535.0,))
-    extremes = [(values.min(), values.max()) for _, values in _strips(picture)]
+    extremes = [(values.min(), values.max()) for _, values in strips(picture)]
     lowest = min(0.0, *(low for low, _ in extremes))
     brightest = float(max(high for _, high in extremes) - lowest)
     white = next((white for white in whites if brightest <= white), brightest)
     found = Image.new("L", picture.size)
-    for top, values in _strips(picture):
+    for top, values in strips(picture):
         values -= lowest
         found.paste(Image.fromarray((values * (255.0 / white) + 0.5).astype(np.uint8)), (0, top))
     return found
 
 
-def _strips(picture: Image.Image) -> Iterator[tuple[int, np.ndarray]]:
+def strips(picture: Image.Image) -> Iterator[tuple[int, np.ndarray]]:
     """Rows of a deep picture, some at a time: a whole one in double precision would take eight bytes a pixel."""
     width, height = picture.size
     rows = max(1, _STRIP // width)

@@ -58,9 +58,10 @@ def by_hand(name: str, media: Media, method: Any, evidence: dict[str, Any] | Non
 
 
 def _told(media: Media) -> list[dict[str, Any]]:
-    count = len(media.pictures)
-    frames = {"total_num_frames": count, "frames_indices": list(range(count))}
-    return [{**frames, "fps": 1.0, "duration": float(count), "width": media.size[0], "height": media.size[1]}]
+    """Moments in thousandths of a second, as the processor of a clip gets them."""
+    moments = [round(1000 * time) for time in media.times]
+    whole = {"total_num_frames": round(1000 * media.duration), "duration": media.duration, "fps": 1000.0}
+    return [{**whole, "frames_indices": moments, "width": media.size[0], "height": media.size[1]}]
 
 
 def kept(report: Any) -> list[list[int]]:

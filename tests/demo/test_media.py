@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import struct
+import sys
 import warnings
 import zlib
 from pathlib import Path
@@ -11,8 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import GifImagePlugin, Image
 
+from tests.test_pictures import packed_icon, peak
 from vtprune.demo import media as uploads
 from vtprune.demo.media import check_question, examples, read_upload
 from vtprune.errors import InvalidOption
@@ -21,6 +24,12 @@ from vtprune.tiny import PICTURE
 
 def pixels(media: uploads.Media) -> np.ndarray:
     return np.asarray(media.pictures[0])
+
+
+def turned(picture: Image.Image) -> Image.Image:
+    """Lying on its side by Exif."""
+    picture.getexif()[0x0112] = 6
+    return picture
 
 
 def saved(picture: Image.Image, path: Path, **options: Any) -> Path:
@@ -55,7 +64,7 @@ def test_of_an_animation_the_first_picture_is_taken(tmp_path: Path) -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
     media = read_upload(saved(frames[0], tmp_path / "a.gif", save_all=True, append_images=frames[1:]))
     assert media.kind == "image" and pixels(media)[0, 0].tolist() == [255, 0, 0]
-    assert media.notes == ("the first of 3 pictures of the file is taken",)
+    assert media.notes == ("the first of several pictures of the file is taken",)
 
 
 def test_cmyk_is_brought_to_rgb(tmp_path: Path) -> None:
@@ -86,6 +95,58 @@ def test_a_large_picture_is_scaled_down_and_said_to_be() -> None:
     media = read_upload(Image.new("RGB", (3000, 1000), "green"))
     assert media.size == (1536, 512)
     assert media.notes == ("scaled from 3000 x 1000 to 1536 x 512 pixels",)
+
+
+def test_a_large_jpeg_is_decoded_small_and_looks_the_same(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (20, 30, 3)).astype(np.uint8)
+    picture = Image.fromarray(noise).resize((6500, 4000), Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    path = saved(picture, tmp_path / "a.jpg", exif=exif, quality=95)
+    media = read_upload(path)
+    with Image.open(path) as whole:
+        expected = whole.transpose(Image.Transpose.ROTATE_90).resize((945, 1536), Image.Resampling.LANCZOS)
+    assert media.notes == ("scaled from 4000 x 6500 to 945 x 1536 pixels",)
+    assert np.abs(pixels(media).astype(float) - np.asarray(expected)).max() <= 4
+
+
+def test_scaling_mixes_no_colour_of_what_is_transparent_in() -> None:
+    picture = Image.new("RGBA", (4000, 2000), (255, 0, 0, 255))
+    picture.paste((0, 255, 0, 0), (0, 0, 2001, 2000))
+    media = read_upload(picture)
+    assert media.size == (1536, 768) and "what is transparent is white" in media.notes
+    red, green, blue = pixels(media)[300].T.astype(int)
+    assert red.min() >= 254 and np.abs(green - blue).max() <= 1
+
+
+def test_a_transparent_value_of_16_bits(tmp_path: Path) -> None:
+    values = (np.arange(64 * 64) * 16).reshape(64, 64).astype(np.uint16)
+    media = read_upload(saved(Image.fromarray(values), tmp_path / "a.png", transparency=1040))
+    white = np.argwhere(pixels(media)[:, :, 0] == 255)
+    assert white[0].tolist() == [1, 1] and pixels(media)[0, 1, 0] == 0
+
+
+def test_pictures_of_an_animation_are_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
+    path = saved(frames[0], tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    read: list[int] = []
+    seek = GifImagePlugin.GifImageFile._seek
+    monkeypatch.setattr(
+        GifImagePlugin.GifImageFile, "_seek", lambda own, n, *rest: read.append(n) or seek(own, n, *rest)
+    )
+    read_upload(path)
+    assert max(read) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+@pytest.mark.parametrize(
+    ("mode", "name"), [("I;16", "a.png"), ("F", "a.tiff"), ("RGBA", "a.png"), ("RGB", "a.png"), ("CMYK", "a.jpg")]
+)
+def test_memory_is_a_few_bytes_a_pixel(tmp_path: Path, mode: str, name: str) -> None:
+    """What is decoded takes up to 4; what is made of it at full size at most 4 more."""
+    side = 5000
+    Image.new(mode, (side, side), 300 if mode in ("I;16", "F") else None).save(tmp_path / name, compress_level=1)
+    assert peak(tmp_path / name, module="vtprune.demo.media", function="read_upload") < 11 * side * side
 
 
 def huge_png(path: Path, side: int = 30_000) -> Path:
@@ -130,7 +191,10 @@ def nothing(path: Path) -> Path:
         (truncated, "cut.jpg", "cannot read the picture cut.jpg"),
         (text, "a.txt", "a.txt is no picture, and no clip"),
         (text, "a.mp4", "a.mp4 is no picture, and no clip"),
-        (empty, "a.png", "a.png is no picture, and no clip"),
+        (empty, "a.png", "a.png is empty: expected a picture or a clip"),
+        (text, "a.png", "a.png is no picture that can be read: save it anew"),
+        (packed_icon, "a.ico", "a.ico is of the kind ICO, which may unpack to any size"),
+        (packed_icon, "a.png", "a.png is of the kind ICO, which may unpack to any size"),
         (nothing, "a.png", "expected a file that is there"),
     ],
 )
@@ -141,6 +205,19 @@ def test_bad_files_are_refused_in_a_sentence_without_the_folder(
         read_upload(make(tmp_path / name))
     told = str(caught.value)
     assert name in told and str(tmp_path) not in told and "\n" not in told
+    assert "FFmpeg" not in told and "/src/" not in told
+    assert "clip" not in told or not name.endswith(".png") or make in (empty, nothing)
+
+
+def test_what_backends_say_goes_to_the_logger(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for backend in ("av", "decord"):
+        pytest.importorskip(backend)
+    for name in ("a.png", "a.mp4"):
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="vtprune"), pytest.raises(InvalidOption) as caught:
+            read_upload(text(tmp_path / name))
+        assert "pyav" not in str(caught.value) and "decord" not in str(caught.value)
+        assert name in caplog.text and "pyav: " in caplog.text and "decord: " in caplog.text
 
 
 def test_a_file_too_large_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +239,13 @@ def test_a_file_too_large_is_not_opened(tmp_path: Path, monkeypatch: pytest.Monk
         (np.zeros((4, 4, 3)), "float64"),
         (np.zeros((0, 4, 3), np.uint8), r"\(0, 4, 3\)"),
         (np.zeros((4, 4, 7), np.uint8), r"\(4, 4, 7\)"),
-        ([Image.new("RGB", (4, 4)), Image.new("RGB", (4, 5))], "differ in size"),
+        (np.zeros((4, 0, 16, 3), np.uint8), r"\(4, 0, 16, 3\)"),
+        (np.zeros((4, 300, 16, 3), np.uint8), "a frame is 16 x 300 pixels"),
+        ([Image.new("RGB", (8, 8)), Image.new("RGB", (8, 9))], "expected frames of one size"),
+        ([Image.new("RGB", (8, 16)), turned(Image.new("RGB", (8, 16)))], "differ in size"),
+        (Image.new("RGB", (1536, 8)), "1536 x 8 pixels: expected a long side of at most 16 times the short one"),
+        (Image.new("RGB", (20, 3000)), "crop it first"),
+        (Image.new("RGB", (7, 9)), "8 pixels at least"),
     ],
 )
 def test_what_is_no_upload_is_refused(source: Any, words: str) -> None:
@@ -174,29 +257,6 @@ def test_a_picture_object_too_large_is_refused(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(uploads, "MAX_PIXELS", 100)
     with pytest.raises(InvalidOption, match="20 x 10 pixels"):
         read_upload(Image.new("RGB", (20, 10)))
-
-
-def test_frames_of_an_array_are_taken_from_the_middle_of_equal_stretches() -> None:
-    frames = np.arange(12, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 3), np.uint8)
-    media = read_upload(frames, frames=3)
-    assert media.kind == "video" and [int(np.asarray(one)[0, 0, 0]) for one in media.pictures] == [2, 6, 10]
-    assert (media.times, media.duration) == ((0.0, 1.0, 2.0), 3.0)
-
-
-def test_a_video_file_is_read() -> None:
-    pytest.importorskip("av")
-    [example] = [one for one in examples(drawn=0) if one.name == "a clip"]
-    media = read_upload(example.source, frames=4)
-    assert (media.kind, len(media.pictures), media.size) == ("video", 4, (128, 128))
-    assert media.notes[0] == "4 of 64 frames are taken, evenly spread" and media.duration == pytest.approx(8)
-
-
-def test_frames_too_large_are_refused_after_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("av")
-    [example] = [one for one in examples(drawn=0) if one.name == "a clip"]
-    monkeypatch.setattr(uploads, "MAX_FRAME", 100)
-    with pytest.raises(InvalidOption, match="frames of 128 x 128 pixels"):
-        read_upload(example.source)
 
 
 def test_examples_are_taken_and_have_a_question() -> None:

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import struct
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
-from vtprune._pictures import MAX_PIXELS, in_8_bits, read_picture
+from vtprune._pictures import MAX_PIXELS, check_wrapping, formats, opened
+from vtprune.demo.stills import check_sides, scaled, tidied
 from vtprune.errors import BackendUnavailable, InvalidOption, VtpruneError
 from vtprune.types import Modality
 from vtprune.video.frames import Frames
 from vtprune.video.guard import Decoders
+from vtprune.video.read_stills import open_memory
 from vtprune.video.reader import read_frames
-from vtprune.video.sampling import Uniform
+from vtprune.video.sampling import Sampling, Uniform
 
-LONGEST_SIDE = 1536
-"""Pixels of a picture; larger ones are scaled down."""
+logger = logging.getLogger("vtprune")
 LONGEST_FRAME = 768
 FRAMES = 8
 MAX_FILE = 256 << 20
@@ -38,6 +39,8 @@ _NO_PICTURES = ("MPEG", "PDF", "EPS", "WMF")
 """Formats that Pillow knows by their first bytes and does not decode, or only with other programs."""
 _DAMAGE = (OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, struct.error)
 """What Pillow raises over damaged files."""
+_BY_NONE = "no backend reads this"
+"""How a reader begins to say what each backend did."""
 
 Source = str | os.PathLike[str] | Image.Image | np.ndarray | Sequence[Image.Image] | None
 
@@ -114,8 +117,8 @@ def read_upload(source: Source, *, frames: int = FRAMES, timeout: float = SECOND
         timeout: seconds for a video file, which is decoded in a process of its own.
 
     Raises:
-        InvalidOption: for nothing, what is no picture and no clip, what is damaged or too large, and for a video file
-            where nothing here reads any.
+        InvalidOption: for nothing, what is no picture and no clip, what is damaged, too large or a strip, and for a
+            video file where nothing here reads any.
     """
     if source is None or (isinstance(source, str) and not source.strip()):
         raise InvalidOption("there is no picture: upload one, take one with the camera, or choose an example")
@@ -124,7 +127,7 @@ def read_upload(source: Source, *, frames: int = FRAMES, timeout: float = SECOND
     if isinstance(source, np.ndarray):
         return _of_array(source, frames)
     if isinstance(source, list | tuple):
-        return _of_frames(_sampled(source, frames), "clip")
+        return _of_list(source, frames)
     if not isinstance(source, str | os.PathLike):
         raise InvalidOption(f"got {type(source).__name__}: expected a file, a picture or an array")
     return _of_file(Path(source), frames, timeout)
@@ -138,70 +141,45 @@ def _of_file(path: Path, frames: int, timeout: float) -> Media:
         raise InvalidOption(
             f"{path.name} has {size / 2**20:.0f} MiB: at most {MAX_FILE >> 20} are taken, cut or scale it down first"
         )
+    if not size:
+        raise InvalidOption(f"{path.name} is empty: expected a picture or a clip")
     try:
-        if not _is_picture(path):
-            return _of_clip(path, frames, timeout)
-        return _of_picture_file(path)
+        media = _of_picture_file(path) if _is_picture(path) else _of_clip_file(path, frames, timeout)
     except VtpruneError as error:
-        # Uploads lie in folders whose names are nobody's business.
-        told = str(error).replace(str(path.absolute()), path.name).replace(str(path), path.name)
-        raise type(error)(told) from error
+        raise type(error)(_without_folder(str(error), path)) from error
+    return replace(media, notes=tuple(_without_folder(note, path) for note in media.notes))
+
+
+def _without_folder(text: str, path: Path) -> str:
+    """Uploads lie in folders whose names are nobody's business."""
+    for known in (os.path.realpath(path), os.path.abspath(path), str(path.absolute()), str(path)):
+        text = text.replace(known, path.name)
+    return text
 
 
 def _of_picture_file(path: Path) -> Media:
     try:
-        upright = read_picture(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as opened:
-                return _finished(upright, _alpha_of(opened), path.name, _notes_of(opened))
+        with opened(path) as picture:
+            found, notes = tidied(picture, path.name, own=True)
     except VtpruneError:
         raise
     except _DAMAGE as error:
         raise InvalidOption(f"cannot read the picture {path.name}: {error}") from error
+    return Media(name=path.name, pictures=(found,), notes=notes)
 
 
 def _is_picture(path: Path) -> bool:
     """Whether Pillow knows the format by its first bytes; the rest may be damaged or too large all the same."""
     try:
+        check_wrapping(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as picture:
+            with Image.open(path, formats=formats()) as picture:
                 return picture.format not in _NO_PICTURES
     except UnidentifiedImageError:
         return False
     except (Image.DecompressionBombError, *_DAMAGE):
         return True
-
-
-def _notes_of(picture: Image.Image) -> tuple[str, ...]:
-    count = getattr(picture, "n_frames", 1)
-    return (f"the first of {count} pictures of the file is taken",) if count > 1 else ()
-
-
-def _alpha_of(picture: Image.Image) -> Image.Image | None:
-    """How opaque every pixel is, upright; None where all are."""
-    if not picture.has_transparency_data:
-        return None
-    return ImageOps.exif_transpose(picture).convert("RGBA").getchannel("A")
-
-
-def _finished(upright: Image.Image, alpha: Image.Image | None, name: str, notes: tuple[str, ...]) -> Media:
-    if alpha is not None and alpha.getextrema() != (255, 255):
-        notes += ("what is transparent is white",)
-        upright = Image.composite(upright, Image.new("RGB", upright.size, "white"), alpha)
-    small = _scaled(upright, LONGEST_SIDE)
-    if small.size != upright.size:
-        notes += ("scaled from {} x {} to {} x {} pixels".format(*upright.size, *small.size),)
-    return Media(name=name, pictures=(small,), notes=notes)
-
-
-def _scaled(picture: Image.Image, side: int) -> Image.Image:
-    longest = max(picture.size)
-    if longest <= side:
-        return picture
-    width, height = (max(1, round(length * side / longest)) for length in picture.size)
-    return picture.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def _of_picture(picture: Image.Image, name: str) -> Media:
@@ -210,10 +188,12 @@ def _of_picture(picture: Image.Image, name: str) -> Media:
         limit = f"expected 1 to {MAX_PIXELS / 1e6:.0f} million pixels, scale it first"
         raise InvalidOption(f"the {name} holds {width} x {height} pixels: {limit}")
     try:
-        upright = in_8_bits(ImageOps.exif_transpose(picture)).convert("RGB")
-        return _finished(upright, _alpha_of(picture), name, _notes_of(picture))
+        found, notes = tidied(picture, f"the {name}")
     except _DAMAGE as error:
+        if isinstance(error, VtpruneError):
+            raise
         raise InvalidOption(f"cannot read the {name}: {error}") from error
+    return Media(name=name, pictures=(found,), notes=notes)
 
 
 def _of_array(array: np.ndarray, frames: int) -> Media:
@@ -225,62 +205,74 @@ def _of_array(array: np.ndarray, frames: int) -> Media:
             f"an array {array.shape} of {array.dtype}: expected (H, W), (H, W, 3), (H, W, 4) or (T, H, W, 3) of uint8"
         )
     if clip:
-        return _of_frames([Image.fromarray(frame) for frame in _sampled(array, frames)], "clip")
+        return _of_frames(lambda sampling: read_frames(array, sampling), frames, "clip")
     return _of_picture(Image.fromarray(array), "picture")
 
 
-def _sampled(values: Any, count: int) -> list[Any]:
-    """The middle of each of `count` equal stretches, or all where they are fewer."""
-    T = len(values)
-    few = min(count, T)
-    return [values[(2 * number + 1) * T // (2 * few)] for number in range(few)]
-
-
-def _of_frames(pictures: Sequence[Any], name: str) -> Media:
-    if not pictures or not all(isinstance(picture, Image.Image) for picture in pictures):
+def _of_list(pictures: Sequence[object], frames: int) -> Media:
+    shown = [picture for picture in pictures if isinstance(picture, Image.Image)]
+    if not shown or len(shown) < len(pictures):
         raise InvalidOption("a list: expected one picture or more, which make a clip")
-    cleaned = [_of_picture(picture, "frame").pictures[0] for picture in pictures]
-    if len({picture.size for picture in cleaned}) > 1:
+    chosen = Uniform(frames).choose(open_memory(shown, None)).tolist()
+    cleaned = {number: _of_picture(shown[number], "frame").pictures[0] for number in chosen}
+    if len({picture.size for picture in cleaned.values()}) > 1:
         raise InvalidOption("frames of a clip differ in size: expected pictures of equal width and height")
-    count = len(cleaned)
+    # The others are not looked at: one of those that are stands for them.
+    even = [cleaned.get(number, cleaned[chosen[0]]) for number in range(len(shown))]
+    return _of_frames(lambda sampling: read_frames(even, sampling), frames, "clip")
+
+
+def _of_clip_file(path: Path, frames: int, timeout: float) -> Media:
+    if path.suffix.lower() == ".npy":
+        return _of_frames(lambda sampling: _of_array_file(path, sampling), frames, path.name)
+    with Decoders(workers=1, timeout=timeout) as decoders:
+        return _of_frames(lambda sampling: _decoded(path, sampling, decoders), frames, path.name)
+
+
+def _of_array_file(path: Path, sampling: Sampling) -> Frames:
+    try:
+        return read_frames(path, sampling)
+    except VtpruneError:
+        raise
+    except Exception as error:  # the header is a text of Python, and whatever it holds may go wrong
+        logger.info("%s cannot be read: %s: %s", path, type(error).__name__, error)
+        raise InvalidOption(
+            f"cannot read the array {path.name}: it is damaged, or no clip (T, H, W, 3) of uint8"
+        ) from error
+
+
+def _decoded(path: Path, sampling: Sampling, decoders: Decoders) -> Frames:
+    try:
+        return decoders.submit(path, sampling).result()
+    except (InvalidOption, BackendUnavailable) as error:
+        logger.info("%s cannot be read: %s", path, error)
+        kind = Image.registered_extensions().get(path.suffix.lower(), _NO_PICTURES[0])
+        if kind not in _NO_PICTURES:
+            raise InvalidOption(f"{path.name} is no picture that can be read: save it anew") from error
+        # What every backend says of it holds names of its own sources.
+        why = "" if str(error).startswith(_BY_NONE) else f": {error}"
+        raise InvalidOption(f"{path.name} is no picture, and no clip that can be read{why}") from error
+
+
+def _of_frames(read: Callable[[Sampling], Frames], count: int, name: str) -> Media:
+    """A clip, of which one frame is read first: it tells how large all of them will be."""
+    height, width = read(Uniform(1)).pixels.shape[1:3]
+    if height * width > MAX_FRAME:
+        limit = f"at most {MAX_FRAME / 1e6:.0f} megapixels are taken, scale it down first"
+        raise InvalidOption(f"{name} holds frames of {width} x {height} pixels: {limit}")
+    check_sides((width, height), f"{name}: a frame")
+    found = read(Uniform(count))
     return Media(
         name=name,
-        pictures=tuple(_scaled(picture, LONGEST_FRAME) for picture in cleaned),
+        pictures=tuple(scaled(picture, LONGEST_FRAME) for picture in found.pictures),
         kind="video",
-        times=tuple(map(float, range(count))),
-        duration=float(count),
+        times=tuple(found.times.tolist()),
+        duration=found.duration,
+        notes=tuple(_notes_of(found)),
     )
 
 
-def _of_clip(path: Path, frames: int, timeout: float) -> Media:
-    try:
-        read = _decoded(path, frames, timeout)
-    except (InvalidOption, BackendUnavailable) as error:
-        raise InvalidOption(f"{path.name} is no picture, and no clip that can be read: {error}") from error
-    pictures = tuple(_scaled(picture, LONGEST_FRAME) for picture in read.pictures)
-    return Media(
-        name=path.name,
-        pictures=pictures,
-        kind="video",
-        times=tuple(read.times.tolist()),
-        duration=read.duration,
-        notes=tuple(_notes_of_clip(read)),
-    )
-
-
-def _decoded(path: Path, frames: int, timeout: float) -> Frames:
-    """Frames of a file; of one frame first, which tells how large all of them will be."""
-    if path.suffix.lower() == ".npy":
-        return read_frames(path, Uniform(frames))
-    with Decoders(workers=1, timeout=timeout) as decoders:
-        height, width = decoders.submit(path, Uniform(1)).result().pixels.shape[1:3]
-        if height * width > MAX_FRAME:
-            limit = f"at most {MAX_FRAME / 1e6:.0f} megapixels are taken, scale it down first"
-            raise InvalidOption(f"it holds frames of {width} x {height} pixels: {limit}")
-        return decoders.submit(path, Uniform(frames)).result()
-
-
-def _notes_of_clip(read: Frames) -> Iterator[str]:
+def _notes_of(read: Frames) -> Iterator[str]:
     if read.total > len(read.indices):
         yield f"{len(read.indices)} of {read.total} frames are taken, evenly spread"
     yield from read.warnings
