@@ -87,8 +87,8 @@ class explained:
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        expected = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError, IndexError)
-        if isinstance(error, expected) and not isinstance(error, VtpruneError):
+        # Whatever a stored configuration holds comes out here, and errors of libraries have no common base.
+        if isinstance(error, Exception) and not isinstance(error, VtpruneError):
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             reason = lines[0] if lines else type(error).__name__
             raise VtpruneError(f"{self._trouble}: {reason}") from error

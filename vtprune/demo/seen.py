@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from vtprune.errors import InvalidOption
 from vtprune.readings import BlockAttention, Projection, Reading
 from vtprune.report import Stopwatch
 from vtprune.types import VisualTokens
@@ -42,12 +44,13 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True)
 class Framing:
-    """How a tower takes pictures: `size` (height, width) in pixels, `mean` and `std` of values from 0 to 1."""
+    """How a tower takes pictures: `size` (height, width), and shares of `white` less `mean`, over `std`."""
 
     size: tuple[int, int]
     mean: tuple[float, ...] = IMAGENET[0]
     std: tuple[float, ...] = IMAGENET[1]
     resample: Image.Resampling = Image.Resampling.BICUBIC
+    white: float = 255.0
 
     @classmethod
     def told(cls, size: tuple[int, int], settings: Mapping[str, Any]) -> Framing:
@@ -57,6 +60,28 @@ class Framing:
             mean=tuple(settings.get("mean") or IMAGENET[0]),
             std=tuple(settings.get("std") or IMAGENET[1]),
             resample=_resampling(settings.get("interpolation")),
+        )
+
+    @classmethod
+    def of_processor(cls, size: tuple[int, int], processor: Any) -> Framing:
+        """By a processor of transformers. What it leaves out is left out here too.
+
+        Raises:
+            InvalidOption: where it normalises without saying by what.
+        """
+        mean: tuple[float, ...] = (0.0,) * 3
+        std: tuple[float, ...] = (1.0,) * 3
+        if getattr(processor, "do_normalize", True):
+            mean, std = _channels(processor, "image_mean"), _channels(processor, "image_std")
+        if 0.0 in std:
+            raise InvalidOption(f"the processor has image_std={processor.image_std}: expected no 0")
+        rescales = getattr(processor, "do_rescale", True)
+        return cls(
+            size=size,
+            mean=mean,
+            std=std,
+            resample=_resampling(processor.resample),
+            white=1 / float(getattr(processor, "rescale_factor", 1 / 255)) if rescales else 1.0,
         )
 
     def box(self, picture: Image.Image) -> Piece:
@@ -73,7 +98,7 @@ class Framing:
         small = picture.convert("RGB").crop(box.corners).resize((width, height), self.resample)
         values = torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8).view(height, width, 3)
         mean, std = torch.tensor(self.mean), torch.tensor(self.std)
-        return ((values / 255 - mean) / std).permute(2, 0, 1)[None].contiguous()
+        return ((values / self.white - mean) / std).permute(2, 0, 1)[None].contiguous()
 
 
 def _resampling(told: Any) -> Image.Resampling:
@@ -83,14 +108,39 @@ def _resampling(told: Any) -> Image.Resampling:
     return Image.Resampling.__members__.get(str(told).upper(), Image.Resampling.BICUBIC)
 
 
+def _channels(processor: Any, name: str) -> tuple[float, ...]:
+    """A number for each channel, or one for all of them."""
+    told = getattr(processor, name, None)
+    found = (told,) * 3 if isinstance(told, int | float) else tuple(told or ())
+    if len(found) != 3 or not all(isinstance(value, int | float) and math.isfinite(value) for value in found):
+        raise InvalidOption(f"the processor normalises and has {name}={told}: expected three numbers, or one")
+    return tuple(map(float, found))
+
+
 def pair(side: Any) -> tuple[int, int]:
-    """Height and width, from a number for both, a pair, or what has them by name."""
+    """Height and width, from a number for both, a pair, or what has them by name.
+
+    Raises:
+        InvalidOption: where only the shortest side is told, since pictures of any shape come out then.
+    """
     if isinstance(side, int):
         return side, side
-    if hasattr(side, "height"):
-        return int(side.height), int(side.width)
-    height, width = (side["height"], side["width"]) if isinstance(side, Mapping) else side
+    named = hasattr(side, "height")
+    if named or isinstance(side, Mapping):
+        height, width = (getattr(side, name) if named else side.get(name) for name in ("height", "width"))
+        if height is None or width is None:
+            told = {name: value for name, value in dict(side).items() if value is not None}
+            raise InvalidOption(f"the processor makes pictures of {told}: expected height and width, or a crop_size")
+    else:
+        height, width = side
     return int(height), int(width)
+
+
+def made_size(processor: Any) -> tuple[int, int] | None:
+    """Height and width that a processor of transformers makes; None where it does not say, raises as `pair` does."""
+    crop = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", True) else None
+    told = crop or getattr(processor, "size", None)
+    return None if told is None else pair(told)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

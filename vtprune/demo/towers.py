@@ -18,7 +18,7 @@ from vtprune.adapters.base import Probe
 from vtprune.adapters.base import Tower as Described
 from vtprune.adapters.plain import plain_tower
 from vtprune.demo import focus
-from vtprune.demo.seen import Framing, Piece, Seen, pair, read
+from vtprune.demo.seen import Framing, Piece, Seen, made_size, pair, read
 from vtprune.errors import BackendUnavailable, InvalidOption, UnsupportedModel
 from vtprune.readings import BlockAttention, Reading
 from vtprune.report import Stopwatch
@@ -144,7 +144,7 @@ def _timm(source: str, rest: str) -> Tower:
         if not weights:
             _check_hub(timm.models.get_pretrained_cfg(architecture))
         model = timm.create_model(architecture, pretrained=not weights, checkpoint_path=weights or None)
-    return of_timm(source, model)
+        return of_timm(source, model)
 
 
 def _check_hub(settings: Any) -> None:
@@ -196,7 +196,7 @@ def _open_clip(source: str, rest: str) -> Tower:
         architecture, given = rest, {}
     with explained(f"open_clip cannot load {source!r}"):
         model = open_clip.create_model(architecture, **given)
-    return of_open_clip(source, model)
+        return of_open_clip(source, model)
 
 
 def of_open_clip(name: str, model: nn.Module) -> Tower:
@@ -236,13 +236,14 @@ def _transformers(source: str) -> Tower:
     with explained(f"cannot load {source!r}"):
         model = AutoModel.from_pretrained(source, local_files_only=local, dtype=torch.float32)
         processor = AutoImageProcessor.from_pretrained(source, local_files_only=local)
-    return of_transformers(source, model, processor)
+        return of_transformers(source, model, processor)
 
 
 def of_transformers(name: str, model: nn.Module, processor: Any) -> Tower:
-    """The tower that a model of transformers is or sees with; of the processor it takes size, mean and deviation.
+    """The tower that a model of transformers is or sees with; of the processor it takes how numbers become of pixels.
 
     Raises:
+        InvalidOption: where the processor does not say of what size pictures are, or by what they are normalised.
         UnsupportedModel: for one whose attention cannot be read.
     """
     parts = (getattr(model, part, None) for part in ("vision_tower", "vision_model", "visual"))
@@ -250,9 +251,8 @@ def of_transformers(name: str, model: nn.Module, processor: Any) -> Tower:
     trunk: Any = next((part for part in parts if part is not None), model) if whole else model
     size = pair(trunk.config.image_size) if hasattr(trunk.config, "image_size") else (0, 0)
     if trunk.config.model_type in _INTERPOLATES:
-        size = pair(getattr(processor, "crop_size", None) or getattr(processor, "size", None)) or size
-    settings = {"mean": processor.image_mean, "std": processor.image_std, "interpolation": processor.resample}
-    return _of_trunk(name, trunk, Framing.told(size, settings))
+        size = made_size(processor) or size
+    return _of_trunk(name, trunk, Framing.of_processor(size, processor))
 
 
 def _of_trunk(name: str, trunk: Any, framing: Framing) -> Tower:
@@ -263,11 +263,14 @@ def _of_trunk(name: str, trunk: Any, framing: Framing) -> Tower:
         shown = SimpleNamespace(config=SimpleNamespace(model_type="dinov2"), encoder=trunk.encoder)
     probes = _probes(name, plain_tower(shown))
     skipped = int(probes[-1].has_cls) + registers
+    patch = pair(trunk.config.patch_size)
+    if not all(0 < own <= side for own, side in zip(patch, framing.size, strict=True)):
+        raise InvalidOption(f"tower {name!r} takes pictures of {framing.size} in patches of {patch}: no patch fits")
     return Tower(
         name=name,
         model=trunk.float().eval(),
         framing=framing,
-        patch=pair(trunk.config.patch_size),
+        patch=patch,
         probes=probes,
         encode=lambda pixels: trunk(pixel_values=pixels).last_hidden_state[:, skipped:],
         registers=registers,
