@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 import vtprune
 from tests.demo.common import MODELS, ask, by_hand, clip, host, kept, media_of, picture
-from vtprune.demo import page, session
+from vtprune.demo import page, running, session
 from vtprune.demo.panes import Outcome, Pane
 from vtprune.demo.running import run
 from vtprune.demo.session import Host
@@ -211,6 +212,20 @@ def test_seconds_are_measured_for_what_was_done() -> None:
         seconds = pane.numbers.seconds
         assert set(seconds) == {"encode", "layout", "select", "cut", "prefill", "decode", "total"}
         assert sum(seconds.values()) - seconds["total"] <= seconds["total"]
+    seconds = outcome.unpruned.numbers.seconds
+    assert len(outcome.unpruned.ids or ()) > 1 and 0 < seconds["decode"] < seconds["total"]
+
+
+def test_decoding_is_from_the_first_token_to_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prompt comes by first, and the end is no token."""
+    moments = iter([1.0, 4.0, 4.5, 6.25])
+    monkeypatch.setattr(running, "time", SimpleNamespace(perf_counter=lambda: next(moments)))
+    clock, found = running.Clock(), []
+    for _ in range(4):
+        clock.put(torch.zeros(1))
+        found.append(clock.decoding)
+    clock.end()
+    assert found == [0.0, 0.0, 0.5, 2.25] and clock.decoding == 2.25
 
 
 @pytest.mark.parametrize(
