@@ -86,7 +86,7 @@ def test_arrays_of_any_header_are_a_sentence(tmp_path: Path, header: str) -> Non
     (tmp_path / "a.npy").write_bytes(array_header(header.encode()))
     with pytest.raises(InvalidOption, match=r"a\.npy") as caught:
         read_upload(tmp_path / "a.npy")
-    assert str(tmp_path) not in str(caught.value)
+    assert str(tmp_path) not in str(caught.value) and len(str(caught.value)) < 400
 
 
 @pytest.mark.parametrize("kind", [OverflowError, TypeError, MemoryError, RecursionError, tokenize.TokenError])

@@ -39,6 +39,8 @@ _NO_PICTURES = ("MPEG", "PDF", "EPS", "WMF")
 """Formats that Pillow knows by their first bytes and does not decode, or only with other programs."""
 _DAMAGE = (OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, struct.error)
 """What Pillow raises over damaged files."""
+_SENTENCE = 400
+"""Characters; what is longer repeats what the file holds."""
 _BY_NONE = "no backend reads this"
 """How a reader begins to say what each backend did."""
 
@@ -232,9 +234,9 @@ def _of_clip_file(path: Path, frames: int, timeout: float) -> Media:
 def _of_array_file(path: Path, sampling: Sampling) -> Frames:
     try:
         return read_frames(path, sampling)
-    except VtpruneError:
-        raise
     except Exception as error:  # the header is a text of Python, and whatever it holds may go wrong
+        if isinstance(error, VtpruneError) and len(str(error)) < _SENTENCE:
+            raise
         logger.info("%s cannot be read: %s: %s", path, type(error).__name__, error)
         raise InvalidOption(
             f"cannot read the array {path.name}: it is damaged, or no clip (T, H, W, 3) of uint8"
