@@ -9,7 +9,9 @@ from PIL import Image
 from tests.viz.common import grey, report, segment
 from vtprune.errors import InvalidOption
 from vtprune.viz import Box, sheet, strip
-from vtprune.viz.sheets import _FILL, _TRACK, _font, fitted
+from vtprune.viz.lettering import fitted
+from vtprune.viz.lettering import font as _font
+from vtprune.viz.sheets import _FILL, _TRACK
 
 CLIP = report(segment(*[("frame", (2, 2))] * 3, keep=[0, 4, 5, 6, 7]))
 
@@ -43,7 +45,7 @@ def test_rows_are_wrapped_after_eight_and_numbers_fit_under_narrow_frames() -> N
     clip = report(segment(*[("frame", (1, 1))] * 9, keep=[0]))
     drawn = strip(clip, [grey(10, 40)] * 9, height=40)
     cell = (drawn.width + 8) // 8 - 8
-    assert cell >= _font(12).getlength("1 of 1")
+    assert cell >= _font(14).getlength("1/1")
     one = strip(report(segment(("frame", (1, 1)), keep=[0])), [grey(10, 40)], height=40)
     assert drawn.height == 2 * one.height + 8
 

@@ -20,8 +20,12 @@ PROTECTED: Colour = (255, 255, 255)
 OF_PICKS: tuple[Colour, ...] = ((255, 140, 0), (0, 190, 255), (120, 220, 60), (235, 70, 180))
 """Frames of the patches that were protected, and of those that each pick took; a fifth pick begins anew."""
 
+OF_CUTS: tuple[Colour, ...] = ((230, 60, 60), (240, 228, 66), (150, 90, 230), (0, 170, 150), (170, 110, 50))
+"""Tints of what each cut between layers dropped; a sixth cut begins anew."""
+
 _GAP = 4
 PER_ROW = 8
+_CUT_TINT = 0.55
 _LIFT = 56
 _NO_GROUP = -1
 _HUE_STEP = 0.381966
@@ -89,6 +93,22 @@ def frame_picks(drawn: Pixels, canvas: Canvas, stages: NDArray[np.int_]) -> Pixe
     colours = np.array([*OF_PICKS, PROTECTED], dtype=np.uint8)
     number = np.where(stage < 0, len(OF_PICKS), stage % len(OF_PICKS))
     return np.where((edge & (stage > DROPPED))[..., None], colours[number], drawn)
+
+
+def tint_cuts(drawn: Pixels, canvas: Canvas, cuts: NDArray[np.int_]) -> Pixels:
+    """With what each cut dropped in the colour of that cut; `cuts` (h, w) numbers them from 0 on, -1 elsewhere."""
+    cut = canvas.of_cells(cuts, -1)
+    colours = np.array(OF_CUTS, dtype=float)[cut % len(OF_CUTS)]
+    tinted = (drawn * (1 - _CUT_TINT) + colours * _CUT_TINT + 0.5).astype(np.uint8)
+    return np.where((cut >= 0)[..., None], tinted, drawn)
+
+
+def heat_bar(width: int, height: int, grey: float) -> Pixels:
+    """The colours of `heated` from the lowest on the left to the highest, over one grey."""
+    at = np.linspace(0, 1, width)
+    colours = np.stack([np.interp(at, np.linspace(0, 1, len(_HEAT)), channel) for channel in _HEAT.T], axis=-1)
+    row = (_HEAT_SHARE * colours + (1 - _HEAT_SHARE) * grey + 0.5).astype(np.uint8)
+    return np.broadcast_to(row, (height, width, 3)).copy()
 
 
 def outline_groups(drawn: Pixels, canvas: Canvas, groups: NDArray[np.int_], stages: NDArray[np.int_]) -> Pixels:

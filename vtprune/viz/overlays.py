@@ -2,58 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from numbers import Real
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 
+from vtprune._checks import check_whole
 from vtprune.errors import InvalidOption
-from vtprune.types import Part
 from vtprune.viz.drawing import (
-    DROPPED,
-    OF_PICKS,
-    PROTECTED,
-    Colour,
+    PER_ROW,
     canvas_of,
     frame_picks,
     hatch_unseen,
+    heat_bar,
     heated,
     kept_and_dropped,
     outline_groups,
     side_by_side,
+    tint_cuts,
 )
 from vtprune.viz.framing import Box
+from vtprune.viz.lettering import broken, font, labelled, legible, line, write
+from vtprune.viz.marks import mark_forced
 from vtprune.viz.placing import checked_framing, panels_of
+from vtprune.viz.reported import Reported, cuts_of, groups_of, segment_of, stages_of
 
 _SMALL = 384
-_NO_REPORT = "expected a PruneReport, got {}: run the wrapped model first"
-
-
-class Pruned(Protocol):
-    """One picture or clip of a report, like a `SegmentReport`; what merged tokens went `into` is looked for in it."""
-
-    @property
-    def parts(self) -> tuple[Part, ...]: ...
-    @property
-    def keep(self) -> Tensor: ...
-    @property
-    def taken(self) -> Tensor: ...
-
-
-class Reported(Protocol):
-    """What holds the pictures of a prefill, like a `PruneReport`."""
-
-    @property
-    def segments(self) -> Sequence[Pruned]: ...
-
-
-class _Picked(Reported, Protocol):
-    @property
-    def picks(self) -> tuple[str, ...]: ...
+_OF_A_ROW = 4
+_PAD = 4
+_GREY = 128
 
 
 def overlay(
@@ -66,6 +46,10 @@ def overlay(
     stages: bool = False,
     groups: bool = False,
     framing: Box | None = None,
+    columns: int = PER_ROW,
+    labels: Sequence[str] = (),
+    forced_in: Collection[int] = (),
+    forced_out: Collection[int] = (),
 ) -> Image.Image:
     """The picture with kept patches as they are and dropped ones in dim greys, which differ from kept dark ones.
 
@@ -79,11 +63,16 @@ def overlay(
         dim: how much is left of dropped patches, 0 (one dark grey) to 1 (as they are).
         upscale: whole factor by which pixels are repeated; by default small pictures grow to about 384 pixels.
         stages: frame each kept patch in the colour of the pick that took it: orange, blue, green, pink in the order of
-            `report.picks`, white where the user protected it (`legend`).
+            `report.picks`, white where the user protected it; what each cut between layers dropped gets a tint
+            (`legend`).
         groups: outline the tokens that were merged into one, each group in its own colour; nothing where the method
             does not merge.
         framing: the box of the picture that the encoder saw (`framing_of`), all of it by default. The rest is drawn
             dark and hatched.
+        columns: panels of a row.
+        labels: what to write above the panels, one for each.
+        forced_in: tokens of the segment to mark by two frames.
+        forced_out: tokens of the segment to mark by a hatch and a cross.
 
     Raises:
         InvalidOption: for a report without that segment, an option out of range, or pictures that do not fit the parts.
@@ -91,7 +80,7 @@ def overlay(
     chosen = segment_of(report, segment)
     check_dim(dim)
     _check_upscale(upscale)
-    taken, joined = stages_of(chosen), _groups_of(chosen)
+    taken, joined, cuts = stages_of(chosen), groups_of(chosen), cuts_of(report, chosen)
     panels = panels_of(chosen.parts, image)
     drawn = []
     for picture, grid in panels:
@@ -101,9 +90,10 @@ def overlay(
         if groups and joined is not None:
             pixels = outline_groups(pixels, canvas, joined[grid], taken[grid])
         if stages:
-            pixels = frame_picks(pixels, canvas, taken[grid])
+            pixels = frame_picks(tint_cuts(pixels, canvas, cuts[grid]), canvas, taken[grid])
+        pixels = mark_forced(pixels, canvas, grid, forced_in, forced_out)
         drawn.append(Image.fromarray(hatch_unseen(pixels, canvas)))
-    return side_by_side(drawn)
+    return _rows(drawn, columns, labels)
 
 
 def heatmap(
@@ -114,6 +104,9 @@ def heatmap(
     *,
     framing: Box | None = None,
     upscale: int | None = None,
+    columns: int = PER_ROW,
+    labels: Sequence[str] = (),
+    name: str = "",
 ) -> Image.Image:
     """Scores of tokens over the picture in greys: dark violet for the lowest, yellow for the highest.
 
@@ -127,6 +120,9 @@ def heatmap(
         segment: which picture or clip of the report.
         framing: the box of the picture that the encoder saw (`framing_of`), all of it by default.
         upscale: whole factor by which pixels are repeated; by default small pictures grow to about 384 pixels.
+        columns: panels of a row.
+        labels: what to write above the panels, one for each.
+        name: what is scored; with it a bar of the colours comes below, with the lowest score and the highest.
 
     Raises:
         InvalidOption: for scores of another shape, and where `overlay` raises it.
@@ -144,55 +140,40 @@ def heatmap(
         box = checked_framing(picture.size, framing)
         canvas = canvas_of(picture, grid.shape, box, upscale or _default_upscale(picture, len(panels)))
         drawn.append(Image.fromarray(hatch_unseen(heated(canvas, levels[grid]), canvas)))
-    return side_by_side(drawn)
+    rows = _rows(drawn, columns, labels)
+    return _with_bar(rows, name, scores) if name else rows
 
 
-def legend(report: _Picked) -> list[tuple[str, Colour]]:
-    """Names of the picks with the colours in which `overlay(stages=True)` frames what they took.
-
-    "protected" comes last, where some tokens were.
-
-    Raises:
-        InvalidOption: where there is no report.
-    """
-    if getattr(report, "segments", None) is None:
-        raise InvalidOption(_NO_REPORT.format(type(report).__name__))
-    named = [(name, OF_PICKS[number % len(OF_PICKS)]) for number, name in enumerate(report.picks)]
-    some = any(bool((segment.taken < 0).any()) for segment in report.segments)
-    return [*named, ("protected", PROTECTED)] if some else named
+def _rows(panels: list[Image.Image], columns: int, labels: Sequence[str]) -> Image.Image:
+    """Panels in rows, with labels that can still be read where a row is as wide as the screen of a telephone."""
+    check_whole("columns", columns, least=1)
+    check_labels(labels, len(panels))
+    size = legible(min(columns, _OF_A_ROW) * max(panel.width for panel in panels))
+    return side_by_side(labelled(panels, labels, size), columns=columns)
 
 
-def segment_of(report: Reported, segment: int) -> Pruned:
-    """One picture or clip of a report. Raises `InvalidOption` where it is not there."""
-    segments = getattr(report, "segments", None)
-    if segments is None:
-        raise InvalidOption(_NO_REPORT.format(type(report).__name__))
-    if isinstance(segment, bool) or not isinstance(segment, int) or not 0 <= segment < len(segments):
-        there = f"0 to {len(segments) - 1}" if segments else "no picture in this prompt"
-        raise InvalidOption(f"segment={segment!r}: the report has {len(segments)} ({there})")
-    chosen: Pruned = segments[segment]
-    return chosen
-
-
-def stages_of(segment: Pruned) -> NDArray[np.int_]:
-    """Which pick took every token (n,), -1 where it was protected, `DROPPED` where it was dropped."""
-    stages = np.full(sum(part.tokens for part in segment.parts), DROPPED)
-    stages[segment.keep.cpu().numpy()] = segment.taken.cpu().numpy()
-    return stages
-
-
-def _groups_of(segment: Pruned) -> NDArray[np.int_] | None:
-    """A number for every group that tokens were merged to, (n,), -1 in none; None where the method does not merge."""
-    into: Tensor | None = getattr(segment, "into", None)
-    if into is None:
-        return None
-    holders = into.cpu().numpy()
-    _, number, sizes = np.unique(holders, return_inverse=True, return_counts=True)
-    swallowed = (holders >= 0) & (stages_of(segment) <= DROPPED)
-    merged = np.isin(holders, holders[swallowed]) | (sizes[number] > 1)
-    groups = np.where(merged & (holders >= 0), holders, -1)
-    ranks = np.unique(groups, return_inverse=True)[1]
-    return ranks - int((groups < 0).any())
+def _with_bar(picture: Image.Image, name: str, scores: Tensor) -> Image.Image:
+    """With the colours from the lowest score to the highest below, and what is scored."""
+    finite = scores.detach().cpu().double()
+    finite = finite[finite.isfinite()]
+    low, high = (f"{float(end):.3g}" for end in (finite.min(), finite.max())) if len(finite) else ("none", "none")
+    size = legible(picture.width)
+    lines = [part for text in name.split("\n") for part in broken(text, picture.width, size)]
+    bar = Image.fromarray(heat_bar(picture.width, line(size) // 2, _GREY))
+    made = Image.new(
+        "RGB", (picture.width, picture.height + bar.height + (1 + len(lines)) * line(size) + _PAD), "white"
+    )
+    made.paste(picture)
+    pen, top = ImageDraw.Draw(made), picture.height + _PAD
+    for text in lines:
+        write(pen, (0, top), text, picture.width, size)
+        top += line(size)
+    made.paste(bar, (0, top))
+    top += bar.height
+    write(pen, (0, top), low, picture.width / 2, size)
+    length = font(size).getlength(high)
+    write(pen, (picture.width - length, top), high, length + 1, size)
+    return made
 
 
 def _levels(scores: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -204,6 +185,12 @@ def _levels(scores: NDArray[np.float64]) -> NDArray[np.float64]:
     else:
         levels = (scores.clip(low, high) / 2 - low / 2) / (high / 2 - low / 2)
     return np.where(np.isposinf(scores), 1.0, np.where(np.isneginf(scores), 0.0, levels))
+
+
+def check_labels(labels: Sequence[str], panels: int) -> None:
+    """Raise `InvalidOption` where there are some, and not one for each panel."""
+    if labels and len(labels) != panels:
+        raise InvalidOption(f"labels: expected one for each of {panels} panels, got {len(labels)}")
 
 
 def check_dim(dim: float) -> None:
