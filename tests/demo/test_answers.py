@@ -138,7 +138,9 @@ def test_forced_tokens_are_in_and_out_in_every_pane() -> None:
     for pane in outcome.panes:
         own = set(kept(pane.report)[0])
         assert set(dropped) <= own and not set(wanted) & own and len(own) == 64
-        assert ("protected", (255, 255, 255)) in pane.colours
+        assert [name for name, _ in pane.colours[-2:]] == ["forced in by hand", "forced out by hand"]
+        assert "protected" not in dict(pane.colours)
+    assert outcome.unpruned is not None and "forced" not in str(outcome.unpruned.colours)
     assert outcome.unpruned is not None and outcome.unpruned.numbers is not None
     assert outcome.unpruned.numbers.kept == 256
 

@@ -84,6 +84,7 @@ def test_agreement_is_the_share_up_to_where_answers_part(answer: Any, reference:
 def test_numbers_are_those_of_the_report() -> None:
     numbers = numbers_of(report(segment([5], (4, 4))), kv_bytes_whole=250, seconds={"total": 2.0})
     assert (numbers.tokens, numbers.kept, numbers.prompt) == (16, 1, 12)
+    assert (numbers.prompt_whole, numbers.prompt_average, numbers.cached) == (30, 12, False)
     assert (numbers.kv_bytes, numbers.kv_bytes_whole, numbers.kv_megabytes) == (150, 250, 150 / 1e6)
     assert numbers.coverage == 9 / 16 and numbers.seconds == {"total": 2.0}
 

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from tests.demo.common import ask, by_hand, clip, host, picture
-from vtprune.catalog import build
+from vtprune.catalog import build, list_methods
 from vtprune.debiasing import DEBIASERS, debiased
 from vtprune.demo.panes import Pane
+from vtprune.demo.quantities import alike, no_scores, quantity
 from vtprune.demo.running import run
 from vtprune.demo.scoring import Scored, Watch
+from vtprune.stages.scorers import Importance
 from vtprune.tiny import QUESTION
 from vtprune.types import VisualTokens
 
@@ -96,7 +98,9 @@ def pane(**options: Any) -> Pane:
 @pytest.mark.parametrize(
     ("method", "words"),
     [
-        ("divprune", "scores all tokens alike and goes by its rule Dispersion"),
+        ("divprune", "divprune goes by distances between tokens and gives none a score"),
+        ("pool", "goes by where tokens lie"),
+        ("uniform", "at even steps"),
         ("fastv", "between decoder layers"),
         ("zipvl", "in every layer"),
         ("attention_sink", "scores none"),
@@ -106,6 +110,49 @@ def test_where_there_is_no_map_a_sentence_says_why(method: str, words: str) -> N
     found = pane(methods=(method, "random"))
     assert "scores" not in found.pictures and words in found.missing["scores"]
     assert "debiased" not in found.pictures and found.missing["debiased"]
+
+
+def test_reasons_are_words_of_the_field_for_every_method() -> None:
+    for name in list_methods():
+        pipeline = build(name)
+        watch = Watch.of(pipeline, "recency", debias=False)
+        told = [*watch.why.values(), *(alike(name, pick) for pick in pipeline.picks[:1]), no_scores(pipeline)]
+        assert watch.why or watch.treated is not None
+        for sentence in told:
+            assert not sentence or (sentence.startswith(name) and "'" not in sentence and "pick" not in sentence)
+        for pick in pipeline.picks[:1]:
+            kinds = {type(pick.selector).__name__, type(pick.scorer).__name__}
+            assert not any(kind in alike(name, pick) for kind in kinds)
+            assert quantity(pick.scorer, "cls_attention") != type(pick.scorer).__name__
+
+
+def test_maps_say_what_is_scored() -> None:
+    words = {"fastervlm": "attention of its CLS token", "dart": "L1 norm of the keys"}
+    for method, told in words.items():
+        names = scored("llava", picture(), method).names
+        assert told in names["scores"] and "recency" not in names["scores"]
+    assert scored("llava", picture(), "vtprune").names["scores"].endswith("stretched to 0 to 1")
+    assert "recency taken off" in scored("llava", picture(), "fastervlm").names["debiased"]
+    assert quantity(build("cdpruner").picks[0].scorer, None) == "relevance to the question"
+    assert quantity(Importance(), "received_attention").endswith("attention that a patch receives")
+
+
+@pytest.mark.parametrize("debias", [False, True])
+@pytest.mark.parametrize("method", ["vtprune", "fastervlm", "visionzip"])
+def test_how_many_choices_a_debiaser_changes_is_counted(method: str, debias: bool) -> None:
+    told = scored("llava", picture(), method, debias=debias, debiaser="trend").names["debiased"]
+    reports = [
+        by_hand("llava", picture(), one, keep=0.25)[1] for one in (build(method), debiased(build(method), "trend"))
+    ]
+    plain, treated = (set(report.segments[0].keep.tolist()) for report in reports)
+    assert f"\n{len(plain - treated)} of 64 choices change by that" in told
+
+
+def test_choices_of_frames_by_themselves_are_not_made_again() -> None:
+    watch = Watch.of(build("quota", {"within": "prune"}), "recency", debias=False)
+    given = {"frames": [torch.ones(len(clip().pictures))]}
+    _, report = by_hand("llava_next_video", clip(), watch.pipeline, given, keep=0.25)
+    assert "choices change" not in watch.scored(report).names["debiased"]
 
 
 def test_nothing_is_scored_where_everything_is_kept() -> None:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests.demo.common import ask, clip, host, picture
 from vtprune.demo import drawing
-from vtprune.demo.drawing import IN, OUT, board, board_scale, token_under, views_of
+from vtprune.demo.drawing import board, board_scale, token_under, views_of
 from vtprune.demo.media import read_upload
 from vtprune.demo.panes import VIEWS
 from vtprune.demo.running import run
 from vtprune.errors import InvalidOption
 from vtprune.tiny import QUESTION
-from vtprune.viz import Box, cells_of, heatmap, overlay, strip
+from vtprune.viz import Box, cells_of, heatmap, overlay, strip, with_bar
 
 
 def test_overlays_are_those_of_the_report_on_what_the_encoder_sees() -> None:
@@ -31,8 +33,9 @@ def test_overlays_are_those_of_the_report_on_what_the_encoder_sees() -> None:
 def test_every_view_is_there_or_missing_with_a_reason() -> None:
     outcome = host().answer(ask(methods=("vispruner", "attention_sink")))
     for pane in outcome.panes:
-        assert set(pane.pictures) | set(pane.missing) == set(VIEWS) - {"strip"}
+        assert set(pane.pictures) | set(pane.missing) == set(VIEWS)
         assert not set(pane.pictures) & set(pane.missing)
+        assert pane.missing["strip"] == "there is one picture, and no frames"
 
 
 def test_pictures_are_drawn_when_they_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,8 +63,28 @@ def test_clips_have_a_strip_even_where_frames_do_not_come_out_even(frames: int, 
     assert pane.error == "" and pane.report is not None
     parts = len(pane.report.segments[0].parts)
     shown = [*clip(frames).pictures, clip(frames).pictures[-1]][: -(-frames // parts) * parts]
-    drawn = strip(pane.report, shown, framing=outcome.framing)
+    labels = {4: ("#1-2  0.0 s", "#3-4  2.0 s"), 3: ("#1-2  0.0 s", "#3  2.0 s")}[frames]
+    labels = labels if parts == 2 else tuple(f"#{number}  {number - 1:.1f} s" for number in range(1, parts + 1))
+    drawn = strip(pane.report, shown, framing=outcome.framing, height=128, columns=4, labels=labels)
     assert np.array_equal(np.asarray(pane.pictures["strip"]), np.asarray(drawn))
+    kept = overlay(pane.report, shown, framing=outcome.framing, columns=4, labels=labels)
+    assert np.array_equal(np.asarray(pane.pictures["kept"]), np.asarray(kept))
+
+
+def test_frames_are_four_a_row_in_every_view() -> None:
+    pane = host("llava_next_video").answer(ask(media=clip(8), methods=("visionzip", "random"))).panes[0]
+    assert {"kept", "stages", "groups", "scores", "strip"} <= set(pane.pictures)
+    for view, drawn in pane.pictures.items():
+        assert 4 * 128 <= drawn.width <= 4 * 140 and drawn.height > 2 * 128, view
+
+
+def test_frames_without_seconds_have_numbers() -> None:
+    media = replace(clip(), times=())
+    report = host("llava_next_video").answer(ask(media=clip())).panes[2].report
+    assert report is not None
+    drawn = views_of(report, media, None).pictures["kept"]
+    expected = overlay(report, list(clip().pictures), columns=4, labels=["#1", "#2", "#3", "#4"])
+    assert np.array_equal(np.asarray(drawn), np.asarray(expected))
 
 
 def test_heat_maps_are_those_of_the_scores() -> None:
@@ -70,23 +93,55 @@ def test_heat_maps_are_those_of_the_scores() -> None:
     again = run(own.model, own.processor, asked, own._inputs(picture(), QUESTION), "fastervlm", longest=1)
     assert again.scored is not None and again.scored.scores is not None and again.scored.debiased is not None
     for name, scores in (("scores", again.scored.scores), ("debiased", again.scored.debiased)):
-        drawn = heatmap(scores[0], again.report, picture().pictures[0])
+        drawn = with_bar(heatmap(scores[0], again.report, picture().pictures[0]), scores[0], again.scored.names[name])
         assert np.array_equal(np.asarray(pane.pictures[name]), np.asarray(drawn)), name
     assert not np.array_equal(np.asarray(pane.pictures["scores"]), np.asarray(pane.pictures["debiased"]))
 
 
-def test_the_board_frames_forced_tokens_where_their_cells_are() -> None:
+def test_the_board_marks_forced_tokens_where_their_cells_are() -> None:
     outcome = host().answer(ask())
     assert outcome.segment is not None
     scale, size = board_scale(picture()), picture().size
+    plain = np.asarray(board(picture(), outcome)).astype(int)
     drawn = board(picture(), outcome, forced_in={17}, forced_out={200})
     assert drawn.size == (size[0] * scale, size[1] * scale)
-    pixels = np.asarray(drawn)
-    for token, colour in ((17, IN), (200, OUT)):
-        cell = cells_of(outcome.segment, size, outcome.framing)[token]
-        rows, columns = (pixels == colour).all(axis=2).nonzero()
-        assert (rows.min(), rows.max() + 1) == (cell.top * scale, cell.bottom * scale)
-        assert (columns.min(), columns.max() + 1) == (cell.left * scale, cell.right * scale)
+    changed = (np.asarray(drawn) != plain).any(axis=2)
+    cells = cells_of(outcome.segment, size, outcome.framing)
+    for token, least in ((17, 0.3), (200, 0.9)):
+        left, top, right, bottom = (round(side * scale) for side in cells[token])
+        assert changed[top:bottom, left:right].mean() > least
+        changed[top:bottom, left:right] = False
+    assert not changed.any()
+
+
+@pytest.mark.parametrize("method", ["vtprune", "pyramiddrop"])
+def test_forced_patches_are_marked_in_what_is_kept_and_in_stages_of_panes_that_heed_them(method: str) -> None:
+    outcome = host().answer(ask(methods=(method, "random"), keep=0.5, forced_in=(17,), forced_out=(200,)))
+    pane, unpruned = outcome.panes[0], outcome.unpruned
+    assert pane.report is not None and unpruned is not None and unpruned.report is not None
+    for view, stages in (("kept", False), ("stages", True)):
+        options = {"stages": stages, "framing": outcome.framing}
+        drawn = overlay(pane.report, picture().pictures[0], forced_in=[17], forced_out=[200], **options)
+        assert np.array_equal(np.asarray(pane.pictures[view]), np.asarray(drawn)), view
+    plain = overlay(unpruned.report, picture().pictures[0], framing=outcome.framing)
+    assert np.array_equal(np.asarray(unpruned.pictures["kept"]), np.asarray(plain))
+
+
+def test_forced_patches_of_clips_are_marked_in_strips() -> None:
+    asked = ask(media=clip(), forced_in=(3,), forced_out=(200,))
+    outcomes = [host("llava_next_video").answer(one) for one in (asked, replace(asked, forced_in=(), forced_out=()))]
+    drawn, plain = (outcome.panes[0].pictures["strip"] for outcome in outcomes)
+    expected = strip(
+        outcomes[0].panes[0].report,
+        list(clip().pictures),
+        framing=outcomes[0].framing,
+        height=128,
+        columns=4,
+        labels=[f"#{number + 1}  {number:.1f} s" for number in range(4)],
+        forced_in=[3],
+        forced_out=[200],
+    )
+    assert np.array_equal(np.asarray(drawn), np.asarray(expected)) and drawn.size == plain.size
 
 
 def test_a_board_without_an_outcome_is_the_picture() -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from tests.demo.common import clip, host, kept, picture
 from tests.video import processors
-from vtprune.demo.drawing import IN, board, board_scale
+from vtprune.demo.drawing import board, board_scale
 from vtprune.demo.media import Media
 from vtprune.demo.photo_host import PhotoHost
 from vtprune.demo.session import Host
@@ -22,6 +22,7 @@ from vtprune.report import DROPPED, PROTECTED
 from vtprune.tiny import QUESTION
 from vtprune.types import Budget
 from vtprune.viz import cells_of
+from vtprune.viz.marks import IN
 
 
 def centre(visit: Visit, token: int) -> tuple[float, float]:

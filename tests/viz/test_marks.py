@@ -11,7 +11,7 @@ from PIL import Image
 
 from tests.viz.common import grey, report, segment
 from vtprune.errors import InvalidOption
-from vtprune.viz import heatmap, legend, marked, overlay, strip
+from vtprune.viz import heatmap, legend, marked, overlay, strip, with_bar
 from vtprune.viz.drawing import OF_CUTS, OF_PICKS
 from vtprune.viz.lettering import broken, font, legible, line
 
@@ -117,15 +117,23 @@ def test_a_bar_says_what_is_scored_and_from_where_to_where() -> None:
     made = report(segment(("image", (1, 2)), keep=[0]))
     scores = torch.tensor([0.25, 3.0])
     plain = heatmap(scores, made, grey(200, 100), upscale=1)
-    one = heatmap(scores, made, grey(200, 100), upscale=1, name="importance")
-    two = heatmap(scores, made, grey(200, 100), upscale=1, name="importance\nand more")
+    one, two = (with_bar(plain, scores, name) for name in ("importance", "importance\nand more"))
     assert np.array_equal(np.asarray(one)[:100], np.asarray(plain)) and two.height - one.height == line(14)
     row = np.asarray(one)[100 + 4 + line(14) + 2].astype(int)
     weights = np.array([0.2126, 0.7152, 0.0722])
     assert (np.diff(row @ weights) >= -1e-9).mean() > 0.97 and (row[-1] @ weights) - (row[0] @ weights) > 80
-    other = heatmap(scores * 2, made, grey(200, 100), upscale=1, name="importance")
+    other = with_bar(plain, scores * 2, "importance")
     assert (np.asarray(one) != np.asarray(other)).any(), "the numbers at its ends"
-    assert heatmap(torch.full((2,), float("nan")), made, grey(200, 100), name="nothing").height > 100
+    assert with_bar(plain, torch.full((2,), float("nan")), "nothing").height > 100
+
+
+def test_pictures_of_one_scale() -> None:
+    made = report(segment(("image", (1, 2)), keep=[0]))
+    scores, span = torch.tensor([1.0, 2.0]), torch.tensor([0.0, 1.0, 2.0, 4.0])
+    drawn = np.asarray(heatmap(scores, made, grey(4, 2), upscale=1, span=span))
+    whole = report(segment(("image", (1, 4)), keep=[0]))
+    expected = np.asarray(heatmap(span, whole, grey(4, 2), upscale=1))
+    assert (drawn[:, 0] == expected[:, 1]).all() and (drawn[:, 2] == expected[:, 2]).all()
 
 
 def test_lines_are_broken_where_they_are_too_long() -> None:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+import torch
+from PIL import Image
 from torch import Tensor
 
 from vtprune.demo.media import Media
@@ -16,17 +17,19 @@ from vtprune.demo.panes import Outcome
 from vtprune.demo.scoring import Scored
 from vtprune.errors import InvalidOption
 from vtprune.report import PruneReport, SegmentReport
-from vtprune.viz import Box, cells_of, framing_of, heatmap, overlay, sheet, strip, token_at
+from vtprune.viz import Box, cells_of, framing_of, heatmap, in_rows, marked, overlay, strip, token_at, with_bar
 
-IN, OUT = (60, 220, 90), (255, 70, 70)
-"""Frames of tokens that are forced in and out."""
 _DRAWN = 896
 """Pixels that the longest side of a picture in a pane has at most."""
+_FRAME = 256
+"""The same of a frame of a clip."""
 _FRAMES_A_ROW = 4
+_STRIP = 128
+"""Pixels from top to bottom of a frame of a strip."""
 _BOARD = 640
 """Pixels that the longest side of a board has at least."""
 _Drawer = Callable[..., Image.Image]
-"""Draws a picture, or the frames of a clip, given with its number and `framing`."""
+"""Draws a picture, or frames of a clip, given with its number; `framing`, `labels` and `columns` by name."""
 
 
 class Pictures(Mapping[str, Image.Image]):
@@ -76,42 +79,89 @@ def views_of(report: PruneReport, media: Media, framing: Box | None, scored: Sco
         missing |= dict.fromkeys(("stages", "groups"), "nothing was dropped")
     elif not report.merged:
         missing["groups"] = f"{report.method} merged nothing"
-    drawers: dict[str, _Drawer] = {"kept": functools.partial(overlay, report)}
+    drawers: dict[str, _Drawer] = {"kept": _kept(report, scored)}
     if not whole:
-        drawers["stages"] = functools.partial(overlay, report, stages=True)
+        drawers["stages"] = _kept(report, scored, stages=True)
     if report.merged:
         drawers["groups"] = functools.partial(overlay, report, groups=True)
-    for name, scores in () if scored is None else (("scores", scored.scores), ("debiased", scored.debiased)):
-        if scores is not None:
-            drawers[name] = _heat(report, scores)
     pictures = {name: functools.partial(_drawn, draw, report, media, framing) for name, draw in drawers.items()}
+    for name, scores in () if scored is None else (("scores", scored.scores), ("debiased", scored.debiased)):
+        if scores is not None and scored is not None:
+            pictures[name] = functools.partial(_heat, report, media, framing, scores, scored.names[name])
     if media.kind == "video":
-        pictures["strip"] = functools.partial(_strip, report, media, framing)
+        pictures["strip"] = functools.partial(_strip, report, media, framing, scored)
+    else:
+        missing["strip"] = "there is one picture, and no frames"
     return Views(pictures=Pictures(pictures), missing=missing)
 
 
 def _drawn(draw: _Drawer, report: PruneReport, media: Media, framing: Box | None) -> Image.Image:
-    """Every picture of a prompt; several as a sheet."""
-    media, framing = _for_drawing(media, framing)
-    count = len(report.segments)
+    """Every picture of a prompt; frames of clips in rows, with their numbers and seconds."""
+    media, framing = _for_drawing(media, framing, _FRAME if media.kind == "video" else _DRAWN)
+    count, labels = len(report.segments), _labels(report, media)
+    if report.segments[0].parts[0].kind == "frame":
+        return draw(_shown(report, media, 0), 0, framing=framing, labels=labels, columns=_FRAMES_A_ROW)
     found = [draw(_shown(report, media, number), number, framing=framing) for number in range(count)]
-    return found[0] if count == 1 else sheet([(str(number), own) for number, own in enumerate(found, 1)])
+    return found[0] if count == 1 else in_rows(found, labels, columns=_FRAMES_A_ROW)
 
 
-def _heat(report: PruneReport, scores: Sequence[Tensor]) -> _Drawer:
-    return lambda own, number, framing: heatmap(scores[number], report, own, number, framing=framing)
+def _kept(report: PruneReport, scored: Scored | None, *, stages: bool = False) -> _Drawer:
+    def draw(own: Any, number: int, **how: Any) -> Image.Image:
+        low = sum(segment.n for segment in report.segments[:number])
+        high = low + report.segments[number].n
+        ins, outs = ((), ()) if scored is None else (scored.forced_in, scored.forced_out)
+        into, out_of = ([token - low for token in tokens if low <= token < high] for tokens in (ins, outs))
+        return overlay(report, own, number, stages=stages, forced_in=into, forced_out=out_of, **how)
+
+    return draw
 
 
-def _strip(report: PruneReport, media: Media, framing: Box | None) -> Image.Image:
-    media, framing = _for_drawing(media, framing)
+def _heat(report: PruneReport, media: Media, framing: Box | None, scores: Sequence[Tensor], name: str) -> Image.Image:
+    """Scores over every picture of a prompt, on one scale."""
+    span = torch.cat(list(scores))
+
+    def draw(own: Any, number: int, **how: Any) -> Image.Image:
+        return heatmap(scores[number], report, own, number, span=span, **how)
+
+    return with_bar(_drawn(draw, report, media, framing), span, name)
+
+
+def _strip(report: PruneReport, media: Media, framing: Box | None, scored: Scored | None) -> Image.Image:
+    labels = _labels(report, media)
+    media, framing = _for_drawing(media, framing, _FRAME)
     shown = _shown(report, media, 0)
     frames = shown if isinstance(shown, list) else list(media.pictures)
-    return strip(report, frames, framing=framing, columns=_FRAMES_A_ROW)
+    return strip(
+        report,
+        frames,
+        framing=framing,
+        height=_STRIP,
+        columns=_FRAMES_A_ROW,
+        labels=labels,
+        forced_in=() if scored is None else scored.forced_in,
+        forced_out=() if scored is None else scored.forced_out,
+    )
 
 
-def _for_drawing(media: Media, framing: Box | None) -> tuple[Media, Box | None]:
+def _labels(report: PruneReport, media: Media) -> tuple[str, ...]:
+    """The number of every frame that is encoded, and its second if it is known; none of pictures."""
+    if media.kind == "image":
+        return ()
+    parts, count = report.segments[0].parts, len(media.pictures)
+    shown = len(parts) if parts[0].kind == "frame" else len(report.segments)
+    joined = -(-count // shown)
+    found = []
+    for place in range(shown):
+        first = min(place * joined, count - 1)
+        last = min(first + joined, count)
+        name = f"#{first + 1}" if last == first + 1 else f"#{first + 1}-{last}"
+        found.append(f"{name}  {media.times[first]:.1f} s" if len(media.times) == count else name)
+    return tuple(found)
+
+
+def _for_drawing(media: Media, framing: Box | None, most: int) -> tuple[Media, Box | None]:
     """The same, scaled down where it is larger than what is drawn."""
-    factor = _DRAWN / max(media.size)
+    factor = most / max(media.size)
     if factor >= 1:
         return media, framing
     width, height = (max(1, round(side * factor)) for side in media.size)
@@ -181,22 +231,18 @@ def board(
     forced_out: Collection[int] = (),
     frame: int = 0,
 ) -> Image.Image:
-    """The picture, or a frame, to click on, with forced tokens framed; a pixel of it is one of `board_scale`."""
+    """The picture, or a frame, to click on, with marks on forced tokens; a pixel of it is one of `board_scale`."""
     scale = board_scale(media)
     picture = media.pictures[min(frame, len(media.pictures) - 1)]
-    drawn = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
     if outcome is None or not outcome.segments:
-        return drawn
+        return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
     segment, before = _shown_by(outcome, frame)
-    cells = cells_of(segment, media.size, outcome.framing)
-    sizes = [part.tokens for part in segment.parts]
-    panel = panel_of(segment, media, frame)
-    tiles = any(part.kind == "tile" for part in segment.parts)
-    start = 0 if tiles else sum(sizes[:panel])
-    own = range(start, start + (sum(sizes) if tiles else sizes[panel]))
-    pen = ImageDraw.Draw(drawn)
-    for tokens, colour in ((forced_in, IN), (forced_out, OUT)):
-        for token in sorted({token - before for token in tokens} & set(own)):
-            left, top, right, bottom = (side * scale for side in cells[token])
-            pen.rectangle((left, top, right - 1, bottom - 1), outline=colour, width=3)
-    return drawn
+    return marked(
+        picture,
+        segment,
+        panel_of(segment, media, frame),
+        scale=scale,
+        framing=outcome.framing,
+        forced_in=[token - before for token in forced_in],
+        forced_out=[token - before for token in forced_out],
+    )

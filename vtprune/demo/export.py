@@ -13,22 +13,40 @@ from typing import Any
 from PIL import Image
 
 from vtprune._version import __version__
-from vtprune.demo.panes import PARTS, TIMES, VIEWS, Outcome, Pane
+from vtprune.demo.panes import FORCED_IN, FORCED_OUT, PARTS, TIMES, VIEWS, Ask, Numbers, Outcome, Pane
 from vtprune.viz import sheet
 
 _CAPTION = 48
 """Characters of a line."""
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #22262e; max-width: 1500px; margin: 2em auto; padding: 0 1em }
-h1 { font-size: 1.3em } h2 { font-size: 1.1em; margin: 0 } p { margin: .3em 0 }
-.panes { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 1.5em }
-.pane { border: 1px solid #dee1e6; border-radius: 8px; padding: 1em }
-.answer { font-size: 1.15em; overflow-wrap: anywhere } .faint { color: #606670 } .error { color: #a8071a }
-img { max-width: 100%; height: auto } figure { margin: .8em 0 }
-table { border-collapse: collapse; width: 100% }
-td { padding: 1px 6px; text-align: right } td:first-child { text-align: left }
-.key { display: inline-block; width: .9em; height: .9em; border: 1px solid #606670; margin: 0 .3em 0 .8em }
+:root { color-scheme: light dark; --ink: #22262e; --faint: #606670; --line: #dee1e6; --ground: #fff;
+  --same: #0a7d33; --other: #a8071a }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e8ec; --faint: #a5abb5; --line: #3a3f48; --ground: #16181c;
+  --same: #58c47e; --other: #ff8a80 } }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--ground); max-width: 1600px;
+  margin: 2em auto; padding: 0 1em }
+h1 { font-size: 1.3em } h2 { font-size: 1.1em; margin: 1.6em 0 .4em } h3 { font-size: 1em; margin: 0 } p { margin: .3em 0 }
+.panes { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 1em }
+@media (min-width: 1000px) { .panes { grid-template-columns: repeat(var(--count), minmax(0, 1fr)) } }
+.faint { color: var(--faint) } .same { color: var(--same) } .other, .error { color: var(--other) }
+.answer { font-weight: 600; overflow-wrap: anywhere } .scrolls { overflow-x: auto }
+img { width: 100%; height: auto } figure { margin: 0; overflow-wrap: anywhere }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+td, th { padding: 2px 10px; text-align: right; vertical-align: top; border-bottom: 1px solid var(--line) }
+td:first-child, th:first-child { text-align: left; padding-left: 0 }
+.key { display: inline-block; width: 1em; height: 1em; margin: 0 .3em 0 .7em; vertical-align: -.1em }
 """
+
+
+_BAND = "#fff 42% 58%"
+_MARKS = {
+    FORCED_IN: "box-shadow: inset 0 0 0 2px #fff, inset 0 0 0 4px #1a1c22, 0 0 0 1px #8888",
+    FORCED_OUT: (
+        f"background: linear-gradient(45deg, #0000 42%, {_BAND}, #0000 58%), "
+        f"linear-gradient(-45deg, #0000 42%, {_BAND}, #0000 58%), #1a1c22"
+    ),
+}
+"""How marks look beside their names."""
 
 
 def every_pane(outcome: Outcome) -> tuple[Pane, ...]:
@@ -41,9 +59,7 @@ def rows_of(pane: Pane) -> list[tuple[str, str]]:
     numbers = pane.numbers
     if numbers is None:
         return []
-    rows = [("visual tokens kept", f"{numbers.kept} of {numbers.tokens}")]
-    if numbers.average != numbers.kept:
-        rows.append(("on average over layers", f"{numbers.average:.1f}"))
+    rows = _token_rows(numbers)
     if numbers.merged:
         rows.append(("merged into them", str(numbers.merged)))
     if numbers.separators:
@@ -52,12 +68,40 @@ def rows_of(pane: Pane) -> list[tuple[str, str]]:
         rows.append(("coverage (kept or beside)", f"{100 * numbers.coverage:.0f} %"))
     if numbers.kv_bytes_whole:
         whole = numbers.kv_bytes_whole / 1e6
-        rows += [("prompt length", str(numbers.prompt)), ("KV cache", f"{numbers.kv_megabytes:.2f} of {whole:.2f} MB")]
+        rows += [("prompt length", _prompt(numbers)), ("KV cache", f"{numbers.kv_megabytes:.2f} of {whole:.2f} MB")]
     if pane.agreement is not None:
         words = "same answer" if pane.same else "another answer"
         rows.append(("agreement", f"{words}, {100 * pane.agreement:.0f} % of its tokens"))
     seconds = numbers.seconds
-    return rows + [(name, f"{1000 * seconds[part]:.1f} ms") for part, name in PARTS.items() if part in seconds]
+    rows += [(name, _milliseconds(seconds[part])) for part, name in PARTS.items() if part in seconds]
+    if "score" in seconds and "total" in seconds:
+        rows.append(("all together", _milliseconds(seconds["score"] + seconds["total"])))
+    return rows
+
+
+def _token_rows(numbers: Numbers) -> list[tuple[str, str]]:
+    """How many tokens stay: on average first, where that is another number than at the end."""
+    whole = f"{numbers.kept} of {numbers.tokens}"
+    if numbers.average == numbers.kept:
+        return [("visual tokens kept", whole)]
+    average = f"{numbers.average:.0f} of {numbers.tokens}"
+    if numbers.cached:
+        return [("visual tokens in the cache of a layer, on average", average), ("passing all layers", whole)]
+    return [("visual tokens kept, on average over layers", average), ("kept behind the last cut", whole)]
+
+
+def _prompt(numbers: Numbers) -> str:
+    if numbers.prompt == numbers.prompt_whole:
+        return str(numbers.prompt)
+    average = f" ({numbers.prompt_average:.0f} on average over layers)"
+    differs = numbers.prompt_average != numbers.prompt
+    return f"{numbers.prompt_whole} -> {numbers.prompt}{average if differs else ''}"
+
+
+def _milliseconds(seconds: float) -> str:
+    """Whole ones from 10 on: what is measured once is not known better."""
+    count = 1000 * seconds
+    return f"{count:.1f} ms" if count < 9.95 else f"{count:.0f} ms"
 
 
 def overlaps_of(outcome: Outcome) -> list[tuple[str, float]]:
@@ -109,6 +153,23 @@ def _pane_dict(pane: Pane) -> dict[str, Any]:
     }
 
 
+def asked_line(of: Outcome | Ask) -> str:
+    """What was asked besides the question, in a line: the model, where there was an answer, and every option."""
+    ask = of.ask if isinstance(of, Outcome) else of
+    told = [f"keep {ask.keep}", f"seed {ask.seed}"]
+    if isinstance(of, Outcome):
+        told.insert(0, of.model)
+    if ask.debias:
+        told.append(f"debiased: {ask.debiaser}")
+    into, out_of = len(ask.forced_in), len(ask.forced_out)
+    if into:
+        told.append(f"{into} {'patch' if into == 1 else 'patches'} forced in{'' if out_of else ' by hand'}")
+    if out_of:
+        noun = "" if into else "patch " if out_of == 1 else "patches "
+        told.append(f"{out_of} {noun}forced out by hand")
+    return ", ".join(told)
+
+
 def to_png(outcome: Outcome) -> bytes:
     """A contact sheet: what was shown, and the kept patches of every pane with its answer; of clips their frames."""
     nothing = Image.new("RGB", outcome.ask.media.size, "lightgrey")
@@ -118,71 +179,18 @@ def to_png(outcome: Outcome) -> bytes:
     ]
     buffer = io.BytesIO()
     columns = 1 if outcome.ask.media.kind == "video" else len(panels)
-    sheet(panels, columns=columns, title=outcome.ask.question).save(buffer, "PNG")
+    lines = [outcome.ask.question or "kept patches", f"{asked_line(outcome)}; vtprune {__version__}"]
+    marks = ((outcome.ask.forced_in, "two frames: forced in"), (outcome.ask.forced_out, "cross: forced out"))
+    lines += ["; ".join(told for tokens, told in marks if tokens)] if any(tokens for tokens, _ in marks) else []
+    sheet(panels, columns=columns, title="\n".join(lines)).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def _caption(pane: Pane) -> str:
     if pane.error:
         return "\n".join([pane.title, *textwrap.wrap(pane.error, _CAPTION, max_lines=4, placeholder=" ...")])
-    kept = "" if pane.numbers is None else f"{pane.numbers.kept} of {pane.numbers.tokens} tokens"
+    kept = "" if pane.numbers is None else " ".join(reversed(_token_rows(pane.numbers)[0]))
     return "\n".join(line for line in (pane.title, kept, pane.answer or "") if line)
-
-
-def to_html(outcome: Outcome) -> str:
-    """A page that holds everything: answers, numbers, pictures, and `to_dict` as JSON in the element "data".
-
-    It asks for nothing over the network and runs nothing.
-    """
-    data = json.dumps(to_dict(outcome)).replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
-    panes = "\n".join(_section(pane) for pane in every_pane(outcome))
-    overlaps = "".join(
-        f"<p>{escape(names)}: {100 * share:.0f} % of the patches that either keeps are kept by both</p>"
-        for names, share in overlaps_of(outcome)
-    )
-    notes = "".join(f'<p class="faint">{escape(note)}</p>' for note in outcome.notes)
-    question = escape(outcome.ask.question)
-    asked = f"{escape(outcome.model)}, keep {outcome.ask.keep}, seed {outcome.ask.seed}"
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head><meta charset="utf-8"><title>{question or "kept patches"}</title><style>{_STYLE}</style></head>
-<body>
-<h1>{question or "kept patches"}</h1>
-<p class="faint">{asked}; vtprune {__version__}</p>
-{notes}
-{overlaps}
-<div class="panes">
-{panes}
-</div>
-<p class="faint">{TIMES[outcome.unpruned is not None]}</p>
-<script type="application/json" id="data">{data}</script>
-</body>
-</html>
-"""
-
-
-def _section(pane: Pane) -> str:
-    lines = [f"<h2>{escape(pane.title)}</h2>", f'<p class="faint">{escape(pane.line)} {escape(pane.paper)}</p>']
-    if pane.error:
-        lines.append(f'<p class="error">{escape(pane.error)}</p>')
-    if pane.answer is not None:
-        lines.append(f'<p class="answer">{escape(pane.answer) or "(no words)"}</p>')
-    lines += [f'<p class="faint">{escape(note)}</p>' for note in pane.notes]
-    lines.append(table_html(rows_of(pane)))
-    lines += [_figure(caption, pane, view) for view, caption in VIEWS.items() if view in pane.pictures]
-    lines += [
-        f'<p class="faint">{escape(VIEWS[view])}: {escape(why)}</p>'
-        for view, why in pane.missing.items()
-        if view in VIEWS
-    ]
-    return '<section class="pane">\n{}\n</section>'.format("\n".join(lines))
-
-
-def _figure(caption: str, pane: Pane, view: str) -> str:
-    keys = keys_html(pane) if view == "stages" else ""
-    alt = escape(f"{pane.title}: {caption}")
-    image = f'<img alt="{alt}" src="{_data_uri(pane.pictures[view])}">'
-    return f"<figure>{image}<figcaption>{escape(caption)}{keys}</figcaption></figure>"
 
 
 def table_html(rows: Sequence[tuple[str, str]]) -> str:
@@ -191,11 +199,104 @@ def table_html(rows: Sequence[tuple[str, str]]) -> str:
     return f"<table>{cells}</table>" if cells else ""
 
 
-def keys_html(pane: Pane) -> str:
-    """Picks with the colours that they have in "stages"."""
+def keys_html(pane: Pane, view: str = "stages") -> str:
+    """What the colours of a picture mean: in "stages" of picks and cuts, and marks of what was forced in all of them."""
     return "".join(
-        f'<span class="key" style="background: rgb{colour}"></span>{escape(name)}' for name, colour in pane.colours
+        f'<span class="key" style="{_MARKS.get(name, f"background: rgb{colour}; border: 1px solid #8888")}"></span>'
+        f"{escape(name)}"
+        for name, colour in pane.colours
+        if view == "stages" or (view in ("kept", "strip") and name in _MARKS)
     )
+
+
+def to_html(outcome: Outcome) -> str:
+    """A page that holds everything: answers, numbers, pictures, and `to_dict` as JSON in the element "data".
+
+    It asks for nothing over the network and runs nothing.
+    """
+    data = json.dumps(to_dict(outcome)).replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+    panes = every_pane(outcome)
+    overlaps = "".join(
+        f"<p>{escape(names)}: {100 * share:.0f} % of the patches that either keeps are kept by both</p>"
+        for names, share in overlaps_of(outcome)
+    )
+    notes = "".join(f'<p class="faint">{escape(note)}</p>' for note in outcome.notes)
+    title = escape(outcome.ask.question) or "kept patches"
+    views = "\n".join(_view(view, panes) for view in VIEWS)
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><style>{_STYLE}</style></head>
+<body>
+<h1>{title}</h1>
+<p class="faint">{escape(asked_line(outcome))}; vtprune {__version__}</p>
+{notes}
+<div class="scrolls">{_summary(panes)}</div>
+{overlaps}
+<p class="faint">{TIMES[outcome.unpruned is not None]}</p>
+{views}
+<section><h2>what the methods do</h2>{_grid([_about(pane) for pane in panes])}</section>
+<script type="application/json" id="data">{data}</script>
+</body>
+</html>
+"""
+
+
+def _summary(panes: Sequence[Pane]) -> str:
+    """A row for every number, a column for every pane."""
+    told = [dict(rows_of(pane)) for pane in panes]
+    names: list[str] = []
+    for rows in told:
+        place = 0
+        for name in rows:
+            if name not in names:
+                names.insert(place, name)
+            place = names.index(name) + 1
+    head = "".join(f"<th>{escape(pane.title)}</th>" for pane in panes)
+    answers = "".join(f"<td>{_answer(pane)}</td>" for pane in panes)
+    body = "".join(
+        f"<tr><td>{escape(name)}</td>{''.join(f'<td>{escape(rows.get(name, ""))}</td>' for rows in told)}</tr>"
+        for name in names
+    )
+    return f"<table><tr><th></th>{head}</tr><tr><td>answer</td>{answers}</tr>{body}</table>"
+
+
+def _answer(pane: Pane) -> str:
+    if pane.error:
+        return f'<span class="error">{escape(pane.error)}</span>'
+    if pane.answer is None:
+        return ""
+    tone, told = {True: ("same", "same as all tokens"), False: ("other", "another answer"), None: ("", "")}[pane.same]
+    said = escape(pane.answer) or "(no words)"
+    return f'<span class="answer {tone}">{said}</span>' + (f'<br><span class="{tone}">{told}</span>' if told else "")
+
+
+def _view(view: str, panes: Sequence[Pane]) -> str:
+    """Pictures of all panes beside each other; nothing where no pane has one, and none says why."""
+    if not any(view in pane.pictures for pane in panes):
+        reasons = dict.fromkeys(pane.missing[view] for pane in panes if view in pane.missing)
+        told = escape("; ".join(reasons))
+        return f'<p class="faint">{escape(VIEWS[view])}: {told}</p>' if told else ""
+    return f"<section><h2>{escape(VIEWS[view])}</h2>{_grid([_figure(pane, view) for pane in panes])}</section>"
+
+
+def _grid(cells: Sequence[str]) -> str:
+    return f'<div class="panes" style="--count: {len(cells)}">{"".join(cells)}</div>'
+
+
+def _figure(pane: Pane, view: str) -> str:
+    title = f"<b>{escape(pane.title)}</b>"
+    if view not in pane.pictures:
+        why = escape(pane.missing.get(view, ""))
+        return f'<figure><figcaption>{title}<br><span class="faint">{why}</span></figcaption></figure>'
+    alt = escape(f"{pane.title}: {VIEWS[view]}")
+    image = f'<img alt="{alt}" src="{_data_uri(pane.pictures[view])}">'
+    return f"<figure>{image}<figcaption>{title} {keys_html(pane, view)}</figcaption></figure>"
+
+
+def _about(pane: Pane) -> str:
+    notes = "".join(f'<p class="faint">{escape(note)}</p>' for note in pane.notes)
+    return f"<div><h3>{escape(pane.title)}</h3><p>{escape(pane.line)} {escape(pane.paper)}</p>{notes}</div>"
 
 
 def _data_uri(picture: Image.Image) -> str:

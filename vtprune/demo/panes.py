@@ -16,7 +16,8 @@ from vtprune.demo.media import Media
 from vtprune.errors import InvalidOption
 from vtprune.report import PruneReport, SegmentReport
 from vtprune.types import Budget
-from vtprune.viz import Box
+from vtprune.viz import Box, legend
+from vtprune.viz.marks import IN, OUT
 
 RANDOM = "random"
 """The method of the last pane, whatever else is asked for."""
@@ -41,6 +42,8 @@ PARTS: Mapping[str, str] = {
     "total": "all of generate",
 }
 """What seconds are told of: the first is done before the model is asked, "total" is the clock around `generate`."""
+FORCED_IN, FORCED_OUT = "forced in by hand", "forced out by hand"
+"""Names of marks, among the colours of a pane."""
 
 TIMES = {
     True: "Seconds are of one run each and no benchmark; every pane encodes by itself, so that they are its own.",
@@ -95,7 +98,9 @@ class Numbers:
 
     `average` is tokens in a decoder layer, on average over layers; of methods that cut caches, tokens that one stores.
     `kv_bytes` are keys and values of the prompt, `kv_bytes_whole` those without pruning. `seconds` are measured, once,
-    by the names of `PARTS`. `coverage` is the share of the tokens that are kept or lie beside a kept one of the same
+    by the names of `PARTS`. `prompt` is the length of the prompt behind the last cut, `prompt_whole` that before any,
+    `prompt_average` that in a decoder layer, on average. `cached` says that all tokens pass, and caches store fewer.
+    `coverage` is the share of the tokens that are kept or lie beside a kept one of the same
     grid, also across a corner; None where there is no picture, and where all tokens pass and caches store fewer.
     """
 
@@ -105,6 +110,9 @@ class Numbers:
     merged: int
     separators: int
     prompt: int
+    prompt_whole: int
+    prompt_average: float
+    cached: bool
     kv_bytes: int
     kv_bytes_whole: int
     coverage: float | None
@@ -123,7 +131,7 @@ class Pane:
     `line` says what the method does, `paper` where it is from. `ids` are the tokens of the answer; `same` says whether
     the unpruned model answers in the same words, `agreement` is the share of the longer answer, in tokens, up to where
     the two part; both are None where one of the answers is missing. `pictures` are some of `VIEWS`, `missing` says of
-    others why they are not there. `colours` are those of the picks in "stages".
+    others why they are not there. `colours` are those in "stages": see `keys_of`.
     """
 
     method: str
@@ -210,6 +218,13 @@ def agreement(answer: Sequence[int], reference: Sequence[int]) -> float:
     return alike / longest if longest else 1.0
 
 
+def keys_of(report: PruneReport, ask: Ask | None) -> tuple[tuple[str, tuple[int, int, int]], ...]:
+    """What is seen in "stages": colours of picks and cuts, and marks of what was forced, if anything could be."""
+    found = [(name, colour) for name, colour in legend(report) if name != "protected"]
+    forced = () if ask is None else ((FORCED_IN, IN, ask.forced_in), (FORCED_OUT, OUT, ask.forced_out))
+    return (*found, *((name, colour) for name, colour, tokens in forced if tokens))
+
+
 def numbers_of(
     report: PruneReport,
     *,
@@ -217,15 +232,20 @@ def numbers_of(
     seconds: Mapping[str, float] | None = None,
 ) -> Numbers:
     """The numbers of a pane, from its report and what only its caller knows."""
+    cached = any(one.cached is not None for one in report.segments)
+    prompt = sum(report.length_after)
     return Numbers(
         tokens=report.tokens,
         kept=report.kept,
         average=report.average,
         merged=report.merged,
         separators=report.separators,
-        prompt=sum(report.length_after),
+        prompt=prompt,
+        prompt_whole=sum(report.length_before),
+        prompt_average=prompt if cached else prompt + report.average - report.kept,
+        cached=cached,
         kv_bytes=kv_bytes_whole - report.kv_bytes_saved,
         kv_bytes_whole=kv_bytes_whole,
-        coverage=None if any(one.cached is not None for one in report.segments) else coverage(report.segments),
+        coverage=None if cached else coverage(report.segments),
         seconds=dict(seconds or {}),
     )

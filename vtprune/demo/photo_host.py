@@ -14,15 +14,15 @@ from vtprune.demo.choices import Choice, paper_of
 from vtprune.demo.drawing import views_of
 from vtprune.demo.hosting import OnPane, Wanted, check_wanted
 from vtprune.demo.media import Example, Media
-from vtprune.demo.panes import RANDOM, Ask, Outcome, Pane, numbers_of
+from vtprune.demo.panes import RANDOM, Ask, Outcome, Pane, keys_of, numbers_of
 from vtprune.demo.photo import choose, methods, photograph, photographs
-from vtprune.demo.scoring import Watch
+from vtprune.demo.scoring import Watch, with_forced
 from vtprune.demo.seen import Seen
 from vtprune.demo.towers import Tower
 from vtprune.demo.wording import about, failed
 from vtprune.errors import InvalidOption
 from vtprune.types import Modality
-from vtprune.viz import Box, legend
+from vtprune.viz import Box
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -107,7 +107,7 @@ def _pane(seen: Seen, ask: Ask, method: str, framing: Box) -> Pane:
         report = choose(seen, watch.pipeline, ask.keep)
         if len(ask.forced_in) > report.kept:
             raise InvalidOption(f"{len(ask.forced_in)} patches are forced in, and {report.kept} are kept: let some go")
-        views = views_of(report, ask.media, framing, watch.scored(report))
+        views = views_of(report, ask.media, framing, with_forced(watch.scored(report), ask))
     except Exception as error:  # whatever it was, it costs this pane and not the others
         return Pane(method=method, line=card.line, paper=card.paper, error=failed(error))
     return Pane(
@@ -117,7 +117,7 @@ def _pane(seen: Seen, ask: Ask, method: str, framing: Box) -> Pane:
         numbers=numbers_of(report, seconds=report.seconds),
         pictures=views.pictures,
         missing=views.missing,
-        colours=tuple(legend(report)),
+        colours=keys_of(report, ask),
         notes=watch.notes if method != RANDOM else (),
         report=report,
     )

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from vtprune.api import pruning
 from vtprune.catalog import build, describe
 from vtprune.demo.choices import evidence_of
-from vtprune.demo.panes import RANDOM, UNPRUNED, Ask, Numbers, numbers_of
-from vtprune.demo.scoring import Scored, Watch
+from vtprune.demo.panes import RANDOM, UNPRUNED, Ask, Numbers, keys_of, numbers_of
+from vtprune.demo.scoring import Scored, Watch, with_forced
 from vtprune.errors import MissingEvidence
 from vtprune.estimates import kv_bytes_per_token
 from vtprune.pipeline import Pipeline
@@ -24,7 +24,6 @@ from vtprune.report import PruneReport
 from vtprune.runtime.pruner import Pruner
 from vtprune.seam import find_base
 from vtprune.video.relevance import per_part, score_frames
-from vtprune.viz import legend
 
 Relevance = Callable[[Tensor, list[str]], Tensor]
 _IDLE = ("select", "cut")
@@ -111,8 +110,8 @@ def run(
         ids=ids,
         numbers=numbers,
         report=report,
-        scored=None if watch is None else watch.scored(report),
-        colours=tuple(legend(report)),
+        scored=None if watch is None else with_forced(watch.scored(report), ask),
+        colours=keys_of(report, None if watch is None else ask),
         notes=(*(() if watch is None or method == RANDOM else watch.notes), *_notes(pipeline, report, ask)),
     )
 

@@ -93,7 +93,7 @@ def overlay(
             pixels = frame_picks(tint_cuts(pixels, canvas, cuts[grid]), canvas, taken[grid])
         pixels = mark_forced(pixels, canvas, grid, forced_in, forced_out)
         drawn.append(Image.fromarray(hatch_unseen(pixels, canvas)))
-    return _rows(drawn, columns, labels)
+    return in_rows(drawn, labels, columns=columns)
 
 
 def heatmap(
@@ -106,7 +106,7 @@ def heatmap(
     upscale: int | None = None,
     columns: int = PER_ROW,
     labels: Sequence[str] = (),
-    name: str = "",
+    span: Tensor | None = None,
 ) -> Image.Image:
     """Scores of tokens over the picture in greys: dark violet for the lowest, yellow for the highest.
 
@@ -122,7 +122,7 @@ def heatmap(
         upscale: whole factor by which pixels are repeated; by default small pictures grow to about 384 pixels.
         columns: panels of a row.
         labels: what to write above the panels, one for each.
-        name: what is scored; with it a bar of the colours comes below, with the lowest score and the highest.
+        span: scores whose lowest and highest are the ends of the scale, those of the segment by default.
 
     Raises:
         InvalidOption: for scores of another shape, and where `overlay` raises it.
@@ -133,18 +133,17 @@ def heatmap(
     if not isinstance(scores, Tensor) or scores.shape != (tokens,) or scores.is_complex():
         got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise InvalidOption(f"scores: got {got}, expected a tensor ({tokens},): one real number for every token")
-    levels = _levels(scores.detach().cpu().double().numpy())
+    levels = _levels(scores.detach().cpu().double().numpy(), _ends(scores if span is None else span))
     panels = panels_of(chosen.parts, image)
     drawn = []
     for picture, grid in panels:
         box = checked_framing(picture.size, framing)
         canvas = canvas_of(picture, grid.shape, box, upscale or _default_upscale(picture, len(panels)))
         drawn.append(Image.fromarray(hatch_unseen(heated(canvas, levels[grid]), canvas)))
-    rows = _rows(drawn, columns, labels)
-    return _with_bar(rows, name, scores) if name else rows
+    return in_rows(drawn, labels, columns=columns)
 
 
-def _rows(panels: list[Image.Image], columns: int, labels: Sequence[str]) -> Image.Image:
+def in_rows(panels: list[Image.Image], labels: Sequence[str] = (), *, columns: int = PER_ROW) -> Image.Image:
     """Panels in rows, with labels that can still be read where a row is as wide as the screen of a telephone."""
     check_whole("columns", columns, least=1)
     check_labels(labels, len(panels))
@@ -152,11 +151,9 @@ def _rows(panels: list[Image.Image], columns: int, labels: Sequence[str]) -> Ima
     return side_by_side(labelled(panels, labels, size), columns=columns)
 
 
-def _with_bar(picture: Image.Image, name: str, scores: Tensor) -> Image.Image:
-    """With the colours from the lowest score to the highest below, and what is scored."""
-    finite = scores.detach().cpu().double()
-    finite = finite[finite.isfinite()]
-    low, high = (f"{float(end):.3g}" for end in (finite.min(), finite.max())) if len(finite) else ("none", "none")
+def with_bar(picture: Image.Image, scores: Tensor, name: str) -> Image.Image:
+    """A `heatmap` with a bar of its colours below, the lowest score and the highest, and what is scored in lines."""
+    low, high = (f"{end:.3g}" for end in _ends(scores))
     size = legible(picture.width)
     lines = [part for text in name.split("\n") for part in broken(text, picture.width, size)]
     bar = Image.fromarray(heat_bar(picture.width, line(size) // 2, _GREY))
@@ -176,10 +173,16 @@ def _with_bar(picture: Image.Image, name: str, scores: Tensor) -> Image.Image:
     return made
 
 
-def _levels(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+def _ends(scores: Tensor) -> tuple[float, float]:
+    """The lowest and the highest score that is finite; zeros where none is."""
+    known = scores.detach().cpu().double()
+    finite = known[known.isfinite()]
+    return (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 0.0)
+
+
+def _levels(scores: NDArray[np.float64], ends: tuple[float, float]) -> NDArray[np.float64]:
     """Scores from 0 (lowest) to 1 (highest), NaN where they are."""
-    finite = scores[np.isfinite(scores)]
-    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+    low, high = ends
     if low == high:
         levels = np.where(np.isnan(scores), np.nan, 0.5)
     else:
