@@ -13,8 +13,21 @@ from typing import Any
 from PIL import Image
 
 from vtprune._version import __version__
-from vtprune.demo.panes import FORCED_IN, FORCED_OUT, PARTS, TIMES, VIEWS, Ask, Numbers, Outcome, Pane
+from vtprune.demo.panes import TIMES, VIEWS, Outcome, Pane
+from vtprune.demo.telling import asked_line, every_pane, keys_html, overlaps_of, rows_of, table_html, token_rows
 from vtprune.viz import sheet
+
+__all__ = [
+    "asked_line",
+    "every_pane",
+    "keys_html",
+    "overlaps_of",
+    "rows_of",
+    "table_html",
+    "to_dict",
+    "to_html",
+    "to_png",
+]
 
 _CAPTION = 48
 """Characters of a line."""
@@ -25,7 +38,8 @@ _STYLE = """
   --same: #58c47e; --other: #ff8a80 } }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--ground); max-width: 1600px;
   margin: 2em auto; padding: 0 1em }
-h1 { font-size: 1.3em } h2 { font-size: 1.1em; margin: 1.6em 0 .4em } h3 { font-size: 1em; margin: 0 } p { margin: .3em 0 }
+h1 { font-size: 1.3em } h2 { font-size: 1.1em; margin: 1.6em 0 .4em } h3 { font-size: 1em; margin: 0 }
+p { margin: .3em 0 }
 .panes { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 1em }
 @media (min-width: 1000px) { .panes { grid-template-columns: repeat(var(--count), minmax(0, 1fr)) } }
 .faint { color: var(--faint) } .same { color: var(--same) } .other, .error { color: var(--other) }
@@ -36,83 +50,6 @@ td, th { padding: 2px 10px; text-align: right; vertical-align: top; border-botto
 td:first-child, th:first-child { text-align: left; padding-left: 0 }
 .key { display: inline-block; width: 1em; height: 1em; margin: 0 .3em 0 .7em; vertical-align: -.1em }
 """
-
-
-_BAND = "#fff 42% 58%"
-_MARKS = {
-    FORCED_IN: "box-shadow: inset 0 0 0 2px #fff, inset 0 0 0 4px #1a1c22, 0 0 0 1px #8888",
-    FORCED_OUT: (
-        f"background: linear-gradient(45deg, #0000 42%, {_BAND}, #0000 58%), "
-        f"linear-gradient(-45deg, #0000 42%, {_BAND}, #0000 58%), #1a1c22"
-    ),
-}
-"""How marks look beside their names."""
-
-
-def every_pane(outcome: Outcome) -> tuple[Pane, ...]:
-    """The unpruned pane, where there is one, and the others."""
-    return (*(() if outcome.unpruned is None else (outcome.unpruned,)), *outcome.panes)
-
-
-def rows_of(pane: Pane) -> list[tuple[str, str]]:
-    """The numbers of a pane for people: what, and how much."""
-    numbers = pane.numbers
-    if numbers is None:
-        return []
-    rows = _token_rows(numbers)
-    if numbers.merged:
-        rows.append(("merged into them", str(numbers.merged)))
-    if numbers.separators:
-        rows.append(("separators, always kept", str(numbers.separators)))
-    if numbers.coverage is not None:
-        rows.append(("coverage (kept or beside)", f"{100 * numbers.coverage:.0f} %"))
-    if numbers.kv_bytes_whole:
-        whole = numbers.kv_bytes_whole / 1e6
-        rows += [("prompt length", _prompt(numbers)), ("KV cache", f"{numbers.kv_megabytes:.2f} of {whole:.2f} MB")]
-    if pane.agreement is not None:
-        words = "same answer" if pane.same else "another answer"
-        rows.append(("agreement", f"{words}, {100 * pane.agreement:.0f} % of its tokens"))
-    seconds = numbers.seconds
-    rows += [(name, _milliseconds(seconds[part])) for part, name in PARTS.items() if part in seconds]
-    if "score" in seconds and "total" in seconds:
-        rows.append(("all together", _milliseconds(seconds["score"] + seconds["total"])))
-    return rows
-
-
-def _token_rows(numbers: Numbers) -> list[tuple[str, str]]:
-    """How many tokens stay: on average first, where that is another number than at the end."""
-    whole = f"{numbers.kept} of {numbers.tokens}"
-    if numbers.average == numbers.kept:
-        return [("visual tokens kept", whole)]
-    average = f"{numbers.average:.0f} of {numbers.tokens}"
-    if numbers.cached:
-        return [("visual tokens in the cache of a layer, on average", average), ("passing all layers", whole)]
-    return [("visual tokens kept, on average over layers", average), ("kept behind the last cut", whole)]
-
-
-def _prompt(numbers: Numbers) -> str:
-    if numbers.prompt == numbers.prompt_whole:
-        return str(numbers.prompt)
-    average = f" ({numbers.prompt_average:.0f} on average over layers)"
-    differs = numbers.prompt_average != numbers.prompt
-    return f"{numbers.prompt_whole} -> {numbers.prompt}{average if differs else ''}"
-
-
-def _milliseconds(seconds: float) -> str:
-    """Whole ones from 10 on: what is measured once is not known better."""
-    count = 1000 * seconds
-    return f"{count:.1f} ms" if count < 9.95 else f"{count:.0f} ms"
-
-
-def overlaps_of(outcome: Outcome) -> list[tuple[str, float]]:
-    """Every pair of methods with how much their choices overlap, as far as both chose."""
-    found = []
-    for first in range(len(outcome.panes)):
-        for second in range(first + 1, len(outcome.panes)):
-            share = outcome.overlap(first, second)
-            if share is not None:
-                found.append((f"{outcome.panes[first].method} and {outcome.panes[second].method}", share))
-    return found
 
 
 def to_dict(outcome: Outcome) -> dict[str, Any]:
@@ -153,23 +90,6 @@ def _pane_dict(pane: Pane) -> dict[str, Any]:
     }
 
 
-def asked_line(of: Outcome | Ask) -> str:
-    """What was asked besides the question, in a line: the model, where there was an answer, and every option."""
-    ask = of.ask if isinstance(of, Outcome) else of
-    told = [f"keep {ask.keep}", f"seed {ask.seed}"]
-    if isinstance(of, Outcome):
-        told.insert(0, of.model)
-    if ask.debias:
-        told.append(f"debiased: {ask.debiaser}")
-    into, out_of = len(ask.forced_in), len(ask.forced_out)
-    if into:
-        told.append(f"{into} {'patch' if into == 1 else 'patches'} forced in{'' if out_of else ' by hand'}")
-    if out_of:
-        noun = "" if into else "patch " if out_of == 1 else "patches "
-        told.append(f"{out_of} {noun}forced out by hand")
-    return ", ".join(told)
-
-
 def to_png(outcome: Outcome) -> bytes:
     """A contact sheet: what was shown, and the kept patches of every pane with its answer; of clips their frames."""
     nothing = Image.new("RGB", outcome.ask.media.size, "lightgrey")
@@ -189,24 +109,8 @@ def to_png(outcome: Outcome) -> bytes:
 def _caption(pane: Pane) -> str:
     if pane.error:
         return "\n".join([pane.title, *textwrap.wrap(pane.error, _CAPTION, max_lines=4, placeholder=" ...")])
-    kept = "" if pane.numbers is None else " ".join(reversed(_token_rows(pane.numbers)[0]))
+    kept = "" if pane.numbers is None else " ".join(reversed(token_rows(pane.numbers)[0]))
     return "\n".join(line for line in (pane.title, kept, pane.answer or "") if line)
-
-
-def table_html(rows: Sequence[tuple[str, str]]) -> str:
-    """What, and how much; nothing without a row."""
-    cells = "".join(f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in rows)
-    return f"<table>{cells}</table>" if cells else ""
-
-
-def keys_html(pane: Pane, view: str = "stages") -> str:
-    """What the colours of a picture mean: in "stages" of picks and cuts, and marks of what was forced in all of them."""
-    return "".join(
-        f'<span class="key" style="{_MARKS.get(name, f"background: rgb{colour}; border: 1px solid #8888")}"></span>'
-        f"{escape(name)}"
-        for name, colour in pane.colours
-        if view == "stages" or (view in ("kept", "strip") and name in _MARKS)
-    )
 
 
 def to_html(outcome: Outcome) -> str:
@@ -254,10 +158,8 @@ def _summary(panes: Sequence[Pane]) -> str:
             place = names.index(name) + 1
     head = "".join(f"<th>{escape(pane.title)}</th>" for pane in panes)
     answers = "".join(f"<td>{_answer(pane)}</td>" for pane in panes)
-    body = "".join(
-        f"<tr><td>{escape(name)}</td>{''.join(f'<td>{escape(rows.get(name, ""))}</td>' for rows in told)}</tr>"
-        for name in names
-    )
+    cells = {name: "".join(f"<td>{escape(rows.get(name, ''))}</td>" for rows in told) for name in names}
+    body = "".join(f"<tr><td>{escape(name)}</td>{own}</tr>" for name, own in cells.items())
     return f"<table><tr><th></th>{head}</tr><tr><td>answer</td>{answers}</tr>{body}</table>"
 
 
