@@ -46,6 +46,7 @@ p { margin: .3em 0 }
 .answer { font-weight: 600; overflow-wrap: anywhere } .scrolls { overflow-x: auto }
 img { width: 100%; height: auto } figure { margin: 0; overflow-wrap: anywhere }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+td, th { min-width: 6em }
 td, th { padding: 2px 10px; text-align: right; vertical-align: top; border-bottom: 1px solid var(--line) }
 td:first-child, th:first-child { text-align: left; padding-left: 0 }
 .key { display: inline-block; width: 1em; height: 1em; margin: 0 .3em 0 .7em; vertical-align: -.1em }
@@ -109,7 +110,7 @@ def to_png(outcome: Outcome) -> bytes:
 def _caption(pane: Pane) -> str:
     if pane.error:
         return "\n".join([pane.title, *textwrap.wrap(pane.error, _CAPTION, max_lines=4, placeholder=" ...")])
-    kept = "" if pane.numbers is None else " ".join(reversed(token_rows(pane.numbers)[0]))
+    kept = "" if pane.numbers is None else ": ".join(token_rows(pane.numbers)[0])
     return "\n".join(line for line in (pane.title, kept, pane.answer or "") if line)
 
 

@@ -50,13 +50,13 @@ def rows_of(pane: Pane) -> list[tuple[str, str]]:
 
 def token_rows(numbers: Numbers) -> list[tuple[str, str]]:
     """How many tokens stay: on average first, where that is another number than at the end."""
-    whole = f"{numbers.kept} of {numbers.tokens}"
+    name, whole = "visual tokens kept", f"{numbers.kept} of {numbers.tokens}"
     if numbers.average == numbers.kept:
-        return [("visual tokens kept", whole)]
-    average = f"{numbers.average:.0f} of {numbers.tokens}"
+        return [(name, whole)]
+    average = f"{numbers.average:.0f} of {numbers.tokens} on average"
     if numbers.cached:
-        return [("visual tokens in the cache of a layer, on average", average), ("passing all layers", whole)]
-    return [("visual tokens kept, on average over layers", average), ("kept behind the last cut", whole)]
+        return [(name, f"{average} in the cache of a layer"), ("passing all layers", whole)]
+    return [(name, f"{average} over layers"), ("behind the last cut", whole)]
 
 
 def _prompt(numbers: Numbers) -> str:
