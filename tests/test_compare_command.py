@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -19,15 +20,18 @@ from rich.console import Console
 
 import vtprune
 from tests.test_cli import failure
-from vtprune import _compare, viz
+from vtprune import _compare
 from vtprune import _console as helpers
 from vtprune._compare import lines as shown
+from vtprune._compare import sheet
 from vtprune._pictures import read_picture
 from vtprune.catalog import build
 from vtprune.cli import main
 from vtprune.comparing import Comparison
 from vtprune.methods import METHODS
+from vtprune.report import PruneReport, SegmentReport, Stopwatch
 from vtprune.tiny import PICTURE, QUESTION
+from vtprune.types import Part
 
 NAMED = ("divprune", "fastv")
 KEEPS = (0.5, 40)
@@ -36,13 +40,12 @@ SEED = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Done:
-    """What a command left behind, and the panels of its sheet."""
+    """What a command left behind, and the tiles of its sheet, the unpruned one last."""
 
     table: list[dict[str, str]]
     page: str
     picture: Image.Image
-    panels: list[tuple[str, Image.Image]]
-    title: str
+    tiles: list[sheet.Tile]
     out: str
 
 
@@ -52,14 +55,20 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
     files = {name: folder / f"out.{name}" for name in ("csv", "md", "png")}
     arguments = ["compare", "--methods", *NAMED, "--keep", *map(str, KEEPS), "--seed", str(SEED), "--device", "cpu"]
     arguments += ["--csv", str(files["csv"]), "--markdown", str(files["md"]), "--sheet", str(files["png"])]
-    with redirect_stdout(io.StringIO()) as out, patch.object(viz, "sheet", wraps=viz.sheet) as sheet:
+    tiles: list[sheet.Tile] = []
+
+    def noted(*given: Any) -> sheet.Tile:
+        tiles.append(tile_of(*given))
+        return tiles[-1]
+
+    tile_of = sheet.tile_of
+    with redirect_stdout(io.StringIO()) as out, patch.object(sheet, "tile_of", noted):
         assert main(arguments) == 0
     return Done(
         table=read(files["csv"]),
         page=files["md"].read_text(encoding="utf-8"),
         picture=Image.open(files["png"]),
-        panels=sheet.call_args.args[0],
-        title=sheet.call_args.kwargs["title"],
+        tiles=tiles,
         out=out.getvalue(),
     )
 
@@ -168,17 +177,98 @@ def test_the_page_holds_a_row_for_every_row_of_the_table(done: Done) -> None:
     assert f"> {QUESTION}" in done.page and "no benchmark" in done.page and "vtprune 0." in done.page
 
 
-def test_the_sheet_has_a_panel_for_every_row(done: Done) -> None:
-    captions = [caption for caption, _ in done.panels]
-    assert captions == [
-        f"{'all tokens' if row['method'] == 'identity' else row['method'] + ' ' + row['keep']}\n{row['answer']}"
-        for row in done.table
+def test_the_sheet_has_a_tile_for_every_row(done: Done) -> None:
+    *pruned, unpruned = done.tiles
+    assert [(tile.count.split(" of ")[0], tile.answer) for tile in pruned] == [
+        (f"{round(float(row['average']), 1):g}", row["answer"]) for row in done.table[1:]
     ]
-    assert done.title == QUESTION
-    whole = read_picture(PICTURE).resize(done.panels[0][1].size, Image.Resampling.NEAREST)
-    assert done.panels[0][1].tobytes() == whole.tobytes()
-    assert len({panel.tobytes() for _, panel in done.panels}) == len(done.panels)
-    assert done.picture.width * done.picture.height > sum(p.width * p.height for _, p in done.panels)
+    assert [tile.count.endswith("on average") for tile in pruned] == [False, False, True, True, False, False]
+    assert [tile.changed for tile in pruned] == [float(row["agreement"]) != 1 for row in done.table[1:]]
+    whole = read_picture(PICTURE)
+    side = whole.width * 3
+    whole = whole.resize((side, side), Image.Resampling.NEAREST).resize((240, 240), Image.Resampling.LANCZOS)
+    assert (unpruned.count, unpruned.changed, unpruned.word) == ("256 of 256", False, "")
+    assert unpruned.picture.tobytes() == whole.tobytes()
+    assert len({tile.picture.tobytes() for tile in done.tiles}) == len(done.tiles)
+
+
+def places(drawn: Image.Image, tile: sheet.Tile) -> list[tuple[int, int]]:
+    """Left upper corners of where the picture of a tile lies."""
+    pixels, own = np.asarray(drawn), np.asarray(tile.picture)
+    high, wide = own.shape[:2]
+    found = (pixels[: -high + 1 or None, : -wide + 1 or None] == own[0, 0]).all(axis=2)
+    return [(x, y) for y, x in np.argwhere(found) if np.array_equal(pixels[y : y + high, x : x + wide], own)]
+
+
+def test_methods_have_a_row_and_budgets_a_column(done: Done) -> None:
+    *pruned, unpruned = done.tiles
+    (head,) = places(done.picture, unpruned)
+    corners = [places(done.picture, tile)[0] for tile in pruned]
+    by_method = [corners[number : number + 2] for number in (0, 2, 4)]
+    assert all(one[1] == other[1] for one, other in by_method) and len({row[0][1] for row in by_method}) == 3
+    assert len({one[0] for one, _ in by_method}) == len({other[0] for _, other in by_method}) == 1
+    assert by_method[0][0][0] + 240 < by_method[0][1][0] and head[1] + 240 < by_method[0][0][1]
+    assert done.picture.height < 2.5 * done.picture.width
+
+
+def row_of(name: str, keep: float = 0.5, *, agreement: float = 1.0, answer: str = "blue", kept: int = 2) -> shown.Line:
+    """A line of a picture of four tokens."""
+    stages = torch.full((4,), -2)
+    stages[:kept] = 0
+    segment = SegmentReport(
+        row=0, kind="image", parts=(Part(start=0, stop=4, kind="crop", grid=(2, 2)),), stages=stages
+    )
+    known = {"family": "f", "backend": "torch", "positions": "keep", "importance": None, "picks": ("p",)}
+    costs = {"length_before": (9,), "length_after": (7,), "kv_bytes_saved": 1_500_000, "stopwatch": Stopwatch()}
+    report = PruneReport(method=name, segments=(segment,), **known, **costs)  # type: ignore[arg-type]
+    row = Comparison(
+        method=name, keep=keep, tokens=4, kept=kept, answer=torch.ones(1, 1), agreement=agreement, report=report
+    )
+    return shown.Line(row=row, answer=answer, iou=None, iou_with="")
+
+
+def test_changed_answers_are_red_and_framed_and_extremes_have_a_word() -> None:
+    picture = Image.new("RGB", (60, 60), (90, 120, 150))
+    lines = [row_of("identity", 1.0, kept=4), row_of("a"), row_of("b", agreement=0.0, answer="red")]
+    plain = np.asarray(sheet.draw_sheet(lines[:2], picture, None, "what ?"))
+    drawn = sheet.draw_sheet(lines, picture, None, "what ?")
+    red = (np.asarray(drawn) == sheet.CHANGED).all(axis=2)
+    assert not (plain == sheet.CHANGED).all(axis=2).any() and red.any(axis=1).sum() > 248
+    framed = sheet.tile_of(lines[2], picture, None)
+    (_, (x, y)) = places(drawn, framed)
+    assert red[y - 4 : y, x - 4 : x + 244].all() and red[y + 240 : y + 244, x : x + 240].all()
+    assert red[y + 260 :, x - 4 : x + 100].any(), "the answer below"
+    words = [sheet.tile_of(row_of("c", kept=kept), picture, None).word for kept in (0, 2, 4)]
+    assert words == ["behind the last cut: none", "", "all tokens pass"]
+    assert sheet.LETTERS * 12 >= sheet.TILE
+
+
+@pytest.mark.parametrize(("methods", "blocks"), [(1, 1), (4, 1), (12, 2), (36, 3)])
+def test_many_methods_are_in_blocks_beside_each_other(methods: int, blocks: int) -> None:
+    picture = Image.new("RGB", (24, 24), (90, 120, 150))
+    lines = [row_of(f"method {number:02}", keep) for number in range(methods) for keep in (0.5, 0.25)]
+    drawn = sheet.draw_sheet(lines, picture, None, "what ?")
+    corners = places(drawn, sheet.tile_of(lines[0], picture, None))
+    assert len(corners) == 2 * methods and len({x for x, _ in corners}) == 2 * blocks
+    assert drawn.height <= 2.5 * drawn.width or methods == 1
+
+
+def test_saved_bytes_are_in_millions_as_on_the_page_of_the_demo(tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), width=200)
+    shown.show_last([row_of("a")], 12, console)
+    head, line = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert "KV saved MB" in head and " 1.50 " in line
+    shown.write_page([row_of("a")], dict.fromkeys(shown.ABOUT, "x"), tmp_path / "out.md")
+    assert "| KV saved MB |" in (tmp_path / "out.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("prompt", "told"), [("what color is the big huge cross ?", "big, huge"), (QUESTION, "")])
+def test_words_that_a_tiny_model_does_not_know_are_told(
+    capsys: pytest.CaptureFixture[str], prompt: str, told: str
+) -> None:
+    assert main(["compare", "--methods", "random", "--keep", "0.5", "--max-new-tokens", "1", "--prompt", prompt]) == 0
+    errors = capsys.readouterr().err
+    assert errors == (f"the model does not know these words: {told}\n" if told else "")
 
 
 def test_rows_on_the_terminal_are_those_of_the_table(done: Done) -> None:

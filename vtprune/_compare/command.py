@@ -34,7 +34,7 @@ picture, question and model, with every method that the model serves by itself.
   same     the answer of the unpruned model?
   IoU      of the choice with that of the first method in the table at the same --keep:
            tokens that both keep over tokens that either keeps, weighed by the share of the layers they stay in
-  KV MiB   of keys and values that the cache does not store
+  KV saved MB        of keys and values that the cache does not store, in millions of bytes
   select, prefill    as measured, one run each: no benchmark (see `vtprune bench`)
 
 What the model cannot serve is refused where it was named, with the reason, and left out where it was not: methods that
@@ -77,15 +77,15 @@ def add_compare(add: Callable[..., argparse.ArgumentParser]) -> None:
     parser.add_argument("--threads", type=int, help="threads of one operation on the CPU (default: as torch decides)")
     parser.add_argument("--csv", metavar="OUT.csv", help="write every number")
     parser.add_argument("--markdown", metavar="OUT.md", help="write the table for people")
-    parser.add_argument(
-        "--sheet", metavar="OUT.png", help="save the picture for each row, dim where no token reached the last layer"
-    )
+    parser.add_argument("--sheet", metavar="OUT.png", help="save the pictures, a row for each method")
     parser.set_defaults(command=_compare)
 
 
 def _compare(options: argparse.Namespace, console: Console) -> None:
     from vtprune import _console as helpers
+    from vtprune._compare.sheet import draw_sheet
     from vtprune._pictures import read_picture
+    from vtprune.demo.wording import unknown_words
     from vtprune.tiny import PICTURE, QUESTION
 
     _check(options)
@@ -106,6 +106,9 @@ def _compare(options: argparse.Namespace, console: Console) -> None:
         inputs = helpers.build_inputs(processor, picture, prompt, model)
         budgets = _reached(options, model, calls)
     console.print(f"prompt: {prompt}", markup=False, soft_wrap=True)
+    if unknown := unknown_words(processor, prompt):
+        told = f"the model does not know these words: {', '.join(unknown)}"
+        options.trouble.print(told, markup=False, style="yellow", soft_wrap=True)
     lines = _answered(options, console, model, processor, inputs, calls, budgets)
     shown.tell(lines, every=options.methods is None, console=console)
     settings = ("model", "per", "positions", "debias", "calibration", "seed", "max_new_tokens", "device")
@@ -114,7 +117,7 @@ def _compare(options: argparse.Namespace, console: Console) -> None:
     writers: dict[str, tuple[Path | None, Callable[[Path], object]]] = {
         "table saved to": (options.csv, lambda path: shown.write_csv(lines, about, path)),
         "page saved to": (options.markdown, lambda path: shown.write_page(lines, about, path)),
-        "sheet saved to": (options.sheet, lambda path: shown.draw_sheet(lines, picture, processor, prompt).save(path)),
+        "sheet saved to": (options.sheet, lambda path: draw_sheet(lines, picture, processor, prompt).save(path)),
     }
     write_outputs(writers, console)
 

@@ -1,4 +1,4 @@
-"""The rows of `vtprune compare`: on the terminal, as CSV, as a page, and as a sheet of pictures."""
+"""The rows of `vtprune compare`: on the terminal, as CSV, and as a page."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vtprune import _console as helpers
 
 if TYPE_CHECKING:
-    from PIL import Image
     from rich.console import Console
 
     from vtprune.comparing import Comparison
@@ -43,11 +42,10 @@ ABOUT = (
     "device",
     "versions",
 )
-_HEAD = ("method", "keep", "tokens", "same", "IoU", "KV MiB", "select", "prefill", "answer")
-_PAGE = ("method", "keep", "tokens kept", "same answer", "IoU", "KV MiB saved", "select ms", "prefill ms", "answer")
+_HEAD = ("method", "keep", "tokens", "same", "IoU", "KV saved MB", "select", "prefill", "answer")
+_PAGE = ("method", "keep", "tokens kept", "same answer", "IoU", "KV saved MB", "select ms", "prefill ms", "answer")
 _TIMES = "select and prefill: milliseconds of one run each, and the first runs also warm up; no benchmark"
 _LEAST_ANSWER = 8
-_WIDEST_PANEL = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +93,7 @@ def show_last(lines: Sequence[Line], wide: int, console: Console) -> None:
     from rich.text import Text
 
     line = lines[-1]
-    widths = (wide, 5, max(6, 2 * len(str(line.row.tokens)) + 3), 4, 4, 6, 7, 7)
+    widths = (wide, 5, max(6, 2 * len(str(line.row.tokens)) + 3), 4, 4, 11, 7, 7)
     if len(lines) == 1:
         console.print(Text(_aligned(_HEAD, widths), style="bold"), soft_wrap=True)
     cells = _cells(line)
@@ -121,7 +119,7 @@ def _cells(line: Line) -> list[str]:
         f"{round(row.report.average, 1):g}/{row.tokens}",
         "-" if line.unpruned else "yes" if row.agreement == 1 else "no",
         "-" if line.iou is None else f"{line.iou:.2f}",
-        "-" if line.unpruned else f"{row.report.kv_bytes_saved / 2**20:.2f}",
+        "-" if line.unpruned else f"{row.report.kv_bytes_saved / 1e6:.2f}",
         helpers.milliseconds(seconds.get("select")),
         helpers.milliseconds(seconds.get("prefill")),
         line.answer or "(empty)",
@@ -180,17 +178,3 @@ def write_page(lines: Sequence[Line], about: Mapping[str, object], path: Path) -
 def _escaped(text: str) -> str:
     """Text that Markdown shows as it is."""
     return "".join(f"\\{letter}" if letter in "\\|`*_<>[]" else letter for letter in text)
-
-
-def draw_sheet(lines: Sequence[Line], picture: Image.Image, processor: Any, title: str) -> Image.Image:
-    """A panel for every line: the picture, dim where tokens were dropped."""
-    from vtprune.viz import framing_of, overlay, sheet
-
-    panels = []
-    for line in lines:
-        report = line.row.report
-        panel = overlay(report, picture, framing=framing_of(processor, picture.size, report.segments[0].parts))
-        panel.thumbnail((_WIDEST_PANEL, _WIDEST_PANEL))
-        name = "all tokens" if line.unpruned else f"{line.row.method} {line.row.keep}"
-        panels.append((f"{name}\n{line.answer or '(empty)'}", panel))
-    return sheet(panels, title=" ".join(title.split()))
