@@ -104,6 +104,14 @@ def test_captions_and_titles_are_written_and_cut() -> None:
     assert (gap == 255).all() and (long[:, :14] == 255).all()
 
 
+def test_letters_grow_with_the_panels_and_long_titles_are_broken() -> None:
+    small, large = (sheet([("kept", grey(side, 50))]).height for side in (500, 1000))
+    assert small == 14 + 50 + 4 + 19 + 14 and large == 14 + 50 + 4 + 33 + 14
+    one, two = (sheet([("kept", grey(300, 50))], title=title).height for title in ("All", "All\nof them"))
+    assert two == one + 19
+    assert sheet([("kept", grey(300, 50))], title="a long question " * 5).height > one + 19
+
+
 def test_what_is_too_wide_ends_in_dots() -> None:
     text = "a quarter of the tokens, all the same"
     assert fitted(text, 1000, 14) == text

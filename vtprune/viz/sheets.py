@@ -37,6 +37,8 @@ _OF_A_ROW = 4
 """Frames of the row whose numbers can be read on a narrow screen."""
 _CAPTION = 14
 _TITLE = 19
+_LETTERS = 40
+"""Letters of captions are at least that part of the width of a panel."""
 _BAR = 6
 _PAD = 4
 _MARGIN = 14
@@ -174,10 +176,11 @@ def sheet(panels: Sequence[tuple[str, Image.Image]], *, columns: int | None = No
     lines = [caption.split("\n") if caption else [] for caption, _ in panels]
     width = max(_NARROWEST, *(picture.width for _, picture in panels))
     tallest = max(picture.height for _, picture in panels)
-    height = tallest + _PAD + max(map(len, lines)) * line(_CAPTION)
+    size = max(_CAPTION, width // _LETTERS)
+    height = tallest + _PAD + max(map(len, lines)) * line(size)
     columns = min(columns or _landscape(len(panels), width, height), len(panels))
     rows, across = -(-len(panels) // columns), columns * (width + _MARGIN) + _MARGIN
-    top = _title(title, across - 2 * _MARGIN)
+    top = _title(title, across - 2 * _MARGIN, size)
     head = 0 if top is None else top.height + _MARGIN
     made = Image.new("RGB", (across, head + rows * (height + _MARGIN) + _MARGIN), "white")
     pen = ImageDraw.Draw(made)
@@ -188,24 +191,25 @@ def sheet(panels: Sequence[tuple[str, Image.Image]], *, columns: int | None = No
         x, y = _MARGIN + column * (width + _MARGIN), head + _MARGIN + row * (height + _MARGIN)
         made.paste(picture.convert("RGB"), (x + (width - picture.width) // 2, y + (tallest - picture.height) // 2))
         for place, text in enumerate(written):
-            at = (x, y + tallest + _PAD + place * line(_CAPTION))
-            write(pen, at, text, width, _CAPTION, FAINT if place else INK, middle=True)
+            at = (x, y + tallest + _PAD + place * line(size))
+            write(pen, at, text, width, size, FAINT if place else INK, middle=True)
     return made
 
 
-def _title(title: str, room: int) -> Image.Image | None:
+def _title(title: str, room: int, size: int) -> Image.Image | None:
     """The lines of a title, the first one larger."""
-    sizes = [_TITLE, *[_CAPTION] * title.count("\n")]
+    first = size * _TITLE // _CAPTION
+    sizes = [first, *[size] * title.count("\n")]
     lines = [
-        (part, size) for text, size in zip(title.split("\n"), sizes, strict=True) for part in broken(text, room, size)
+        (part, own) for text, own in zip(title.split("\n"), sizes, strict=True) for part in broken(text, room, own)
     ]
     if not lines:
         return None
-    made = Image.new("RGB", (room, sum(line(size) for _, size in lines)), "white")
+    made = Image.new("RGB", (room, sum(line(own) for _, own in lines)), "white")
     pen, top = ImageDraw.Draw(made), 0
-    for text, size in lines:
-        write(pen, (0, top), text, room, size, INK if size == _TITLE else FAINT)
-        top += line(size)
+    for text, own in lines:
+        write(pen, (0, top), text, room, own, INK if own == first else FAINT)
+        top += line(own)
     return made
 
 
