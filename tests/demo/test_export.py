@@ -191,7 +191,7 @@ def test_marks_are_named_below_the_pictures_that_have_them() -> None:
         words = Page(keys_html(outcome.panes[0], view)).words
         assert ("forced in by hand" in words and "forced out by hand" in words) == there, view
     assert "mmr" in keys_html(outcome.panes[0]) and "mmr" not in keys_html(outcome.panes[0], "kept")
-    styles = [part.split('"')[0] for part in keys_html(outcome.panes[0], "kept").split('style="')[1:]]
+    styles = [part.split('"')[0] for part in keys_html(outcome.panes[0], "kept").split('class="key" style="')[1:]]
     assert len(styles) == len(set(styles)) == 2
     assert outcome.unpruned is not None and keys_html(outcome.unpruned, "kept") == ""
 
@@ -288,5 +288,6 @@ def test_what_has_no_language_model_is_exported_as_well() -> None:
     pane = Pane(method="vtprune", pictures=seen.pictures, report=seen.report)
     alone = Outcome(ask=ask(question=""), model="a tower", panes=(pane,))
     assert "--count: 1" in to_html(alone) and to_png(alone)
+    assert Rows(to_html(alone)).rows == [["", "vtprune"]], "nobody answered"
     assert to_dict(alone)["panes"][0]["answer"] is None and alone.segment is not None
     assert picture().name in json.dumps(to_dict(alone))

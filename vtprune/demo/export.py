@@ -48,7 +48,8 @@ img { width: 100%; height: auto } figure { margin: 0; overflow-wrap: anywhere }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 td, th { min-width: 6em }
 td, th { padding: 2px 10px; text-align: right; vertical-align: top; border-bottom: 1px solid var(--line) }
-td:first-child, th:first-child { text-align: left; padding-left: 0 }
+td:first-child, th:first-child { text-align: left; padding-left: 0; position: sticky; left: 0;
+  background: var(--ground) }
 .key { display: inline-block; width: 1em; height: 1em; margin: 0 .3em 0 .7em; vertical-align: -.1em }
 """
 
@@ -159,9 +160,11 @@ def _summary(panes: Sequence[Pane]) -> str:
             place = names.index(name) + 1
     head = "".join(f"<th>{escape(pane.title)}</th>" for pane in panes)
     answers = "".join(f"<td>{_answer(pane)}</td>" for pane in panes)
+    answered = any(pane.error or pane.answer is not None for pane in panes)
+    first = f"<tr><td>answer</td>{answers}</tr>" if answered else ""
     cells = {name: "".join(f"<td>{escape(rows.get(name, ''))}</td>" for rows in told) for name in names}
     body = "".join(f"<tr><td>{escape(name)}</td>{own}</tr>" for name, own in cells.items())
-    return f"<table><tr><th></th>{head}</tr><tr><td>answer</td>{answers}</tr>{body}</table>"
+    return f"<table><tr><th></th>{head}</tr>{first}{body}</table>"
 
 
 def _answer(pane: Pane) -> str:

@@ -109,9 +109,9 @@ def table_html(rows: Sequence[tuple[str, str]]) -> str:
 
 def keys_html(pane: Pane, view: str = "stages") -> str:
     """What colours of a picture mean: in "stages" those of picks and cuts, elsewhere marks of what was forced."""
+    shown = [key for key in pane.colours if view == "stages" or (view in ("kept", "strip") and key[0] in _MARKS)]
     return "".join(
-        f'<span class="key" style="{_MARKS.get(name, f"background: rgb{colour}; border: 1px solid #8888")}"></span>'
-        f"{escape(name)}"
-        for name, colour in pane.colours
-        if view == "stages" or (view in ("kept", "strip") and name in _MARKS)
+        '<span style="display: inline-block"><span class="key" style="'
+        f'{_MARKS.get(name, f"background: rgb{colour}; border: 1px solid #8888")}"></span>{escape(name)}</span>'
+        for name, colour in shown
     )
