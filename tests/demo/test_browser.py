@@ -117,7 +117,7 @@ def test_a_visit(browsing: Any, page: Any, tmp_path: Path) -> None:
     board.click(position={"x": box["width"] * 1.5 / 16, "y": box["height"] * 2.5 / 16})
     browsing.wait_for_turn(page, before + 1)
     page.get_by_label("by the stage that took them").check()
-    page.locator(".vtp-a:has-text('protected')").wait_for()
+    page.locator(".vtp-a:has-text('forced in by hand')").wait_for()
     stored = saved(page, "Save a page (HTML)", tmp_path).read_text("utf-8")
     data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', stored, re.S)[1])
     assert data["forced_in"] == [2 * 16 + 1]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import vtprune
 from tests.demo.common import host, picture
 from vtprune.demo import asking, session
 from vtprune.demo.asking import Wish, answered
@@ -143,3 +144,8 @@ def test_the_right_answer_is_known_for_the_question_of_an_example_alone() -> Non
     assert visit.media is not None and visit.media.name == "scene 1" and visit.right is None
     assert visit.asked(host(), question).right == expected
     assert visit.asked(host(), "is there a cross ?").right is None
+
+
+def test_tokens_are_counted_while_somebody_is_answered() -> None:
+    with vtprune.pruning(host().model, "divprune", keep=0.25):
+        assert host().count(picture()) == 256

@@ -8,8 +8,8 @@ from html import escape
 from vtprune.catalog import describe
 from vtprune.demo.asking import Wish
 from vtprune.demo.choices import Choice
-from vtprune.demo.export import keys_html, overlaps_of, rows_of, table_html
 from vtprune.demo.panes import TIMES, VIEWS, Outcome, Pane
+from vtprune.demo.telling import asked_line, keys_html, overlaps_of, rows_of, table_html, token_rows
 from vtprune.types import Modality
 
 STYLE = """
@@ -107,22 +107,18 @@ def _answer(place: str, pane: Pane, right: str | None) -> str:
 def asked_html(outcome: Outcome, wish: Wish | None) -> str:
     """What the panes are the answers to, and whether the fields now say something else."""
     ask = outcome.ask
-    words = [f"“{ask.question}”"] if ask.question else []
-    words += [f"keep {ask.keep:g}", f"seed {ask.seed}", *(["debiased"] if ask.debias else [])]
-    for tokens, way in ((ask.forced_in, "in"), (ask.forced_out, "out")):
-        words += [f"{len(tokens)} forced {way} by hand"] if tokens else []
+    told = f"“{ask.question}”, {asked_line(ask)}" if ask.question else asked_line(ask)
     now = None if wish is None else (wish.question.strip(), wish.first, wish.second, wish.keep, wish.seed, wish.debias)
     changed = now not in (None, (ask.question, *ask.methods, ask.keep, ask.seed, ask.debias))
-    told = '<p class="vtp-told">what is asked was changed: press Compare</p>' if changed else ""
-    return wrapped(f'<p class="faint">shown below: {escape(", ".join(words))}</p>{told}')
+    hint = '<p class="vtp-told">what is asked was changed: press Compare</p>' if changed else ""
+    return wrapped(f'<p class="faint">shown below: {escape(told)}</p>{hint}')
 
 
 def head_html(pane: Pane | None, place: str) -> str:
     """What a pane is."""
     if pane is None:
         return wrapped("<h3>&nbsp;</h3>")
-    numbers = pane.numbers
-    kept = "" if numbers is None else f"<p>{numbers.kept} of {numbers.tokens} tokens</p>"
+    kept = "" if pane.numbers is None else f"<p>{token_rows(pane.numbers)[0][1]} visual tokens</p>"
     about = f'<p class="faint" title="{escape(pane.paper)}">{escape(pane.line)}</p>'
     error = f'<p class="error">{escape(pane.error)}</p>' if pane.error else ""
     return wrapped(f"<h3>{escape(pane.title)}</h3>{kept}{about}{error}")
@@ -132,7 +128,7 @@ def legend_html(pane: Pane | None, view: str) -> str:
     """What the colours mean, why the picture asked for is not there, and what else is to be known."""
     if pane is None or pane.error:
         return ""
-    lines = [f"<p>{keys_html(pane)}</p>"] if view == "stages" and pane.colours else []
+    lines = [f"<p>{keys}</p>"] if (keys := keys_html(pane, view)) else []
     lines += [f'<p class="vtp-told">{escape(pane.missing[view])}</p>'] if view in pane.missing else []
     return wrapped("".join(lines + [f'<p class="faint">{escape(note)}</p>' for note in pane.notes]))
 

@@ -47,6 +47,14 @@ class Host:
     _preparing: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
     _choices: dict[Modality, tuple[Choice, ...]] = field(default_factory=dict, init=False, repr=False)
     _warm: threading.Event = field(default_factory=threading.Event, init=False, repr=False)
+    _places: frozenset[int] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        # Looked up now: while somebody is answered the model is wrapped.
+        config = find_base(self.model).config
+        kinds: tuple[Modality, ...] = ("image", "video")
+        places = (placeholder_id(config, kind) for kind in kinds)
+        object.__setattr__(self, "_places", frozenset(place for place in places if place is not None))
 
     @classmethod
     def load(cls, source: str = "tiny:llava", device: str = "auto") -> Host:
@@ -95,9 +103,7 @@ class Host:
         """
         with self._preparing:
             ids = self._inputs(media, "what is it ?")["input_ids"]
-        kinds: tuple[Modality, ...] = ("image", "video")
-        places = [placeholder_id(find_base(self.model).config, kind) for kind in kinds]
-        return sum(int((ids == place).sum()) for place in set(places) if place is not None)
+        return sum(int((ids == place).sum()) for place in self._places)
 
     def answer(self, ask: Ask, on_pane: OnPane | None = None, wanted: Wanted | None = None) -> Outcome:
         """Answer without pruning, by both methods and by `random`; a pane that fails does not take others with it.
