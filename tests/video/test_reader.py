@@ -28,7 +28,8 @@ from tests.video.common import (
     write,
 )
 from vtprune.errors import InvalidOption
-from vtprune.video.read_pyav import SEEK_FRAMES, PyavVideo
+from vtprune.video.finders import SEEK_FRAMES
+from vtprune.video.read_pyav import PyavVideo
 from vtprune.video.reader import open_video, read_frames
 from vtprune.video.sampling import Scenes, Uniform
 from vtprune.video.tape import Tape

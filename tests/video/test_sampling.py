@@ -37,6 +37,9 @@ class Pretended:
             if index not in self.lost:
                 yield int(index), np.full((8, 8, 3), self.greys[index], dtype=np.uint8)
 
+    def doubtful(self, indices: Any) -> list[int]:
+        return []
+
     def close(self) -> None: ...
 
 

@@ -62,7 +62,7 @@ class Video(Protocol):
     """An opened video, whose frames are decoded when they are asked for.
 
     `times` (T,) are seconds from the first frame on, ascending; `size` is (H, W) of upright frames. `damage` says what
-    of the file is missing, if anything is; `warnings` say what else a user should know.
+    of the file is missing or broken, if anything is; `warnings` say what else a user should know.
     """
 
     @property
@@ -84,6 +84,10 @@ class Video(Protocol):
         Args:
             indices: (K,) distinct, ascending, in [0, T).
         """
+        ...
+
+    def doubtful(self, indices: Sequence[int] | np.ndarray) -> list[int]:
+        """Those of the frames given out so far that may show damage: they lean on what could not be decoded."""
         ...
 
     def close(self) -> None:

@@ -42,6 +42,18 @@ class PacketIndex:
         """Packets by their stamps."""
         return {stamp: place for place, stamp in enumerate(self.stamps.tolist())}
 
+    @cached_property
+    def numbers(self) -> dict[int, int]:
+        """Frames by their packets."""
+        return {place: number for number, place in enumerate(self.shown.tolist())}
+
+    @cached_property
+    def latest(self) -> np.ndarray:
+        """(P,) the last moment at which a packet up to this one is shown."""
+        stamps = np.full(len(self.stamps), self.stamps.min())
+        stamps[self.shown] = self.stamps[self.shown]
+        return np.maximum.accumulate(stamps)
+
     @property
     def times(self) -> np.ndarray:
         """(T,) seconds from the first frame on."""

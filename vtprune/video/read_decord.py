@@ -90,6 +90,10 @@ class DecordVideo:
                 return
             yield int(index), frame
 
+    def doubtful(self, indices: Sequence[int] | np.ndarray) -> list[int]:
+        """None: decord does not tell."""
+        return []
+
     def close(self) -> None:
         """Let go of the file."""
         self._reader = self._held = None

@@ -59,6 +59,10 @@ class StillsVideo:
             if pixels is not None:
                 yield int(index), pixels
 
+    def doubtful(self, indices: Sequence[int] | np.ndarray) -> list[int]:
+        """None: every picture stands for itself."""
+        return []
+
     def close(self) -> None:
         """Nothing is held open."""
 

@@ -81,6 +81,10 @@ class TorchcodecVideo:
                 raise self._refusal()
             yield int(index), pixels
 
+    def doubtful(self, indices: Sequence[int] | np.ndarray) -> list[int]:
+        """None: torchcodec does not tell."""
+        return []
+
     def close(self) -> None:
         """Let go of the file."""
         self._decoder = None

@@ -100,7 +100,8 @@ def read_frames(
         source: as for `open_video`.
         sampling: which frames, of those that are there.
         backend: as for `open_video`.
-        on_truncated: "warn" leaves out what cannot be decoded and says so in `Frames.warnings`, "raise" raises.
+        on_truncated: "warn" leaves out what cannot be decoded and says so in `Frames.warnings`, and how many frames
+            may show damage; "raise" raises for either.
         timeout: seconds after which a file is given up. It is decoded in a process of its own then.
         rate: as for `open_video`.
 
@@ -228,6 +229,12 @@ def _read(video: Video, name: str, sampling: Sampling, on_truncated: OnTruncated
         lost = len(indices) - len(found)
         troubles.append(
             f"{lost} of {len(indices)} frames asked for could not be decoded: the file is truncated or damaged"
+        )
+    doubtful = video.doubtful(found)
+    if doubtful:
+        troubles.append(
+            f"{len(doubtful)} of {len(indices)} frames asked for may show damage: they lean on parts of the file that "
+            "cannot be decoded"
         )
     if troubles and on_truncated == "raise":
         raise InvalidOption(f"{name}: {'; '.join(troubles)}; on_truncated='warn' takes what is there")

@@ -20,6 +20,8 @@ class Tape:
 
     `at` is the number of the packet that is decoded next, `decoded` counts the frames that came out so far. A `careful`
     tape decodes frame by frame; otherwise threads work on several, and an error near the end takes whole frames along.
+    `failed` are the numbers of packets that are damaged or could not be decoded; only a careful tape knows which ones. `first_key`
+    is the number of the first packet, of those that were decoded, that decoding can begin at.
 
     Raises:
         InvalidOption: for a file that holds no video, or one that cannot be opened.
@@ -29,6 +31,7 @@ class Tape:
         self.path = path
         self.careful = False
         self.decoded = 0
+        self.failed: list[int] = []
         self._open()
 
     def _open(self) -> None:
@@ -53,6 +56,7 @@ class Tape:
         self._held: Any = None
         self._ended = False
         self.at = 0
+        self.first_key: int | None = None
 
     def packets(self) -> Iterator[Any]:
         """Packets from here on, to the end of the file or to where it cannot be read on."""
@@ -72,9 +76,9 @@ class Tape:
             self._feed()
         return self._ready.popleft() if self._ready else None
 
-    def put_back(self, frame: Any) -> None:
-        """Make this the next frame."""
-        self._ready.appendleft(frame)
+    def put_back(self, *frames: Any) -> None:
+        """Make these the next frames."""
+        self._ready.extendleft(reversed(frames))
 
     def _feed(self) -> None:
         import av
@@ -83,10 +87,15 @@ class Tape:
         self._held = None
         self._ended = packet is None
         self.at += 1
+        if packet is not None and packet.is_corrupt:
+            self.failed.append(self.at - 1)
+        if packet is not None and packet.is_keyframe and self.first_key is None:
+            self.first_key = self.at - 1
         try:
             frames = self.stream.decode(packet)
         except (av.error.FFmpegError, ValueError) as error:
             logger.debug("a packet of %s cannot be decoded: %s", self.path, error)
+            self.failed.append(self.at - 1)
             return
         self.decoded += len(frames)
         self._ready.extend(frames)
