@@ -1,4 +1,8 @@
-"""Files that were damaged in any way end in frames or in an error of ours: no hang, no crash, nothing else."""
+"""Files that were damaged in any way end in frames or in an error of ours: no hang, no crash, nothing else.
+
+Frames without a warning show what they should, but for a few: a bit that turned over may give another picture that can
+be decoded as well, and then nobody can know.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +14,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.video.common import FOLDER, Recipe, first_part, write
+from tests.video.common import FOLDER, Recipe, first_part, numbers, write
 from vtprune.errors import InvalidOption
 from vtprune.video.frames import Frames
 from vtprune.video.guard import Decoders
 from vtprune.video.sampling import Uniform
 
 pytest.importorskip("av")
-COUNT = 200
+COUNT, FRAMES = 200, 30
 SOURCES = {
-    "a.mp4": Recipe(frames=30, gop=10, between=2),
-    "b.mp4": Recipe(frames=30, gop=10, between=2, mux={"movflags": "faststart"}),
-    "c.mkv": Recipe(frames=30, gop=10, between=2),
-    "d.webm": Recipe(frames=30, gop=10, codec="libvpx-vp9"),
+    "a.mp4": Recipe(frames=FRAMES, gop=10, between=2),
+    "b.mp4": Recipe(frames=FRAMES, gop=10, between=2, mux={"movflags": "faststart"}),
+    "c.mkv": Recipe(frames=FRAMES, gop=10, between=2),
+    "d.webm": Recipe(frames=FRAMES, gop=10, codec="libvpx-vp9"),
 }
+SILENT = {"a.mp4": 2, "b.mp4": 2, "c.mkv": 0, "d.webm": 8}
+"""Of 50 files each, how many may give wrong frames without a warning: 1, 1, 0, 6 did. Only c.mkv has checksums."""
 FAILURES = r"was not read within|ended the process|does not start|cannot read \S+: \w+: "
 """Of the guard, and what it says of errors that are not ours."""
 
@@ -56,7 +62,9 @@ def outcome(path: Path, future: Future[Frames]) -> str:
     assert found.pixels.ndim == 4 and found.pixels.size
     assert 0 < len(found.indices) <= 16 and (np.diff(found.indices) > 0).all()
     assert np.isfinite(found.times).all() and (np.diff(found.times) > 0).all() and found.duration >= found.times[-1]
-    return "some" if found.warnings else "all"
+    if found.warnings:
+        return "some"
+    return "all" if found.total == FRAMES and numbers(found) == found.indices.tolist() else "wrong"
 
 
 def test_damaged_files_end_in_frames_or_errors() -> None:
@@ -70,4 +78,6 @@ def test_damaged_files_end_in_frames_or_errors() -> None:
     with Decoders(workers=2, timeout=20.0) as decoders:
         futures = [decoders.submit(path, Uniform(16)) for path in paths]
         outcomes = [outcome(path, future) for path, future in zip(paths, futures)]
-    assert {kind for kind in ("error", "some", "all") if outcomes.count(kind) >= 10} == {"error", "some", "all"}
+    wrong = {name: outcomes[place :: len(SOURCES)].count("wrong") for place, name in enumerate(SOURCES)}
+    assert all(wrong[name] <= SILENT[name] for name in SOURCES), wrong
+    assert {kind for kind in ("error", "some", "all") if outcomes.count(kind) >= 5} == {"error", "some", "all"}

@@ -17,7 +17,7 @@ class Faults:
         self._index = index
 
     def add(self, place: int, since: int) -> None:
-        """Remember a packet. Decoding began at packet `since`: what leans on packets before that is expected to fail."""
+        """Remember a packet. Decoding began at packet `since`: what leans on earlier ones is expected to fail."""
         stamps, keys = self._index.stamps, self._index.keys
         if place >= len(stamps) or (len(keys) and place < keys[0]) or (since and stamps[place] < stamps[since]):
             return

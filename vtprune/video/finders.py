@@ -17,6 +17,8 @@ SEEK_FRAMES = 16
 AHEAD = 16
 """Decoders hold back no more frames than that."""
 _ASSUMED_RATE = 25.0
+_ROUNDED = 2
+"""Frames by which the head of a file may be wrong."""
 _LEANING = 3
 """A picture that leans on one that is shown after it."""
 
@@ -147,7 +149,7 @@ class Counted:
         tape.rewind(careful=True)
         self._tape = tape
         self.first = None
-        self.damage = ""
+        self._lost = 0
         stamps: list[int | None] = []
         kinds: list[int] = []
         keys: list[int] = []
@@ -164,16 +166,21 @@ class Counted:
                 keys.append(len(stamps))
             kinds.append(frame.pict_type)
             stamps.append(frame.pts)
+        self._failed()
         self._next = len(stamps)
         self._broken = [range(fault, next((key for key in keys if key > fault), len(stamps))) for fault in faults]
         self.times, self.warnings = _times_of(stamps, tape.stream)
         self.duration = float(self.times[-1] + np.median(np.diff(self.times))) if len(stamps) > 1 else 0.0
+        self.damage = _missing(stamps, tape.stream)
+        if self._lost and not self.damage:
+            self.damage = f"the file is damaged: {self._lost} of its packets, frames may be missing"
 
     def _failed(self) -> bool:
         """Whether something failed since the last time, but for what comes before the first key of a recording."""
         first = self._tape.first_key
         failures = [place for place in self._tape.failed if first is not None and place >= first]
         self._tape.failed.clear()
+        self._lost += len(failures)
         return bool(failures)
 
     def find(self, index: int) -> Any:
@@ -188,6 +195,16 @@ class Counted:
 
     def doubts(self, index: int) -> bool:
         return any(index in broken for broken in self._broken)
+
+
+def _missing(stamps: list[int | None], stream: Any) -> str:
+    """What is missing at the end of an AVI, whose head tells its frames. Those that are repeated are not stored."""
+    if stream.container.format.name != "avi" or not stamps:
+        return ""
+    there = max([len(stamps), *(stamp + 1 for stamp in stamps if stamp is not None)])
+    if there + _ROUNDED < stream.frames:
+        return f"the file ends early: {len(stamps)} of {stream.frames} frames are there"
+    return ""
 
 
 def _times_of(stamps: list[int | None], stream: Any) -> tuple[np.ndarray, tuple[str, ...]]:

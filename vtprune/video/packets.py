@@ -16,6 +16,10 @@ HIDING = ("vp8",)
 """Codecs with packets of which no frame comes."""
 _LONGEST = 1 << 53
 """Units of a stream that floating point can count."""
+_MICRO = 1_000_000
+"""Units of a second that FFmpeg measures files in."""
+_SOUND = 0.5
+"""Seconds that sound may last longer than pictures."""
 _REORDERED = 64
 """Decoders hold back 16 frames at most: stamps that reorder more begin anew somewhere."""
 
@@ -131,10 +135,17 @@ def damage(index: PacketIndex, stream: Any) -> str:
     form = stream.container.format.name.split(",")[0]
     there, promised = len(index.stamps), len(stream.index_entries)
     if form == "mov" and there < promised:
-        return f"the file ends early: {there} of {promised} frames are there"
-    stated = _seconds(stream.metadata.get("DURATION", "")) if form == "matroska" else 0.0
+        # Of fragments only those that are there say how many frames they hold.
+        of = f" of {promised}" if promised <= stream.frames else ""
+        return f"the file ends early: {there}{of} frames are there"
+    stated, room = 0.0, 0.25
+    if form == "matroska":
+        stated = _seconds(stream.metadata.get("DURATION", ""))
+    elif form == "flv":
+        # Sound may go on for a while, and is part of what is promised.
+        stated, room = (stream.container.duration or 0) / _MICRO, _SOUND if stream.container.streams.audio else 0.0
     end = float(index.stamps[index.shown[-1]] + 2 * index.last) * index.unit
-    if stated > end + 0.25:
+    if stated > end + room:
         return f"the file ends early: it promises {stated:.1f} seconds, and {index.duration:.1f} are there"
     return ""
 

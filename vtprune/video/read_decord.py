@@ -11,6 +11,7 @@ import numpy as np
 
 from vtprune.errors import BackendUnavailable, InvalidOption
 from vtprune.video.frames import check_size
+from vtprune.video.structure import broken_structure
 
 logger = logging.getLogger("vtprune")
 _NO_REPEATS = 1e-9
@@ -30,11 +31,11 @@ class DecordVideo:
     """
 
     backend = "decord"
-    damage = ""
     warnings = ()
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self.damage = broken_structure(path)
         self._held: np.ndarray | None = None
         if _is_transport_stream(path):
             raise BackendUnavailable(f"decord loses the first frames of MPEG-TS, like {path}: use backend='pyav'")

@@ -12,6 +12,7 @@ import numpy as np
 from vtprune.errors import InvalidOption
 from vtprune.video.finders import Counted, Finder, Stamped
 from vtprune.video.packets import index_packets
+from vtprune.video.structure import broken_structure
 from vtprune.video.tape import Tape
 
 
@@ -43,7 +44,7 @@ class PyavVideo:
         self.size = self._stored[::-1] if self._turns % 2 else self._stored
         self.times = self._finder.times
         self.duration = self._finder.duration
-        self.damage = self._finder.damage
+        self.damage = self._finder.damage or broken_structure(path)
         self.warnings = self._finder.warnings
 
     @property

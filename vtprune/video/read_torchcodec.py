@@ -12,6 +12,7 @@ import numpy as np
 from vtprune.errors import BackendUnavailable, InvalidOption
 from vtprune.video.packets import damage, index_packets
 from vtprune.video.read_pyav import turned
+from vtprune.video.structure import broken_structure
 from vtprune.video.tape import Tape, reason
 
 logger = logging.getLogger("vtprune")
@@ -40,7 +41,7 @@ class TorchcodecVideo:
         tape = Tape(path)
         try:
             index = index_packets(tape.packets(), tape.stream)
-            self.damage = "" if index is None else damage(index, tape.stream)
+            self.damage = ("" if index is None else damage(index, tape.stream)) or broken_structure(path)
             tape.rewind()
             first = tape.next()
             if index is None or index.refreshing.any() or (first is not None and turned(first)[1]):

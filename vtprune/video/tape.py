@@ -20,8 +20,8 @@ class Tape:
 
     `at` is the number of the packet that is decoded next, `decoded` counts the frames that came out so far. A `careful`
     tape decodes frame by frame; otherwise threads work on several, and an error near the end takes whole frames along.
-    `failed` are the numbers of packets that are damaged or could not be decoded; only a careful tape knows which ones. `first_key`
-    is the number of the first packet, of those that were decoded, that decoding can begin at.
+    `failed` are the numbers of packets that are damaged or could not be decoded; only a careful tape knows which ones.
+    `first_key` is the number of the first packet, of those that were decoded, that decoding can begin at.
 
     Raises:
         InvalidOption: for a file that holds no video, or one that cannot be opened.
