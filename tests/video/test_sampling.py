@@ -215,3 +215,20 @@ def test_wrong_values_are_named() -> None:
     ):
         with pytest.raises(InvalidOption, match=text):
             make()
+
+
+def test_numbers_of_numpy_are_stored_as_those_of_python() -> None:
+    for sampling, plain in (
+        (Uniform(np.int64(2)), Uniform(2)),
+        (ByRate(np.float32(2), np.int32(7)), ByRate(2.0, 7)),
+        (ByRate(np.int64(2)), ByRate(2)),
+        (Scenes(np.int64(3), np.uint8(9)), Scenes(3, 9)),
+    ):
+        assert sampling == plain
+        assert json.loads(json.dumps(sampling.to_dict())) == plain.to_dict()
+
+
+@pytest.mark.filterwarnings("error")
+def test_any_rate_that_is_high_enough_takes_every_frame() -> None:
+    for fps in (1e3, 1e6, 1e12, 1e308):
+        assert chosen(ByRate(fps), even(60, 30.0)) == list(range(60))

@@ -17,6 +17,8 @@ from vtprune.video.frames import Video
 
 _ROUNDING = 2e-3
 """Seconds: containers round when a frame is shown, and how long the last one is, to thousandths."""
+_FASTEST = 1e9
+"""Frames a second: no two frames are closer, and floating point counts so many for days."""
 _SIDE = 16
 _STILL = 1.0
 """Grey levels of 255 by which the thumbnails of one scene may differ anyway, from compression."""
@@ -46,7 +48,7 @@ class Uniform(Sampling):
     count: int
 
     def __post_init__(self) -> None:
-        _check_count("count", self.count)
+        _whole(self, "count")
 
     def choose(self, video: Video) -> np.ndarray:
         """Indices (K,) of frames."""
@@ -68,13 +70,14 @@ class ByRate(Sampling):
     def __post_init__(self) -> None:
         if isinstance(self.fps, bool) or not isinstance(self.fps, Real) or not 0 < self.fps < math.inf:
             raise InvalidOption(f"fps={self.fps!r}: expected a number above 0, in frames a second")
+        object.__setattr__(self, "fps", int(self.fps) if isinstance(self.fps, Integral) else float(self.fps))
         if self.most is not None:
-            _check_count("most", self.most)
+            _whole(self, "most")
 
     def choose(self, video: Video) -> np.ndarray:
         """Indices (K,) of frames, one at least."""
         edges = np.append(_times(video), video.duration)
-        passed = np.maximum(np.ceil((edges - _slack(video)) * self.fps - 0.5), 0)
+        passed = np.maximum(np.ceil((edges - _slack(video)) * min(self.fps, _FASTEST) - 0.5), 0)
         found = np.flatnonzero(np.diff(passed) > 0)
         if not len(found):
             found = _shown_at(video, np.asarray([video.duration / 2]))
@@ -93,8 +96,8 @@ class Scenes(Sampling):
     candidates: int = 128
 
     def __post_init__(self) -> None:
-        _check_count("count", self.count)
-        _check_count("candidates", self.candidates)
+        _whole(self, "count")
+        _whole(self, "candidates")
 
     def choose(self, video: Video) -> np.ndarray:
         """Indices (K,) of frames, none where no candidate can be decoded."""
@@ -142,6 +145,12 @@ def best_frames(scores: Sequence[float] | np.ndarray, count: int) -> np.ndarray:
     above, alike = np.flatnonzero(values > bar), np.flatnonzero(values == bar)
     left = count - len(above)
     return np.sort(np.concatenate([above, alike[(2 * np.arange(left) + 1) * len(alike) // (2 * left)]]))
+
+
+def _whole(sampling: Sampling, name: str) -> None:
+    """Check a field, and make it a number that JSON takes too."""
+    _check_count(name, getattr(sampling, name))
+    object.__setattr__(sampling, name, int(getattr(sampling, name)))
 
 
 def _check_count(name: str, value: object) -> None:
