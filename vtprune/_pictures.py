@@ -32,6 +32,57 @@ _TURNS = {
 """What sets a picture upright, by its orientation in Exif."""
 _DRAWN = (300, 40)
 """Wider than any icon, and neither square nor of sides that are powers of 2."""
+_FORMATS = [
+    "PNG",
+    "JPEG",
+    "GIF",
+    "BMP",
+    "DIB",
+    "TIFF",
+    "WEBP",
+    "AVIF",
+    "JPEG2000",
+    "PPM",
+    "TGA",
+    "PCX",
+    "SGI",
+    "QOI",
+]
+SUFFIXES = frozenset(
+    [
+        ".png",
+        ".apng",
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jfif",
+        ".gif",
+        ".bmp",
+        ".dib",
+        ".tif",
+        ".tiff",
+        ".webp",
+        ".avif",
+        ".jp2",
+        ".j2k",
+        ".jpx",
+        ".ppm",
+        ".pgm",
+        ".pbm",
+        ".pnm",
+        ".tga",
+        ".pcx",
+        ".sgi",
+        ".qoi",
+    ]
+)
+"""What the names of still pictures end in."""
+
+
+def still_formats() -> tuple[str, ...]:
+    """Formats of pictures that Pillow decodes by itself. For others it starts programs on the file, as for EPS."""
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
 def read_picture(path: Path) -> Image.Image:
@@ -59,7 +110,7 @@ def opened(path: Path) -> Iterator[Image.Image]:
         check_wrapping(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path, formats=formats()) as picture:
+            with Image.open(path, formats=still_formats()) as picture:
                 width, height = picture.size
                 if width * height > MAX_PIXELS:
                     raise InvalidOption(_too_large(path, f"{width} x {height} pixels"))
@@ -78,12 +129,6 @@ def opened(path: Path) -> Iterator[Image.Image]:
 
 def _too_large(path: Path, size: str) -> str:
     return f"{path} holds {size}: at most {MAX_PIXELS / 1e6:.0f} megapixels are read, scale it down first"
-
-
-def formats() -> list[str]:
-    """What Pillow may take a file for: formats whose header says how large the picture is."""
-    Image.init()
-    return [kind for kind in Image.ID if kind not in _WRAPPED]
 
 
 def check_wrapping(path: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from vtprune._pictures import MAX_PIXELS, check_wrapping, formats, opened
+from vtprune._pictures import MAX_PIXELS, check_wrapping, opened, still_formats
 from vtprune.demo.stills import check_sides, scaled, tidied
 from vtprune.errors import BackendUnavailable, InvalidOption, VtpruneError
 from vtprune.types import Modality
@@ -177,7 +177,7 @@ def _is_picture(path: Path) -> bool:
         check_wrapping(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path, formats=formats()) as picture:
+            with Image.open(path, formats=still_formats()) as picture:
                 return picture.format not in _NO_PICTURES
     except UnidentifiedImageError:
         return False

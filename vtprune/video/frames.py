@@ -95,6 +95,12 @@ class Video(Protocol):
         ...
 
 
+def check_timeout(timeout: object) -> None:
+    """Raise `InvalidOption` for what is no number of seconds above 0."""
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < float("inf"):
+        raise InvalidOption(f"timeout={timeout!r}: expected seconds above 0")
+
+
 def check_size(name: str, size: tuple[int, int], count: int = 1) -> None:
     """Raise `Refused` where `count` frames of `size` (H, W) are more than is decoded at once."""
     pixels = size[0] * size[1]

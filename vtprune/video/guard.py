@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from vtprune.errors import InvalidOption
-from vtprune.video.frames import Frames
+from vtprune.video.frames import Frames, check_timeout
 from vtprune.video.process import DecoderProcess
 from vtprune.video.sampling import Sampling
 
@@ -38,8 +38,7 @@ class Decoders:
     def __init__(self, *, workers: int = 2, timeout: float = 60.0) -> None:
         if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
             raise InvalidOption(f"workers={workers!r}: expected a whole number from 1 on")
-        if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < float("inf"):
-            raise InvalidOption(f"timeout={timeout!r}: expected seconds above 0")
+        check_timeout(timeout)
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._closed = False

@@ -12,12 +12,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from vtprune._pictures import SUFFIXES, still_formats
 from vtprune.errors import InvalidOption
 from vtprune.video.frames import check_size
 
 logger = logging.getLogger("vtprune")
 RATE = 24.0
 """Frames a second where nobody says, as transformers assumes too."""
+MAX_FRAMES = 10_000_000
+"""Of one clip: when each is shown is held in memory."""
 _UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, struct.error)
 
 
@@ -46,11 +49,17 @@ class StillsVideo:
     ) -> None:
         if count < 1:
             raise InvalidOption(f"{source} holds no frames: expected one at least")
+        if count > MAX_FRAMES:
+            raise InvalidOption(f"{source} holds {count} frames: at most {MAX_FRAMES} are read, take a part of it")
+        if not all(size):
+            raise InvalidOption(f"{source} holds frames of {size[1]} x {size[0]} pixels: expected one pixel at least")
         check_size(source, size)
         self.backend, self.size, self._load = backend, size, load
         self.times = np.arange(count) / (rate or RATE)
         self.duration = count / (rate or RATE)
-        self.warnings = () if rate else (f"{source} does not say when frames are shown: {RATE:g} a second assumed",)
+        self.warnings: tuple[str, ...] = ()
+        if not rate:
+            self.warnings += (f"{source} does not say when frames are shown: {RATE:g} a second assumed",)
 
     def frames(self, indices: Sequence[int] | np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """See `vtprune.video.frames.Video`."""
@@ -68,22 +77,30 @@ class StillsVideo:
 
 
 def open_folder(folder: Path, rate: float | None) -> StillsVideo:
-    """The pictures of a folder in natural order: frame_2 comes before frame_10.
+    """The pictures of a folder in natural order: frame_2 comes before frame_10. Hidden files are none.
 
     Raises `InvalidOption` for a folder without pictures, and later for a picture that is not as large as the first one.
     """
-    known = Image.registered_extensions()
-    files = [file for file in folder.iterdir() if file.suffix.lower() in known and file.is_file()]
+    files = [file for file in folder.iterdir() if _is_still(file)]
     if not files:
         raise InvalidOption(f"{folder} holds no pictures: expected a folder of frames, like frame_1.png")
     files.sort(key=_natural)
-    first = next((pixels for file in files if (pixels := _read(file, None)) is not None), None)
+    several: list[Path] = []
+    first = next((pixels for file in files if (pixels := _read(file, None, several)) is not None), None)
     if first is None:
         raise InvalidOption(f"no picture in {folder} can be read: the files are empty, truncated or damaged")
     size = first.shape[:2]
-    return StillsVideo(
-        str(folder), backend="stills", count=len(files), size=size, load=lambda i: _read(files[i], size), rate=rate
-    )
+
+    def load(number: int) -> np.ndarray | None:
+        pixels = _read(files[number], size, several)
+        if several and several[-1] not in told:
+            told.add(several[-1])
+            video.warnings += (f"{several[-1].name} holds several pictures: the first one is taken",)
+        return pixels
+
+    told: set[Path] = set()
+    video = StillsVideo(str(folder), backend="stills", count=len(files), size=size, load=load, rate=rate)
+    return video
 
 
 def open_array_file(path: Path, rate: float | None) -> StillsVideo:
@@ -95,6 +112,9 @@ def open_array_file(path: Path, rate: float | None) -> StillsVideo:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, EOFError, ValueError) as error:
         raise InvalidOption(f"cannot read the array {path}: {error}") from error
+    if not isinstance(array, np.ndarray):
+        array.close()
+        raise InvalidOption(f"{path} holds several arrays: expected one, saved by numpy.save")
     return _open_array(str(path), array, "stills", rate)
 
 
@@ -136,13 +156,21 @@ def _natural(file: Path) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts] + [(-1, file.name)]
 
 
-def _read(file: Path, size: tuple[int, int] | None) -> np.ndarray | None:
+def _is_still(file: Path) -> bool:
+    """Names that begin with a dot are notes of systems about a file, not the file."""
+    return file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
+
+
+def _read(file: Path, size: tuple[int, int] | None, several: list[Path]) -> np.ndarray | None:
     """Pixels (H, W, 3) of an upright picture of that size (H, W), None where the file is damaged."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(file) as picture:
+            with Image.open(file, formats=still_formats()) as picture:
                 check_size(str(file), picture.size[::-1])
+                # The second picture in a photo of a camera is a smaller one, or a map of its depth.
+                if picture.format != "MPO" and getattr(picture, "is_animated", False):
+                    several.append(file)
                 pixels = _pixels(ImageOps.exif_transpose(picture), str(file))
     except Image.DecompressionBombError as error:
         raise InvalidOption(f"{file} is an enormous picture: scale it down first") from error
