@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from tests.video.common import FOLDER, clip, picture
+from tests.video.common import FOLDER, clip, numbers, picture
 from vtprune.errors import InvalidOption
 from vtprune.tiny.bundled_clip import CLIP
 from vtprune.video import frames
-from vtprune.video.reader import read_frames
+from vtprune.video.reader import prepare, read_frames
 from vtprune.video.sampling import Uniform
 
 pytest.importorskip("av")
@@ -114,3 +115,18 @@ def test_too_much_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(frames, "MAX_PIXELS", 48 * 64 - 1)
     with pytest.raises(InvalidOption, match="scale it down first"):
         read_frames(clip("even.mp4"), Uniform(1))
+
+
+@pytest.mark.parametrize("backend", ["auto", "pyav", "decord"])
+def test_a_name_is_not_a_pattern_of_names(tmp_path: Path, backend: str) -> None:
+    """FFmpeg takes x%d.png for x0.png, x1.png and so on."""
+    if backend == "decord" and prepare(backend):
+        pytest.skip("no decord")
+    for number in range(5):
+        Image.fromarray(picture(number)).save(tmp_path / f"x{number}.png")
+    Image.fromarray(picture(77)).save(tmp_path / "x%d.png")
+    if backend == "decord":
+        with pytest.raises(InvalidOption, match="leave % out of the name"):
+            read_frames(tmp_path / "x%d.png", ALL, backend=backend)
+    else:
+        assert numbers(read_frames(tmp_path / "x%d.png", ALL, backend=backend)) == [77]

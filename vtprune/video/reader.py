@@ -16,11 +16,12 @@ import numpy as np
 from PIL import Image
 
 from vtprune.errors import BackendUnavailable, InvalidOption
-from vtprune.video.frames import Frames, Refused, Video, check_size
+from vtprune.video.frames import Frames, Refused, Video, check_size, check_timeout
 from vtprune.video.read_stills import open_array_file, open_folder, open_memory
 from vtprune.video.sampling import Sampling
 
 logger = logging.getLogger("vtprune")
+_MOVING = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".flv", ".ts", ".mpg", ".mpeg", ".wmv")
 _HEAD = 256
 """Bytes that tell a list of files from a video."""
 Source = str | os.PathLike[str] | np.ndarray | Sequence[Image.Image]
@@ -102,7 +103,8 @@ def read_frames(
         backend: as for `open_video`.
         on_truncated: "warn" leaves out what cannot be decoded and says so in `Frames.warnings`, and how many frames
             may show damage; "raise" raises for either.
-        timeout: seconds after which a file is given up. It is decoded in a process of its own then.
+        timeout: seconds after which a file is given up. It is decoded in a process of its own then. What is in memory
+            already is not.
         rate: as for `open_video`.
 
     Raises:
@@ -110,6 +112,8 @@ def read_frames(
         BackendUnavailable: as `open_video` does.
     """
     check_request(sampling, on_truncated)
+    if timeout is not None:
+        check_timeout(timeout)
     if timeout is not None and isinstance(source, str | os.PathLike):
         from vtprune.video.guard import Decoders
 
@@ -185,6 +189,12 @@ def _check_no_playlist(path: Path) -> None:
         raise Refused(f"{path} is a list of other files: expected a video")
 
 
+def _check_no_pattern(path: Path) -> None:
+    """For pictures FFmpeg takes such a name for that of many files. PyAV can be told not to."""
+    if "%" in str(path) and path.suffix.lower() not in _MOVING:
+        raise Refused(f"{path} may be taken for the names of many pictures: leave % out of the name")
+
+
 def _open_by(backend: str, path: Path) -> Video:
     obstacle = prepare(backend)
     if obstacle:
@@ -192,6 +202,8 @@ def _open_by(backend: str, path: Path) -> Video:
         raise BackendUnavailable(
             f"the video backend {backend!r} cannot be used here ({obstacle}): pip install 'vtprune[video]'{extra}"
         )
+    if backend != "pyav":
+        _check_no_pattern(path)
     return _OPENERS[backend](path)
 
 
@@ -202,7 +214,7 @@ def _open_by_any(path: Path) -> Video:
         if backend in missing:
             continue
         try:
-            return _OPENERS[backend](path)
+            return _open_by(backend, path)
         except Refused:
             raise
         except (InvalidOption, BackendUnavailable) as error:

@@ -13,6 +13,7 @@ from vtprune.video.frames import Refused, check_size
 from vtprune.video.packets import PacketIndex
 
 logger = logging.getLogger("vtprune")
+_OPTIONS = {"protocol_whitelist": "file", "pattern_type": "none"}
 
 
 class Tape:
@@ -39,7 +40,8 @@ class Tape:
 
         try:
             # Names and titles may be in any encoding; a file must not make FFmpeg open others than files.
-            self._container = av.open(str(self.path), metadata_errors="replace", options={"protocol_whitelist": "file"})
+            # And a name with a percent sign is a name, not that of many pictures.
+            self._container = av.open(str(self.path), metadata_errors="replace", options=_OPTIONS)
         except (av.error.FFmpegError, ValueError) as error:
             raise InvalidOption(f"cannot read {self.path} as video: {reason(error)}") from error
         try:
