@@ -7,13 +7,12 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.video.children import HERE, PARENT, PLENTY, alive, children, limit, reads, wait_for, warm
 from tests.video.common import FOLDER, clip, number_of, picture, slow_clip
 from vtprune.errors import BackendUnavailable, InvalidOption
 from vtprune.video import process
@@ -23,52 +22,11 @@ from vtprune.video.sampling import Scenes, Uniform
 
 pytest.importorskip("av")
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="children are found in /proc")
-HERE = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def slow() -> Path:
     return slow_clip()
-
-
-def children(parent: int | None = None) -> set[int]:
-    """Processes that decode for that parent."""
-    found = set()
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                state, father = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
-                words = (entry / "cmdline").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            if state != "Z" and int(father) == (parent or os.getpid()) and b"vtprune.video.worker" in words:
-                found.add(int(entry.name))
-    return found
-
-
-def reads(process: int, path: Path) -> bool:
-    """Whether a process has that file open. What it used of processors would not tell: it tidies up after a file."""
-    for descriptor in Path(f"/proc/{process}/fd").iterdir():
-        try:
-            if descriptor.readlink() == path:
-                return True
-        except OSError:  # closed since it was listed
-            continue
-    return False
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 30.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.02)
-
-
-def warm(decoders: Decoders) -> int:
-    """The process of decoders with one worker, when it is ready for a file."""
-    decoders.submit(clip("even.mp4"), Uniform(1)).result()
-    (child,) = children()
-    return child
 
 
 def test_results_are_those_of_this_process_in_any_order() -> None:
@@ -120,10 +78,11 @@ def test_a_folder_goes_through_a_process_too(tmp_path: Path) -> None:
 
 
 def test_a_file_that_takes_too_long_is_given_up_and_others_go_on(slow: Path) -> None:
-    with Decoders(workers=1, timeout=0.5) as decoders:
+    with Decoders(workers=1, timeout=PLENTY) as decoders:
+        limit(decoders, slow, 0.01)
         first = warm(decoders)
         late, good = decoders.submit(slow, Uniform(4)), decoders.submit(clip("even.mp4"), Uniform(4))
-        with pytest.raises(InvalidOption, match=r"slow\.avi was not read within 0\.5 seconds by backend 'auto'"):
+        with pytest.raises(InvalidOption, match=r"slow\.avi was not read within 0\.01 seconds by backend 'auto'"):
             late.result()
         assert len(good.result().indices) == 4
         assert children() and first not in children()
@@ -136,15 +95,30 @@ def test_the_timeout_of_one_file(slow: Path) -> None:
     assert children() == set()
 
 
-def test_a_process_that_hangs_is_killed(slow: Path) -> None:
-    with Decoders(workers=1, timeout=1.5) as decoders:
+STOPS = """
+import os, signal
+from vtprune.video import reader
+
+def read_frames(source, *arguments, **options):
+    while str(source).endswith("stops.mp4"):
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return read(source, *arguments, **options)
+
+read, reader.read_frames = reader.read_frames, read_frames
+"""
+"""What a decoding process imports when it starts: at a file of that name it stops itself, again and again."""
+
+
+def test_a_process_that_hangs_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sitecustomize.py").write_text(STOPS)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    with Decoders(workers=1, timeout=PLENTY) as decoders:
+        limit(decoders, tmp_path / "stops.mp4", 0.3)
         child = warm(decoders)
-        hung = decoders.submit(slow, Uniform(4))
-        wait_for(lambda: reads(child, slow))
-        os.kill(child, signal.SIGSTOP)
-        with pytest.raises(InvalidOption, match=r"was not read within 1\.5 seconds"):
-            hung.result()
+        with pytest.raises(InvalidOption, match=r"stops\.mp4 was not read within 0\.3 seconds"):
+            decoders.submit(tmp_path / "stops.mp4", Uniform(4)).result()
         assert len(decoders.submit(clip("even.mp4"), Uniform(4)).result().indices) == 4
+        assert child not in children()
 
 
 def test_a_process_that_dies_is_reported_and_others_go_on(slow: Path) -> None:
@@ -181,16 +155,35 @@ def test_a_process_that_does_not_start_says_why(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_starting_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A start that takes longer than the timeout."""
-    start = process._start
+    """The time of a file runs from when its process has started, and has imported what it needs."""
+    happened: list[object] = []
 
-    def slowly(complaints: Any) -> Any:
-        time.sleep(0.6)
-        return start(complaints)
+    def told(name: str) -> None:
+        function = getattr(process, name)
 
-    monkeypatch.setattr(process, "_start", slowly)
-    with Decoders(workers=1, timeout=0.5) as decoders:
+        def telling(*arguments: Any) -> Any:
+            result = function(*arguments)
+            happened.append(name)
+            return result
+
+        monkeypatch.setattr(process, name, telling)
+
+    class Deadline(process._Deadline):
+        def __init__(self, child: Any, seconds: float) -> None:
+            happened.append(seconds)
+            super().__init__(child, seconds)
+
+    for name in ("_start", "_begin", "_receive"):
+        told(name)
+    monkeypatch.setattr(process, "_Deadline", Deadline)
+    with Decoders(workers=1, timeout=PLENTY) as decoders:
         assert len(decoders.submit(clip("single.mp4"), Uniform(1)).result().indices) == 1
+    assert happened == ["_start", process.STARTING, "_begin", PLENTY, "_receive"]
+
+
+def test_a_limit_of_centuries_is_none() -> None:
+    for seconds in (1e10, 1e300):
+        assert len(read_frames(clip("even.mp4"), Uniform(2), timeout=seconds).indices) == 2
 
 
 def test_closing_ends_what_runs_and_cancels_what_waits(slow: Path) -> None:
@@ -219,18 +212,6 @@ def test_a_cancelled_file_is_not_read() -> None:
         assert len(first.result().indices) == len(third.result().indices) == 1
 
 
-PARENT = """
-import sys, time
-from vtprune.video import Decoders, Uniform
-decoders = Decoders(workers=2)
-decoders.submit({even!r}, Uniform(1)).result()
-for path in {paths!r}:
-    decoders.submit(path, Uniform(400))
-print("ready", flush=True)
-{last}
-"""
-
-
 def test_no_process_outlives_a_parent_that_is_killed(slow: Path) -> None:
     code = PARENT.format(even=str(clip("even.mp4")), paths=[str(slow)] * 6, last="time.sleep(600)")
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=HERE) as parent:
@@ -239,13 +220,6 @@ def test_no_process_outlives_a_parent_that_is_killed(slow: Path) -> None:
         left = children(parent.pid)
         parent.send_signal(signal.SIGKILL)
     wait_for(lambda: not any(alive(child) for child in left))
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def test_a_program_that_forgets_to_close_ends_and_needs_no_main_guard(tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ from vtprune.video.frames import Frames
 logger = logging.getLogger("vtprune")
 STARTING = 120.0
 """Seconds for a process to start and to import what it needs, which do not count as decoding."""
+LONGEST = threading.TIMEOUT_MAX - 60
+"""Seconds that a timer can be set to, and room for patience: months at least, as good as no limit."""
 ERRORS: dict[str, type[VtpruneError]] = {"InvalidOption": InvalidOption, "BackendUnavailable": BackendUnavailable}
 """What a process can report, by name."""
 
@@ -70,7 +72,7 @@ class DecoderProcess:
         with self._lock:
             self._closed = True
             if self._process is not None:
-                self._process.kill()
+                _kill(self._process)
 
     def stop(self) -> int | None:
         """End the process; returns its exit code."""
@@ -78,7 +80,7 @@ class DecoderProcess:
             process, self._process = self._process, None
         if process is None:
             return None
-        process.kill()
+        _kill(process)
         for pipe in (process.stdin, process.stdout):
             _close_quietly(pipe)
         try:
@@ -101,7 +103,8 @@ class DecoderProcess:
         with self._lock:
             if self._closed:
                 raise _closed_before(path)
-            if self._process is None or self._process.poll() is not None:
+            # One that died is found out by asking it, and is ended then with all that it started.
+            if self._process is None:
                 if self._complaints is not None:
                     self._complaints.close()
                 self._complaints = tempfile.TemporaryFile()  # noqa: SIM115 (the process outlives this call)
@@ -141,12 +144,12 @@ class _Deadline:
     def __init__(self, process: subprocess.Popen[bytes], seconds: float) -> None:
         self.missed = False
         self._process = process
-        self._timer = threading.Timer(seconds, self._kill)
+        self._timer = threading.Timer(min(seconds, LONGEST), self._kill)
         self._timer.daemon = True
 
     def _kill(self) -> None:
         self.missed = True
-        self._process.kill()
+        _kill(self._process)
 
     def __enter__(self) -> _Deadline:
         self._timer.start()
@@ -158,6 +161,16 @@ class _Deadline:
         self._timer.cancel()
         # It may be ringing just now, and must not kill what comes after.
         self._timer.join()
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """End a process and all that it started: it leads a group, whose number is free once the process was waited for."""
+    if process.returncode is None and hasattr(os, "killpg"):
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except OSError as error:
+            logger.debug("the group of a decoder: %s", error)
+    process.kill()
 
 
 def _start(complaints: IO[bytes]) -> subprocess.Popen[bytes]:
@@ -172,6 +185,7 @@ def _start(complaints: IO[bytes]) -> subprocess.Popen[bytes]:
             stdout=subprocess.PIPE,
             stderr=complaints,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(places)},
+            start_new_session=True,
         )
     except OSError as error:
         raise NotStarted(f"the process that decodes videos does not start: {error}") from error

@@ -15,7 +15,7 @@ import numpy as np
 
 from vtprune.errors import VtpruneError
 from vtprune.video.frames import Frames
-from vtprune.video.process import ERRORS
+from vtprune.video.process import ERRORS, LONGEST
 from vtprune.video.reader import prepare, read_frames
 from vtprune.video.sampling import from_dict
 
@@ -36,7 +36,8 @@ def main() -> None:
             prepare(request["backend"])
             _send(replies, {"begun": True})
             # Runs in a thread of C: it works where a decoder hangs without ever giving Python a turn.
-            faulthandler.dump_traceback_later(request["timeout"] + PATIENCE, exit=True, file=nowhere)
+            limit = min(request["timeout"], LONGEST) + PATIENCE
+            faulthandler.dump_traceback_later(limit, exit=True, file=nowhere)
             _reply(replies, request)
             # Decoders hang on each other in circles, and hold far more memory than Python knows of.
             gc.collect()
@@ -54,9 +55,11 @@ def _take_pipes() -> tuple[IO[bytes], IO[bytes]]:
 
 
 def _listen(requests: IO[bytes], inbox: queue.SimpleQueue[bytes]) -> None:
-    """Hand requests on; the end of the pipe is the end of this process, whatever else it is doing."""
+    """Hand requests on; the end of the pipe is the end of this process and of what it started, whatever it is doing."""
     for line in requests:
         inbox.put(line)
+    if hasattr(os, "killpg") and os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)
     os._exit(0)
 
 
