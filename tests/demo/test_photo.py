@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import threading
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -240,21 +239,39 @@ def test_threads_do_not_hear_each_other() -> None:
     tower = build("dinov2")
     pictures = [photo(width) for width in (40, 48, 56)]
     alone = [tower.look(picture).tokens for picture in pictures]
-    inside, most, start = [0], [0], threading.Barrier(len(pictures))
+    inside, most, here = [0], [0], set[int]()
+    changed = threading.Condition()
+
+    def arrive() -> None:
+        with changed:
+            here.add(threading.get_ident())
+            changed.notify_all()
+
+    class Door:
+        """The lock of a tower, that tells who stands in front of it."""
+
+        def __enter__(self) -> None:
+            arrive()
+            tower.one_at_a_time.acquire()
+
+        def __exit__(self, *error: object) -> None:
+            tower.one_at_a_time.release()
 
     def slowly(pixels: Tensor) -> Tensor:
+        """Nobody leaves before all are inside, or in front of the door."""
         inside[0] += 1
         most[0] = max(most[0], inside[0])
+        arrive()
+        with changed:
+            assert changed.wait_for(lambda: len(here) == len(pictures), timeout=60)
         features = tower.encode(pixels)
-        time.sleep(0.05)
         inside[0] -= 1
         return features
 
-    slow = replace(tower, encode=slowly)
+    slow = replace(tower, encode=slowly, one_at_a_time=Door())  # type: ignore[arg-type]
     found: dict[int, Seen] = {}
 
     def look(number: int) -> None:
-        start.wait()
         found[number] = slow.look(pictures[number])
 
     threads = [threading.Thread(target=look, args=(number,)) for number in range(len(pictures))]
