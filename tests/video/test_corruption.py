@@ -79,5 +79,7 @@ def test_damaged_files_end_in_frames_or_errors() -> None:
         futures = [decoders.submit(path, Uniform(16)) for path in paths]
         outcomes = [outcome(path, future) for path, future in zip(paths, futures)]
     wrong = {name: outcomes[place :: len(SOURCES)].count("wrong") for place, name in enumerate(SOURCES)}
+    page = (Path(__file__).parents[2] / "docs" / "video.md").read_text(encoding="utf-8")
+    assert f"Of {COUNT} small files" in page and f"at most\n  {sum(SILENT.values())} may give wrong frames" in page
     assert all(wrong[name] <= SILENT[name] for name in SOURCES), wrong
     assert {kind for kind in ("error", "some", "all") if outcomes.count(kind) >= 5} == {"error", "some", "all"}

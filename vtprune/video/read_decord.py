@@ -92,7 +92,7 @@ class DecordVideo:
             yield int(index), frame
 
     def doubtful(self, indices: Sequence[int] | np.ndarray) -> list[int]:
-        """None: decord does not tell."""
+        """None: decord does not tell which frames lean on damage."""
         return []
 
     def close(self) -> None:

@@ -83,7 +83,7 @@ class TorchcodecVideo:
             yield int(index), pixels
 
     def doubtful(self, indices: Sequence[int] | np.ndarray) -> list[int]:
-        """None: torchcodec does not tell."""
+        """None: torchcodec does not tell which frames lean on damage."""
         return []
 
     def close(self) -> None:
