@@ -50,6 +50,7 @@ class Stamped:
         self._since = 0
         self._passed = -math.inf
         self._last: int | None = None
+        self._holds_back = bool(index.refreshing.any())
         self.damage = damage(index, tape.stream)
         self.warnings: tuple[str, ...] = ()
         tape.rewind()
@@ -131,7 +132,7 @@ class Stamped:
         if number is None:
             return
         # Where the picture is refreshed by and by, frames are held back until it is whole.
-        if self._last is not None and not self._index.refreshing.any():
+        if self._last is not None and not self._holds_back:
             for missing in self._index.shown[self._last + 1 : number].tolist():
                 self._faults.add(missing, self._since)
         self._last = number
@@ -168,7 +169,10 @@ class Counted:
             stamps.append(frame.pts)
         self._failed()
         self._next = len(stamps)
-        self._broken = [range(fault, next((key for key in keys if key > fault), len(stamps))) for fault in faults]
+        self._broken = np.zeros(len(stamps) + 1, dtype=bool)
+        stops = np.append(keys, len(stamps))[np.searchsorted(keys, faults, side="right")]
+        for fault, stop in zip(faults, stops.tolist(), strict=True):
+            self._broken[fault : int(stop)] = True
         self.times, self.warnings = _times_of(stamps, tape.stream)
         self.duration = float(self.times[-1] + np.median(np.diff(self.times))) if len(stamps) > 1 else 0.0
         self.damage = _missing(stamps, tape.stream)
@@ -194,7 +198,7 @@ class Counted:
         return None
 
     def doubts(self, index: int) -> bool:
-        return any(index in broken for broken in self._broken)
+        return bool(self._broken[index])
 
 
 def _missing(stamps: list[int | None], stream: Any) -> str:

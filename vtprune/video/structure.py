@@ -69,9 +69,11 @@ def _matroska(file: IO[bytes], size: int) -> str:
                 tracks |= _tracks(_at(file, place, min(length, _BLOCK)))
             place += length
         if not unknown and name in (_CLUSTER, *_CHECKED):
-            begin = place if name == _CLUSTER else place - length
-            if not _matches(file, begin, length):
+            matches = _matches(file, place if name == _CLUSTER else place - length, length)
+            if matches is False:
                 return CHECKSUM
+            if matches and name == _CLUSTER:
+                place += length
     return ""
 
 
@@ -114,12 +116,12 @@ def _number(data: bytes, start: int, *, marked: bool) -> tuple[int, int]:
     return (value if marked else value & ((1 << 7 * count) - 1)), start + count
 
 
-def _matches(file: IO[bytes], begin: int, length: int) -> bool:
-    """Whether an element is what the checksum says that it may begin with."""
+def _matches(file: IO[bytes], begin: int, length: int) -> bool | None:
+    """Whether an element is what the checksum says that it may begin with; None where it has none."""
     file.seek(begin)
     head = file.read(6)
     if not head.startswith(_CRC) or length < 6:
-        return True
+        return None
     found, left = 0, length - 6
     while left:
         data = file.read(min(left, _BLOCK))
