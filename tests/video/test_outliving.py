@@ -73,5 +73,5 @@ def test_nothing_outlives_a_parent_whatever_it_started(slow: Path, tmp_path: Pat
         assert parent.stdout is not None and parent.stdout.readline() == b"ready\n"
         wait_for(lambda: len(children(parent.pid)) == len(helpers(tmp_path)) == 2)
         left = [*children(parent.pid), *helpers(tmp_path)]
-        os.killpg(parent.pid, how)
+        os.killpg(parent.pid, how) if how == signal.SIGINT else parent.send_signal(how)
     wait_for(lambda: not any(map(alive, left)))
