@@ -189,3 +189,10 @@ def test_decord_tells_what_the_structure_does() -> None:
     except InvalidOption:
         return
     assert any("ends early" in text for text in found.warnings)
+
+
+def test_the_length_behind_the_last_tag_may_be_missing(tmp_path: Path) -> None:
+    path = tmp_path / "lengths.flv"
+    path.write_bytes(clip("flash.flv").read_bytes()[:-4])
+    assert broken_structure(path) == ""
+    assert numbers(read_frames(path, Uniform(60), on_truncated="raise")) == list(range(60))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -13,6 +14,7 @@ from vtprune.errors import InvalidOption
 
 MAX_PIXELS = 50_000_000
 """Of one frame."""
+_MOST_SECONDS = sys.float_info.max
 MAX_BYTES = 4 << 30
 """Of all frames that are asked for together."""
 
@@ -97,7 +99,7 @@ class Video(Protocol):
 
 def check_timeout(timeout: object) -> None:
     """Raise `InvalidOption` for what is no number of seconds above 0."""
-    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < float("inf"):
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout <= _MOST_SECONDS:
         raise InvalidOption(f"timeout={timeout!r}: expected seconds above 0")
 
 

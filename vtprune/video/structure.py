@@ -63,7 +63,7 @@ def _matroska(file: IO[bytes], size: int) -> str:
         if name == _SEGMENT:
             end = size if unknown else place + length
         elif name != _CLUSTER:
-            if name in _BLOCKS and tracks and _number(_at(file, place, 8), 0, marked=True)[0] not in tracks:
+            if name in _BLOCKS and tracks and _number(_at(file, place, 8), 0, marked=False)[0] not in tracks:
                 return BROKEN.format(place)
             if name == _TRACKS:
                 tracks |= _tracks(_at(file, place, min(length, _BLOCK)))
@@ -84,13 +84,9 @@ def _at(file: IO[bytes], place: int, length: int) -> bytes:
 
 
 def _tracks(data: bytes) -> set[int]:
-    """Numbers of tracks, in the form that blocks begin with; none where this is not understood."""
-    found = set()
-    for entry in _children(data, _ENTRY):
-        for number in _children(entry, _TRACK_NUMBER):
-            value = int.from_bytes(number, "big")
-            found.add(value | 0x80 if value < 0x7F else value | 0x4000)
-    return found
+    """Numbers of tracks; none where this is not understood."""
+    entries = _children(data, _ENTRY)
+    return {int.from_bytes(number, "big") for entry in entries for number in _children(entry, _TRACK_NUMBER)}
 
 
 def _children(data: bytes, name: int) -> Iterator[bytes]:
@@ -132,18 +128,16 @@ def _matches(file: IO[bytes], begin: int, length: int) -> bool | None:
 
 
 def _flash(file: IO[bytes], size: int) -> str:
-    """Behind each tag its length is told once more."""
+    """Tags in a row, of few kinds and of stream 0, each with its length behind it, which the last one may lack."""
     file.seek(5)
-    place, before = int.from_bytes(file.read(4), "big"), 0
+    place = int.from_bytes(file.read(4), "big")
     while place + 4 < size:
         file.seek(place)
         head = file.read(15)
-        told, kind, length = int.from_bytes(head[:4], "big"), head[4] & 31, int.from_bytes(head[5:8], "big")
-        if told != before or kind not in _TAGS:
+        if head[4] & 31 not in _TAGS or any(head[12:]):
             return BROKEN.format(place)
-        before = 11 + length
-        place += 4 + before
-    return ENDS if place + 4 > size else ""
+        place += 15 + int.from_bytes(head[5:8], "big")
+    return ENDS if place > size else ""
 
 
 def _transport(file: IO[bytes]) -> str:
