@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import struct
 import warnings
@@ -32,57 +33,20 @@ _TURNS = {
 """What sets a picture upright, by its orientation in Exif."""
 _DRAWN = (300, 40)
 """Wider than any icon, and neither square nor of sides that are powers of 2."""
-_FORMATS = [
-    "PNG",
-    "JPEG",
-    "GIF",
-    "BMP",
-    "DIB",
-    "TIFF",
-    "WEBP",
-    "AVIF",
-    "JPEG2000",
-    "PPM",
-    "TGA",
-    "PCX",
-    "SGI",
-    "QOI",
-]
-SUFFIXES = frozenset(
-    [
-        ".png",
-        ".apng",
-        ".jpg",
-        ".jpeg",
-        ".jpe",
-        ".jfif",
-        ".gif",
-        ".bmp",
-        ".dib",
-        ".tif",
-        ".tiff",
-        ".webp",
-        ".avif",
-        ".jp2",
-        ".j2k",
-        ".jpx",
-        ".ppm",
-        ".pgm",
-        ".pbm",
-        ".pnm",
-        ".tga",
-        ".pcx",
-        ".sgi",
-        ".qoi",
-    ]
-)
-"""What the names of still pictures end in."""
+_FORMATS = ["PNG", "JPEG", "GIF", "BMP", "DIB", "TIFF", "WEBP", "AVIF", "JPEG2000", "PPM", "TGA", "PCX", "SGI", "QOI"]
 
 
+@functools.cache
 def still_formats() -> tuple[str, ...]:
     """Formats of pictures that Pillow decodes by itself. For others it starts programs on the file, as for EPS."""
     Image.init()
     return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+@functools.cache
+def still_suffixes() -> frozenset[str]:
+    """What the names of still pictures end in."""
+    return frozenset(end for end, kind in Image.registered_extensions().items() if kind in still_formats())
 
 
 def read_picture(path: Path) -> Image.Image:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from vtprune._pictures import SUFFIXES, still_formats
+from vtprune._pictures import still_formats, still_suffixes
 from vtprune.errors import InvalidOption
 from vtprune.video.frames import check_size
 
@@ -158,7 +158,7 @@ def _natural(file: Path) -> list[tuple[int, str]]:
 
 def _is_still(file: Path) -> bool:
     """Names that begin with a dot are notes of systems about a file, not the file."""
-    return file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
+    return file.suffix.lower() in still_suffixes() and not file.name.startswith(".") and file.is_file()
 
 
 def _read(file: Path, size: tuple[int, int] | None, several: list[Path]) -> np.ndarray | None:
