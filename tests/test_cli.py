@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -12,6 +13,7 @@ from PIL import Image
 import vtprune
 from tests.test_calibration import SETTINGS, made
 from vtprune import _console as console
+from vtprune._arguments import check_writable
 from vtprune.cli import main
 from vtprune.tiny import PICTURE, loading
 
@@ -188,6 +190,20 @@ def test_outputs_are_tried_before_the_model_is_loaded(
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     monkeypatch.setattr(console, "load_model", None)
     assert "out.png: Permission denied" in failure(capsys, "run", option, str(tmp_path / "out.png"))
+
+
+def test_trying_an_output_makes_no_file_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor takes one away: another run may have begun to write it."""
+    path, real = tmp_path / "out.csv", tempfile.TemporaryFile
+
+    def beside(**options: Any) -> Any:
+        assert not path.exists()
+        path.write_text("of another run")
+        return real(**options)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", beside)
+    check_writable(path)
+    assert path.read_text() == "of another run"
 
 
 def test_a_report_that_cannot_be_written_leaves_the_overlay(

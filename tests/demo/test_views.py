@@ -11,7 +11,7 @@ from PIL import Image
 from tests.demo.common import ask, clip, host, picture
 from vtprune.demo import drawing
 from vtprune.demo.drawing import board, board_scale, token_under, views_of
-from vtprune.demo.media import read_upload
+from vtprune.demo.media import Media, read_upload
 from vtprune.demo.panes import VIEWS
 from vtprune.demo.running import run
 from vtprune.errors import InvalidOption
@@ -56,6 +56,16 @@ def test_what_cannot_be_drawn_is_told_before_it_is_looked_at() -> None:
         views_of(report, picture(), Box(10, 0, 10, 48))
 
 
+def labels_of(media: Media, parts: int) -> tuple[str, ...]:
+    """Numbers of the frames of each part, and when the first is shown."""
+    count = len(media.pictures)
+    each = -(-count // parts)
+    starts = range(0, count, each)
+    ends = [min(start + each, count) for start in starts]
+    names = [f"#{start + 1}" if end == start + 1 else f"#{start + 1}-{end}" for start, end in zip(starts, ends)]
+    return tuple(f"{name}  {media.times[start]:.1f} s" for name, start in zip(names, starts))
+
+
 @pytest.mark.parametrize(("frames", "name"), [(4, "qwen2_5_vl"), (3, "qwen2_5_vl"), (3, "llava_next_video")])
 def test_clips_have_a_strip_even_where_frames_do_not_come_out_even(frames: int, name: str) -> None:
     outcome = host(name).answer(ask(media=clip(frames)))
@@ -63,8 +73,7 @@ def test_clips_have_a_strip_even_where_frames_do_not_come_out_even(frames: int, 
     assert pane.error == "" and pane.report is not None
     parts = len(pane.report.segments[0].parts)
     shown = [*clip(frames).pictures, clip(frames).pictures[-1]][: -(-frames // parts) * parts]
-    labels = {4: ("#1-2  0.0 s", "#3-4  2.0 s"), 3: ("#1-2  0.0 s", "#3  2.0 s")}[frames]
-    labels = labels if parts == 2 else tuple(f"#{number}  {number - 1:.1f} s" for number in range(1, parts + 1))
+    labels = labels_of(clip(frames), parts)
     drawn = strip(pane.report, shown, framing=outcome.framing, height=128, columns=4, labels=labels)
     assert np.array_equal(np.asarray(pane.pictures["strip"]), np.asarray(drawn))
     kept = overlay(pane.report, shown, framing=outcome.framing, columns=4, labels=labels)
@@ -137,7 +146,7 @@ def test_forced_patches_of_clips_are_marked_in_strips() -> None:
         framing=outcomes[0].framing,
         height=128,
         columns=4,
-        labels=[f"#{number + 1}  {number:.1f} s" for number in range(4)],
+        labels=labels_of(clip(), 4),
         forced_in=[3],
         forced_out=[200],
     )

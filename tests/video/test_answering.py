@@ -296,6 +296,25 @@ def test_a_task_can_be_stored() -> None:
         assert Task.from_dict(task.to_dict()) == task
 
 
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"parameters": {"seed": 3}}, "seed is an option of its own"),
+        ({"timeout": "5"}, "timeout='5'"),
+        ({"timeout": True}, "timeout=True"),
+    ],
+)
+def test_options_that_are_none(options: dict[str, Any], text: str) -> None:
+    with pytest.raises(InvalidOption, match=text):
+        Task(**options)
+
+
+def test_instructions_hold_no_word_that_stands_for_pictures() -> None:
+    """Every answer would be empty."""
+    with pytest.raises(InvalidOption, match="the instruction holds '<video>'"):
+        Task(instruction="<video> one word").load()
+
+
 def test_settings_tell_what_answers_depend_on() -> None:
     """Not how many are asked at once."""
     one, other = (answerer("llava_next_video", "quota", batch=batch) for batch in (2, 4))

@@ -194,8 +194,17 @@ def test_an_answer_is_judged_by_what_is_expected_now(folder: Path) -> None:
     for expected, correct in (("red", False), ("green", True), (None, None)):
         _, records = answer_questions(TASK, [replace(asked, answer=expected)], folder / "clips", folder / "a.jsonl")
         assert (records["1"].answer, records["1"].correct) == ("green", correct)
+        stored = records_of(folder / "a.jsonl")["1"]
+        assert (stored["expected"], stored["correct"]) == (expected, correct)
     with pytest.raises(InvalidOption, match="several questions have the id '1'"):
         answer_questions(TASK, [asked, asked], folder / "clips", folder / "a.jsonl")
+
+
+def test_errors_of_questions_that_are_not_asked_stay(folder: Path) -> None:
+    lost = [Question(id=str(number), video=f"no-such-{number}", question=ASKED[0]) for number in range(3)]
+    answer_questions(TASK, lost, folder / "clips", folder / "a.jsonl")
+    answer_questions(TASK, lost[:1], folder / "clips", folder / "a.jsonl", retry=True)
+    assert sorted(records_of(folder / "a.jsonl")) == ["0", "1", "2"]
 
 
 @pytest.mark.parametrize("each", [1, 8])
