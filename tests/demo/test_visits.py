@@ -80,7 +80,7 @@ def test_another_picture_forgets_what_was_forced(visit: Visit) -> None:
 
 
 def test_clicks_need_an_answer_and_a_patch(visit: Visit) -> None:
-    with pytest.raises(InvalidOption, match="ask a question first"):
+    with pytest.raises(InvalidOption, match="compare first, then click"):
         Visit().showing(picture(), host()).clicked(5, 5, to="in")
     with pytest.raises(InvalidOption, match="does not see this part"):
         visit.clicked(-5, 5, to="in")

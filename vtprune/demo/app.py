@@ -15,6 +15,8 @@ from vtprune.demo.media import MAX_FILE
 ADDRESS = "127.0.0.1"
 AT_ONCE = 8
 """Visitors whose pictures are read or drawn at once; a model answers one of them after the other."""
+_VISITORS = 200
+"""What they did is remembered; of more the one who was longest away is forgotten."""
 _STALE = 3600
 """Seconds that uploads stay on the disk."""
 
@@ -38,6 +40,7 @@ def serve(hosts: Sequence[tuple[str, Answering]], *, port: int | None = None) ->
         quiet=True,
         ssr_mode=False,
         max_file_size=MAX_FILE,
+        state_session_capacity=_VISITORS,
         footer_links=[],
         prevent_thread_lock=True,
         theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),

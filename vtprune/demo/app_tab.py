@@ -10,7 +10,7 @@ from typing import Any
 import gradio as gr
 
 from vtprune.demo import asking, page
-from vtprune.demo.app_parts import Fields, Saved, Showing, told, told_on_the_way
+from vtprune.demo.app_parts import Fields, Saved, Showing, sentence_of, told, told_on_the_way
 from vtprune.demo.asking import Wish
 from vtprune.demo.drawing import board
 from vtprune.demo.hosting import Answering
@@ -46,7 +46,7 @@ class Tab:
     def lay_out(self, on_open: Callable[..., Any]) -> None:
         """Make the components, and say what follows from what; `on_open` is the event of the tab being looked at."""
         self._seat = gr.State(Seat(), time_to_live=_STALE)
-        self._turn = gr.State(0)
+        self._turn = gr.State(0, time_to_live=_STALE)
         gr.HTML(page.model_html(self._host.name, asks=self._host.takes_questions))
         self._at = Fields.laid_out(self._host, self._choices)
         self._out = Showing.laid_out()
@@ -65,8 +65,8 @@ class Tab:
     def _lay_out_save(self, text: str, write: Callable[[Outcome], Path]) -> None:
         """A button that has a file written and then takes it: nothing is written that nobody wants."""
         button, file = gr.Button(text), gr.File(visible=False)
-        button.click(functools.partial(self._save, write, file), [self._seat], [file, self.message])
-        file.change(None, [file], None, js=_TAKE)
+        written = button.click(functools.partial(self._save, write, file), [self._seat], [file, self.message])
+        written.then(None, [file], None, js=_TAKE)
 
     def _connect(self, on_open: Callable[..., Any]) -> None:
         """A step changes the seat, and with it the turn; a new turn has the question answered."""
@@ -75,32 +75,24 @@ class Tab:
         wish: list[Any] = [at.question, at.first, at.second, at.keep, at.seed, at.debias]
         view = self._out.view
         panes = [*self._out.components, at.answers]
-        begun = [
-            at.question,
-            at.board,
-            at.frame,
-            at.free,
-            at.count,
-            at.first,
-            at.second,
-            at.example,
-            at.file,
-            at.message,
-        ]
-        begun += [view, self._list, *panes]
-        chosen = [seat, at.question, at.first, at.second, at.keep]
-        # What is read may be large: few at once.
+        # A seat that changes goes out again: its time runs from then.
+        begun: list[Any] = [seat, at.question, at.board, at.frame, at.free, at.count, at.first, at.second, at.example]
+        begun += [at.file, at.message, view, self._list, *panes]
+        chosen = [seat, at.first, at.second, at.keep]
+        # Files may be large: few are read at once.
         reading: dict[str, Any] = {"concurrency_limit": 2, "concurrency_id": "reading"}
-        on_open(self._open, chosen, [*begun, self._turn], **quiet, **reading)
-        at.example.input(self._take_example, [at.example, *chosen], begun, **reading)
+        on_open(self._open, chosen, [*begun, self._turn], **quiet)
+        at.example.input(self._take_example, [at.example, *chosen], begun)
         at.file.upload(self._take, [at.file, *chosen], begun, **reading)
         at.camera.change(self._take_shot, [at.camera, *chosen], begun, **reading)
         steps: dict[str, Any] = {"trigger_mode": "multiple", **quiet}
         for asked in (at.ask.click, at.question.submit):
-            asked(self._begin, [seat, *wish], [self._turn, at.message], **steps)
-        marked = [at.board, at.free, self._turn, at.message]
-        at.board.select(self._click, [seat, at.to, at.frame], marked, **steps)
-        at.free.click(self._let_go, [seat, at.frame], marked, **steps)
+            asked(self._begin, [seat, *wish], [seat, self._turn, at.message], **steps)
+        marked = [seat, at.board, at.free, self._turn, at.message]
+        # One by one: what comes last on the page is what was clicked on last.
+        one_by_one: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": f"marks of {id(self)}"}
+        at.board.select(self._click, [seat, at.to, at.frame], marked, **steps, **one_by_one)
+        at.free.click(self._let_go, [seat, at.frame], marked, **steps, **one_by_one)
         answering = self._turn.change(
             self._answer,
             [seat, *wish, view],
@@ -109,7 +101,7 @@ class Tab:
             show_progress_on=at.answers,
         )
         told = [at.board, at.count, at.message]
-        answering.then(self._look, [seat, view, at.frame, at.keep], [*told, *panes], **quiet)
+        answering.then(self._look, [seat, view, at.frame, *wish], [*told, *panes], **quiet)
         at.slider.input(lambda share: share, [at.slider], [at.keep], **quiet)
         at.keep.change(self._recount, [seat, at.keep], [at.count, at.message], **quiet)
         for field in wish:
@@ -118,39 +110,44 @@ class Tab:
         view.change(self._show, [seat, view], [*panes, at.message], **quiet)
 
     @told
-    def _open(self, seat: Seat, question: str, first: str, second: str, keep: float) -> Shown:
+    def _open(self, seat: Seat, first: str, second: str, keep: float) -> Shown:
         """The first example, unless something is shown already; models that come with vtprune answer at once."""
         if seat.visit.media is not None:
             return {}
         name = self._host.examples()[0].name
-        shown = self._begun(seat, *asking.example(self._host, name), first, second, keep)
+        visit, asked = asking.example(self._host, name)
+        shown = {**self._begun(seat, visit, first, second, keep), self._at.question: asked}
         bundled = self._host.name.startswith("tiny:") and self._host.takes_questions
         return {**shown, self._at.example: name, **({self._turn: seat.ask()} if bundled else {})}
 
     @told
-    def _take_example(self, name: str, seat: Seat, question: str, *chosen: Any) -> Shown:
-        return self._begun(seat, *asking.example(self._host, name), *chosen)
+    def _take_example(self, name: str, seat: Seat, *chosen: Any) -> Shown:
+        """Once for each choice, though a list tells of one twice."""
+        if seat.visit.media is not None and seat.visit.media.name == name:
+            return {}
+        visit, asked = asking.example(self._host, name)
+        return {**self._begun(seat, visit, *chosen), self._at.question: asked}
 
     @told
     def _take(self, *given: Any) -> Shown:
         return self._bring(*given)
 
-    def _bring(self, source: Any, seat: Seat, question: str, *chosen: Any) -> Shown:
+    def _bring(self, source: Any, seat: Seat, *chosen: Any) -> Shown:
         """What the visitor brought; what was shown before still is where that is nothing."""
         try:
             visit = asking.brought(self._host, source)
         except VtpruneError as error:
             kept = "" if seat.visit.media is None else f" {seat.visit.media.name} is still shown."
             return {self._at.file: None, self._at.message: page.message_html(f"{error}.{kept}")}
-        return {**self._begun(seat, visit, question, *chosen), self._at.example: None}
+        return {**self._begun(seat, visit, *chosen), self._at.example: None}
 
     @told
     def _take_shot(self, shot: Any, *rest: Any) -> Shown:
         """A picture of the camera; nothing where one was thrown away."""
         return {} if shot is None else self._bring(shot, *rest)
 
-    def _begun(self, seat: Seat, visit: Visit, question: str, first: str, second: str, keep: float) -> Shown:
-        """A new picture, and nothing known of it."""
+    def _begun(self, seat: Seat, visit: Visit, first: str, second: str, keep: float) -> Shown:
+        """A new picture, and nothing known of it; what was entered stays."""
         media, at = visit.media, self._at
         assert media is not None
         choices = self._host.methods(media.kind)
@@ -159,14 +156,15 @@ class Tab:
         told = [f"{own} cannot be asked about this: {names[0]} takes its place" for own in gone]
         seat.show(visit)
         several = len(media.pictures) > 1
+        offered = page.labels(choices)
         methods = {
-            field: gr.Dropdown(page.labels(choices), value=_among(names, own))
+            field: gr.Dropdown(offered) if own in names else gr.Dropdown(offered, value=names[0])
             for field, own in ((at.first, first), (at.second, second))
         }
         return {
             **methods,
             **self._out.shown({}, "kept", None),
-            at.question: question,
+            self._seat: seat,
             at.board: board(media),
             at.free: gr.Button("let all go", interactive=False),
             at.frame: gr.Slider(0, max(1, len(media.pictures) - 1), value=0, visible=several),
@@ -181,43 +179,57 @@ class Tab:
     def _recount(self, seat: Seat, keep: float) -> Shown:
         if seat.visit.media is None:
             return {}
-        return {self._at.count: _count_of(seat.visit, keep)}
+        return {self._at.count: _count_of(seat.visit, keep), self.message: ""}
 
     @told
     def _compare_wish(self, seat: Seat, *wish: Any) -> Shown:
         """Whether what is shown is still what is asked for."""
-        return (
-            {} if seat.visit.outcome is None else {self._out.asked: page.asked_html(seat.visit.outcome, _wish(*wish))}
-        )
+        outcome = seat.visit.outcome
+        if outcome is None or seat.waiting:
+            return {}
+        return {self._out.asked: page.asked_html(outcome, _wish(*wish))}
 
     @told
     def _begin(self, seat: Seat, *wish: Any) -> Shown:
         if seat.visit.media is None:
             raise InvalidOption("there is no picture: upload one, take one with the camera, or choose an example")
         Wish.of(*wish)
-        return {self._turn: seat.ask(), self.message: ""}
+        return {self._seat: seat, self._turn: seat.ask(), self.message: ""}
 
     @told_on_the_way
     def _answer(self, seat: Seat, *given: Any) -> Iterator[Shown]:
-        *wish, view = given
-        for panes in asking.answered(self._host, seat, Wish.of(*wish)):
+        *entered, view = given
+        try:
+            wish = Wish.of(*entered)
+        except VtpruneError:
+            seat.end(seat.turn)
+            raise
+        for panes in asking.answered(self._host, seat, wish):
             yield self._panes(seat, panes, view, None)
+        # What was sent last is sent again at the end, by when something else may be shown.
+        yield gr.skip()
 
     @told
-    def _look(self, seat: Seat, view: str, frame: int, keep: float) -> Shown:
+    def _look(self, seat: Seat, view: str, frame: int, *wish: Any) -> Shown:
         """All of an outcome at once: what is looked at may have changed while it came."""
         outcome = seat.visit.outcome
         if outcome is None or seat.waiting:
             return {}
-        shown = self._panes(seat, asking.panes_of(seat.visit), view, outcome)
-        return {**shown, self._at.board: _board_of(seat.visit, int(frame)), self._at.count: _count_of(seat.visit, keep)}
+        now = _wish(*wish)
+        return {
+            **self._panes(seat, asking.panes_of(seat.visit), view, outcome),
+            self._out.asked: page.asked_html(outcome, now),
+            self._at.board: _board_of(seat.visit, int(frame)),
+            **({} if now is None else {self._at.count: _count_of(seat.visit, now.keep)}),
+        }
 
     @told
     def _show(self, seat: Seat, view: str) -> Shown:
         outcome = seat.visit.outcome
         if outcome is None or seat.waiting:
             return {}
-        return self._panes(seat, asking.panes_of(seat.visit), view, outcome)
+        shown = self._panes(seat, asking.panes_of(seat.visit), view, outcome)
+        return {part: value for part, value in shown.items() if part is not self._out.asked}
 
     def _panes(self, seat: Seat, panes: dict[str, Pane], view: str, outcome: Outcome | None) -> Shown:
         """What is there of an answer, the whole `outcome` at the end."""
@@ -241,22 +253,21 @@ class Tab:
     def _marked(self, seat: Seat, frame: int, turn: int) -> Shown:
         count = seat.visit.forced
         free = gr.Button(f"let all {count} go" if count else "let all go", interactive=count > 0)
-        return {
-            self._at.board: _board_of(seat.visit, int(frame)),
-            self._at.free: free,
-            self._turn: turn,
-            self.message: "",
-        }
+        found = {self._seat: seat, self._turn: turn, self.message: ""}
+        return {**found, self._at.board: _board_of(seat.visit, int(frame)), self._at.free: free}
 
     @told
     def _leaf(self, seat: Seat, frame: int) -> Shown:
         return {self._at.board: _board_of(seat.visit, int(frame))}
 
-    @told
     def _save(self, write: Callable[[Outcome], Path], file: Any, seat: Seat) -> Shown:
-        if seat.visit.outcome is None:
-            raise InvalidOption("there is nothing to save yet: compare first")
-        return {file: str(write(seat.visit.outcome))}
+        """The file, or none and why: what was written before is not taken again."""
+        try:
+            if seat.visit.outcome is None:
+                raise InvalidOption("there is nothing to save yet: compare first")
+            return {file: str(write(seat.visit.outcome)), self.message: ""}
+        except Exception as error:  # every kind of it is told
+            return {file: None, self.message: page.message_html(sentence_of(error))}
 
 
 def _wish(*given: Any) -> Wish | None:
@@ -265,10 +276,6 @@ def _wish(*given: Any) -> Wish | None:
         return Wish.of(*given)
     except VtpruneError:
         return None
-
-
-def _among(names: list[str], wanted: str) -> str:
-    return wanted if wanted in names else names[0]
 
 
 def _count_of(visit: Visit, keep: float | None) -> str:

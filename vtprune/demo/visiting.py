@@ -85,7 +85,7 @@ class Visit:
             InvalidOption: before the first answer, and beside what the model sees.
         """
         if self.media is None or self.known is None:
-            raise InvalidOption("nothing is known about patches yet: ask a question first, then click")
+            raise InvalidOption("nothing is known about patches yet: compare first, then click")
         scale = board_scale(self.media)
         token = token_under(self.known, x / scale, y / scale, frame=frame)
         if token is None:

@@ -17,8 +17,6 @@ SEEK_FRAMES = 16
 AHEAD = 16
 """Decoders hold back no more frames than that."""
 _ASSUMED_RATE = 25.0
-_ROUNDED = 2
-"""Frames by which the head of a file may be wrong."""
 _LEANING = 3
 """A picture that leans on one that is shown after it."""
 
@@ -133,7 +131,7 @@ class Stamped:
             return
         # Where the picture is refreshed by and by, frames are held back until it is whole.
         if self._last is not None and not self._holds_back:
-            for missing in self._index.shown[self._last + 1 : number].tolist():
+            for missing in set(self._index.shown[self._last + 1 : number].tolist()) - self._index.repeats:
                 self._faults.add(missing, self._since)
         self._last = number
 
@@ -175,8 +173,8 @@ class Counted:
             self._broken[fault : int(stop)] = True
         self.times, self.warnings = _times_of(stamps, tape.stream)
         self.duration = float(self.times[-1] + np.median(np.diff(self.times))) if len(stamps) > 1 else 0.0
-        self.damage = _missing(stamps, tape.stream)
-        if self._lost and not self.damage:
+        self.damage = ""
+        if self._lost:
             self.damage = f"the file is damaged: {self._lost} of its packets, frames may be missing"
 
     def _failed(self) -> bool:
@@ -199,16 +197,6 @@ class Counted:
 
     def doubts(self, index: int) -> bool:
         return bool(self._broken[index])
-
-
-def _missing(stamps: list[int | None], stream: Any) -> str:
-    """What is missing at the end of an AVI, whose head tells its frames. Those that are repeated are not stored."""
-    if stream.container.format.name != "avi" or not stamps:
-        return ""
-    there = max([len(stamps), *(stamp + 1 for stamp in stamps if stamp is not None)])
-    if there + _ROUNDED < stream.frames:
-        return f"the file ends early: {len(stamps)} of {stream.frames} frames are there"
-    return ""
 
 
 def _times_of(stamps: list[int | None], stream: Any) -> tuple[np.ndarray, tuple[str, ...]]:

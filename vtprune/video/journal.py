@@ -105,13 +105,17 @@ class Journal:
         self.records.update((record.id, record) for record in records)
 
     def change(self, records: Mapping[str, Record]) -> None:
-        """Put other records in the place of some that are there; all of them, or none, are on the disk."""
+        """Put other records in the place of some that are there; all of them, or none, are on the disk.
+
+        Where the directory takes no new file they are changed here alone, and a warning says so.
+        """
         if not records:
             return
         try:
             self._write_anew({**self.records, **records})
         except OSError as error:
-            raise InvalidOption(f"cannot write {self._path}: {error.strerror or error}; what is there stays") from error
+            logger.warning("%s still holds what was expected before: %s", self._path, error.strerror or error)
+            self.records.update(records)
 
     def close(self) -> None:
         """Let other processes write."""

@@ -16,10 +16,8 @@ HIDING = ("vp8",)
 """Codecs with packets of which no frame comes."""
 _LONGEST = 1 << 53
 """Units of a stream that floating point can count."""
-_MICRO = 1_000_000
-"""Units of a second that FFmpeg measures files in."""
-_SOUND = 0.5
-"""Seconds that sound may last longer than pictures."""
+_REPEAT = 16
+"""Bytes of a packet of MPEG-4 that may say no more than to show the last picture again."""
 _REORDERED = 64
 """Decoders hold back 16 frames at most: stamps that reorder more begin anew somewhere."""
 
@@ -30,7 +28,7 @@ class PacketIndex:
 
     `stamps` (P,) say when a packet is shown and `sent` (P,) when it is decoded, in `unit` seconds. Decoding can begin
     at `keys`, ascending, and gives whole pictures from there on, or from the next key on where `refreshing`. `shown`
-    (T,) are the packets of the frames, the last of which is shown for `last` units.
+    (T,) are the packets of the frames, the last of which is shown for `last` units. Of `repeats` no frame may come.
     """
 
     stamps: np.ndarray
@@ -40,6 +38,7 @@ class PacketIndex:
     shown: np.ndarray
     last: int
     unit: float
+    repeats: frozenset[int] = frozenset()
 
     @cached_property
     def places(self) -> dict[int, int]:
@@ -102,7 +101,7 @@ def index_packets(packets: Iterator[Any], stream: Any) -> PacketIndex | None:
     """The index of a stream; None where the stamps of its packets do not tell its frames."""
     if stream.container.format.name.split(",")[0] not in TIMED or stream.codec_context.name in HIDING:
         return None
-    stamps, sent, spans, shown = [], [], [], []
+    stamps, sent, spans, shown, repeats = [], [], [], [], []
     keys = {}
     for place, packet in enumerate(packets):
         stamps.append(packet.pts)
@@ -111,6 +110,8 @@ def index_packets(packets: Iterator[Any], stream: Any) -> PacketIndex | None:
         # Nothing comes of what an edit list cuts off, and nothing good of half a packet.
         if not (packet.is_discard or packet.is_corrupt):
             shown.append(place)
+        if stream.codec_context.name == "mpeg4" and packet.size <= _REPEAT:
+            repeats.append(place)
         if packet.is_keyframe:
             keys[place] = _refreshes(packet, stream)
     if not shown or None in stamps or len(set(stamps)) < len(stamps) or max(stamps) - min(stamps) > _LONGEST:
@@ -127,6 +128,7 @@ def index_packets(packets: Iterator[Any], stream: Any) -> PacketIndex | None:
         shown=in_order,
         last=spans[in_order[-1]] or _step(stamps),
         unit=float(stream.time_base),
+        repeats=frozenset(repeats),
     )
 
 
@@ -138,14 +140,9 @@ def damage(index: PacketIndex, stream: Any) -> str:
         # Of fragments only those that are there say how many frames they hold.
         of = f" of {promised}" if promised <= stream.frames else ""
         return f"the file ends early: {there}{of} frames are there"
-    stated, room = 0.0, 0.25
-    if form == "matroska":
-        stated = _seconds(stream.metadata.get("DURATION", ""))
-    elif form == "flv":
-        # Sound may go on for a while, and is part of what is promised.
-        stated, room = (stream.container.duration or 0) / _MICRO, _SOUND if stream.container.streams.audio else 0.0
+    stated = _seconds(stream.metadata.get("DURATION", "")) if form == "matroska" else 0.0
     end = float(index.stamps[index.shown[-1]] + 2 * index.last) * index.unit
-    if stated > end + room:
+    if stated > end + 0.25:
         return f"the file ends early: it promises {stated:.1f} seconds, and {index.duration:.1f} are there"
     return ""
 

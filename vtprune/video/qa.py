@@ -149,7 +149,7 @@ def pending_of(questions: Sequence[Question], journal: Journal) -> tuple[list[Qu
                 f"question {question.id!r} was answered before, about {record.video!r}: {record.question!r}. Give it "
                 "another id, or name another file for the answers"
             )
-        if record is not None and record.expected != question.answer:
+        if record is not None and question.answer is not None and record.expected != question.answer:
             judged_anew[question.id] = judged(record, question.answer)
         (open_ones if record is None else done).append(question)
     journal.change(judged_anew)

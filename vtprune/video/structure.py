@@ -1,8 +1,13 @@
-"""What the structure of a file tells of its damage without decoding: Matroska, FLV and MPEG-TS are chains of pieces."""
+"""What a file tells of its damage without decoding: Matroska, FLV, MPEG-TS and AVI are made of pieces.
+
+Padding behind the last piece, heads that were never filled in and counters that jump where two recordings were joined
+are no damage.
+"""
 
 from __future__ import annotations
 
 import os
+import struct
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +29,9 @@ _PLAIN = (0x1A45DFA3, 0x114D9B74, 0x1C53BB6B, 0x1254C367, 0x1043A770, 0x1941A469
 _IN_CLUSTERS = (0xE7, 0xA3, 0xA0, 0xAB, 0xA7, 0xAF, 0xBF, 0xEC, 0x5854)
 _KNOWN = frozenset((_CLUSTER, _SEGMENT, *_CHECKED, *_PLAIN, *_IN_CLUSTERS))
 _TAGS = (8, 9, 15, 18)
+_SCRIPT = 1 << 16
+_SIZED = b"\0\x08filesize\0"
+"""A number of the first tag, by its name."""
 _CELL = 188
 _BLOCK = _CELL << 14
 
@@ -39,7 +47,18 @@ def broken_structure(path: Path) -> str:
         if head.startswith(b"FLV\x01"):
             return _flash(file, size)
         if head[::_CELL] == b"GGG":
-            return _transport(file)
+            return _transport(file, size)
+        if head.startswith(b"RIFF") and head[8:12] == b"AVI ":
+            return _interleaved(file, size)
+    return ""
+
+
+def _broken(file: IO[bytes], place: int, *, used: int = 0) -> str:
+    """That pieces do not fit from here on; nothing where all that follows, but for some bytes, is padding."""
+    file.seek(place + used)
+    while data := file.read(_BLOCK):
+        if data.strip(b"\0") and data.strip(b"\xff"):
+            return BROKEN.format(place)
     return ""
 
 
@@ -54,9 +73,9 @@ def _matroska(file: IO[bytes], size: int) -> str:
         length, behind = _number(head, used, marked=False)
         unknown = behind > used > 0 and length == (1 << 7 * (behind - used)) - 1
         if not used or not behind or (unknown and name not in (_SEGMENT, _CLUSTER)):
-            return ENDS if len(head) < 12 else BROKEN.format(place)
+            return ENDS if len(head) < 12 and head.strip(b"\0") else _broken(file, place)
         if name not in _KNOWN:
-            return BROKEN.format(place)
+            return _broken(file, place)
         place += behind
         if not unknown and place + length > size:
             return ENDS
@@ -128,25 +147,48 @@ def _matches(file: IO[bytes], begin: int, length: int) -> bool | None:
 
 
 def _flash(file: IO[bytes], size: int) -> str:
-    """Tags in a row, of few kinds and of stream 0, each with its length behind it, which the last one may lack."""
-    file.seek(5)
-    place = int.from_bytes(file.read(4), "big")
+    """Tags in a row, of few kinds and of one stream, each with its length behind it, which the last one may lack."""
+    if _promised(_at(file, 0, _SCRIPT)) > size + 4:
+        return ENDS
+    place = int.from_bytes(_at(file, 5, 4), "big")
+    stream = _at(file, place + 12, 3)
     while place + 4 < size:
-        file.seek(place)
-        head = file.read(15)
-        if head[4] & 31 not in _TAGS or any(head[12:]):
-            return BROKEN.format(place)
+        head = _at(file, place, 15)
+        if head[4] & 31 not in _TAGS or head[12:] != stream[: len(head[12:])]:
+            return _broken(file, place, used=4)  # behind the length of the tag before
         place += 15 + int.from_bytes(head[5:8], "big")
     return ENDS if place > size else ""
 
 
-def _transport(file: IO[bytes]) -> str:
+def _promised(head: bytes) -> float:
+    """The bytes that the first tag of an FLV promises for the whole file, 0 where it does not."""
+    found = head.find(_SIZED)
+    data = head[found + len(_SIZED) :][:8] if found >= 0 else b""
+    return float(struct.unpack(">d", data)[0]) if len(data) == 8 else 0.0
+
+
+def _interleaved(file: IO[bytes], size: int) -> str:
+    """One RIFF behind the other, each with its length; a writer that could not go back left it out."""
+    place = 0
+    while place + 8 <= size:
+        head = _at(file, place, 8)
+        length = int.from_bytes(head[4:], "little")
+        if head[:4] != b"RIFF" or length in (0, 0xFFFFFFFF):
+            return ""
+        place += 8 + length
+        if place > size:
+            return ENDS
+        place += length & 1
+    return ""
+
+
+def _transport(file: IO[bytes], size: int) -> str:
     """Every packet begins with the same byte."""
     place = 0
     while data := file.read(_BLOCK):
         begins = np.frombuffer(data, dtype=np.uint8)[::_CELL]
         wrong = np.flatnonzero(begins != ord("G"))
         if len(wrong):
-            return BROKEN.format(place + int(wrong[0]) * _CELL)
+            return _broken(file, place + int(wrong[0]) * _CELL)
         place += len(data)
-    return ""
+    return ENDS if size % _CELL else ""

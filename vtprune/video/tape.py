@@ -89,7 +89,8 @@ class Tape:
         self._held = None
         self._ended = packet is None
         self.at += 1
-        if packet is not None and packet.is_corrupt:
+        # Of MPEG-TS it says that a counter jumped, as it does where two recordings were joined: the decoder tells.
+        if packet is not None and packet.is_corrupt and self.stream.container.format.name != "mpegts":
             self.failed.append(self.at - 1)
         if packet is not None and packet.is_keyframe and self.first_key is None:
             self.first_key = self.at - 1
