@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Browser, Page, sync_playwright
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
@@ -49,18 +49,30 @@ def served(hosts: Sequence[tuple[str, Answering]]) -> Iterator[str]:
 
 
 @contextmanager
-def visited(address: str, *, width: int = 1400, height: int = 1300) -> Iterator[Page]:
-    """A page that shows the demo; `page.asked` lists the addresses of all requests."""
+def launched() -> Iterator[Browser]:
+    """The browser, for any number of pages."""
     with sync_playwright() as driver:
         chromium = driver.chromium.launch(executable_path=browser(), args=list(FLAGS))
-        page = chromium.new_page(viewport={"width": width, "height": height})
-        page.set_default_timeout(WAIT)
-        page.asked = []
-        page.on("request", lambda request: page.asked.append(request.url))
-        page.goto(address)
-        opened(page)
-        yield page
+        yield chromium
         chromium.close()
+
+
+def visit(chromium: Browser, address: str, *, width: int = 1400, height: int = 1300) -> Page:
+    """A page that shows the demo; `page.asked` lists the addresses of all requests."""
+    page = chromium.new_page(viewport={"width": width, "height": height})
+    page.set_default_timeout(WAIT)
+    page.asked = []
+    page.on("request", lambda request: page.asked.append(request.url))
+    page.goto(address)
+    opened(page)
+    return page
+
+
+@contextmanager
+def visited(address: str, *, width: int = 1400, height: int = 1300) -> Iterator[Page]:
+    """The same in a browser of its own."""
+    with launched() as chromium:
+        yield visit(chromium, address, width=width, height=height)
 
 
 def opened(page: Page) -> None:

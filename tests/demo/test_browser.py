@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
 import json
 import re
@@ -51,12 +50,19 @@ def address(browsing: Any) -> Iterator[str]:
         yield address
 
 
+@pytest.fixture(scope="module")
+def chromium(browsing: Any) -> Iterator[Any]:
+    with browsing.launched() as chromium:
+        yield chromium
+
+
 @pytest.fixture
-def page(browsing: Any, address: str) -> Iterator[Any]:
-    with browsing.visited(address) as page:
-        yield page
-        outside = [url for url in page.asked if not url.startswith((address, "data:", "blob:"))]
-        assert not outside, "the page asks other machines"
+def page(browsing: Any, chromium: Any, address: str) -> Iterator[Any]:
+    page = browsing.visit(chromium, address)
+    yield page
+    outside = [url for url in page.asked if not url.startswith((address, "data:", "blob:"))]
+    page.close()
+    assert not outside, "the page asks other machines"
 
 
 def text_of(page: Any, place: str) -> str:
@@ -322,28 +328,15 @@ def test_shots_of_the_camera() -> None:
     assert "million pixels" in told[tab.message] and seat.visit.media.size == (64, 48)
 
 
-def test_addresses_are_not_fetched() -> None:
-    """A request may name a file by its address; gradio would fetch it."""
-    import gradio as gr
-
-    from vtprune.demo.app_parts import uploads_only
-
-    with gr.Blocks():
-        file = uploads_only(gr.File())
-    with pytest.raises(gr.Error, match="only uploaded files"):
-        asyncio.run(file.async_move_resource_to_block_cache("https://example.invalid/x.png"))
-
-
-def test_two_visitors_do_not_see_each_other(browsing: Any, page: Any, address: str) -> None:
-    other = page.context.browser.new_page()
-    other.goto(address)
-    browsing.opened(other)
+def test_two_visitors_do_not_see_each_other(browsing: Any, chromium: Any, page: Any, address: str) -> None:
+    other = browsing.visit(chromium, address)
     browsing.take_example(page, "a picture")
     browsing.take_example(other, "scene 1")
-    page.locator(".vtp-ask:visible").click()
-    other.locator(".vtp-ask:visible").click()
-    for visitor in (page, other):
-        browsing.wait_for_turn(visitor, 3)
+    before = {visitor: browsing.turn_of(visitor) for visitor in (page, other)}
+    for visitor in before:
+        visitor.locator(".vtp-ask:visible").click()
+    for visitor, turn in before.items():
+        browsing.wait_for_turn(visitor, turn + 1)
     answers = {one.name: one.answer for one in examples()}
     assert page.locator("#unpruned").inner_text() == answers["a picture"]
     assert other.locator("#unpruned").inner_text() == answers["scene 1"]
