@@ -243,8 +243,9 @@ def test_clicks_while_an_answer_is_under_way_are_not_lost(
     cells = range(1, 14, 2)
     for number, cell in enumerate(cells, start=1):
         board.click(position={"x": box["width"] * (cell + 0.5) / 16, "y": box["height"] * (cell + 0.5) / 16})
-        # The picture is another one then; a click while it is exchanged would not reach the page.
         page.get_by_role("button", name=f"let all {number} go").wait_for()
+        # The picture is another one now: before it is there a click means no place in it.
+        page.wait_for_function("() => [...document.querySelectorAll('.vtp-board img')].every(one => one.complete)")
     gate.open()
     browsing.wait_for_turn(page, before + len(cells))
     assert seen[-1].forced_in == tuple(17 * cell for cell in cells)
