@@ -186,15 +186,12 @@ class Showing:
 
     @property
     def components(self) -> list[Any]:
-        """All that an answer changes."""
-        return [self.asked, *(part for side in self.sides.values() for part in side), self.numbers]
+        """All that an answer changes, but for what it is to."""
+        return [*(part for side in self.sides.values() for part in side), self.numbers]
 
     def shown(self, panes: dict[str, Pane], view: str, outcome: Outcome | None, turn: int = 0) -> dict[Any, Any]:
-        """The panes that are there so far; with the whole `outcome` what it is to, and overlaps."""
-        found: dict[Any, Any] = {
-            self.asked: "" if outcome is None else page.asked_html(outcome, None),
-            self.numbers: page.numbers_html(panes, outcome, turn),
-        }
+        """The panes that are there so far; with the whole `outcome` overlaps too."""
+        found: dict[Any, Any] = {self.numbers: page.numbers_html(panes, outcome, turn)}
         for place, (head, picture, legend) in self.sides.items():
             pane = panes.get(place)
             drawn = None if pane is None else pane.pictures.get(view)

@@ -77,7 +77,7 @@ class Tab:
         panes = [*self._out.components, at.answers]
         # A seat that changes goes out again: its time runs from then.
         begun: list[Any] = [seat, at.question, at.board, at.frame, at.free, at.count, at.first, at.second, at.example]
-        begun += [at.file, at.message, view, self._list, *panes]
+        begun += [at.file, at.message, self._out.asked, view, self._list, *panes]
         chosen = [seat, at.first, at.second, at.keep]
         # Files may be large: few are read at once.
         reading: dict[str, Any] = {"concurrency_limit": 2, "concurrency_id": "reading"}
@@ -96,11 +96,11 @@ class Tab:
         answering = self._turn.change(
             self._answer,
             [seat, *wish, view],
-            [*panes, at.message],
+            [*panes, self._out.asked, at.message],
             trigger_mode="multiple",
             show_progress_on=at.answers,
         )
-        told = [at.board, at.count, at.message]
+        told = [at.board, at.count, self._out.asked, at.message]
         answering.then(self._look, [seat, view, at.frame, *wish], [*told, *panes], **quiet)
         at.slider.input(lambda share: share, [at.slider], [at.keep], **quiet)
         at.keep.change(self._recount, [seat, at.keep], [at.count, at.message], **quiet)
@@ -115,8 +115,7 @@ class Tab:
         if seat.visit.media is not None:
             return {}
         name = self._host.examples()[0].name
-        visit, asked = asking.example(self._host, name)
-        shown = {**self._begun(seat, visit, first, second, keep), self._at.question: asked}
+        shown = self._begun_with(name, seat, first, second, keep)
         bundled = self._host.name.startswith("tiny:") and self._host.takes_questions
         return {**shown, self._at.example: name, **({self._turn: seat.ask()} if bundled else {})}
 
@@ -125,6 +124,10 @@ class Tab:
         """Once for each choice, though a list tells of one twice."""
         if seat.visit.media is not None and seat.visit.media.name == name:
             return {}
+        return self._begun_with(name, seat, *chosen)
+
+    def _begun_with(self, name: str, seat: Seat, *chosen: Any) -> Shown:
+        """An example, with its question."""
         visit, asked = asking.example(self._host, name)
         return {**self._begun(seat, visit, *chosen), self._at.question: asked}
 
@@ -164,6 +167,7 @@ class Tab:
         return {
             **methods,
             **self._out.shown({}, "kept", None),
+            self._out.asked: "",
             self._seat: seat,
             at.board: board(media),
             at.free: gr.Button("let all go", interactive=False),
@@ -205,7 +209,7 @@ class Tab:
             seat.end(seat.turn)
             raise
         for panes in asking.answered(self._host, seat, wish):
-            yield self._panes(seat, panes, view, None)
+            yield {**self._panes(seat, panes, view, None), self._out.asked: ""}
         # What was sent last is sent again at the end, by when something else may be shown.
         yield gr.skip()
 
@@ -228,8 +232,7 @@ class Tab:
         outcome = seat.visit.outcome
         if outcome is None or seat.waiting:
             return {}
-        shown = self._panes(seat, asking.panes_of(seat.visit), view, outcome)
-        return {part: value for part, value in shown.items() if part is not self._out.asked}
+        return self._panes(seat, asking.panes_of(seat.visit), view, outcome)
 
     def _panes(self, seat: Seat, panes: dict[str, Pane], view: str, outcome: Outcome | None) -> Shown:
         """What is there of an answer, the whole `outcome` at the end."""

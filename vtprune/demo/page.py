@@ -160,19 +160,8 @@ def views(kind: Modality) -> list[tuple[str, str]]:
 
 
 def labels(choices: Sequence[Choice]) -> list[tuple[str, str]]:
-    """The methods that can be asked, with where they cut, and their names."""
-    return [(f"{one.name} ({_where(one.name)})", one.name) for one in choices if not one.reason]
-
-
-def _where(name: str) -> str:
-    card = describe(name)
-    places = {
-        "inside the encoder": card.in_encoder,
-        "between layers": card.in_layers,
-        "in the cache": card.in_cache,
-        "attention": card.in_attention,
-    }
-    return next((place for place, there in places.items() if there), "before the language model")
+    """The methods that can be asked, with where tokens leave, and their names."""
+    return [(f"{one.name} ({describe(one.name).where})", one.name) for one in choices if not one.reason]
 
 
 def methods_html(choices: Sequence[Choice]) -> str:
